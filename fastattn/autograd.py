@@ -1,0 +1,111 @@
+"""The fused attention of a backend as a torch operator, and its autograd function.
+
+Two operators serve every backend: `fastattn::attention_fwd` and `fastattn::attention_bwd` allocate the results and let the
+backend named in the call fill them. The autograd function stays outside of the operators and is of the classic kind:
+that is the cheapest arrangement torch offers, and torch.compile traces through it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backends
+from .params import AttentionParams
+
+_PARAMS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? seed, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "float scale, float dropout_p, int left, int right, bool bottom_right"
+)
+_library = torch.library.Library("fastattn", "DEF")
+_library.define(
+    f"attention_fwd({_PARAMS}, str backend) -> (Tensor out, Tensor lse)", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.define(
+    f"attention_bwd({_PARAMS}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool needs_dbias, str backend)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _empty_results(p: AttentionParams) -> tuple[Tensor, Tensor]:
+    """out and lse, not filled; out holds heads and rows in q's order, so that merging heads stays a view."""
+    lse_dtype = torch.float64 if p.q.dtype == torch.float64 else torch.float32
+    *rows, _ = p.q.shape
+    head_dim_v = p.v.size(-1)
+    if p.is_packed():
+        total, nheads = rows
+        return p.q.new_empty(total, nheads, head_dim_v), p.q.new_empty(nheads, total, dtype=lse_dtype)
+    batch, nheads, seqlen_q = rows
+    if p.q.stride(1) < p.q.stride(2):
+        out = p.q.new_empty(batch, seqlen_q, nheads, head_dim_v).transpose(1, 2)
+    else:
+        out = p.q.new_empty(batch, nheads, seqlen_q, head_dim_v)
+    return out, p.q.new_empty(batch, nheads, seqlen_q, dtype=lse_dtype)
+
+
+def _empty_grads(p: AttentionParams, needs_dbias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dbias, not filled; dbias has no elements where it is not needed."""
+    dbias_shape = p.bias.shape if needs_dbias and p.bias is not None else (0,)
+    dbias = p.q.new_empty(dbias_shape, dtype=None if p.bias is None else p.bias.dtype)
+    return torch.empty_like(p.q), torch.empty_like(p.k), torch.empty_like(p.v), dbias
+
+
+@torch.library.impl(_library, "attention_fwd", "CompositeExplicitAutograd")
+def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    *params, backend = args
+    p = AttentionParams(*params)
+    out, lse = _empty_results(p)
+    backends.get(backend).kernels().attention_fwd(out, lse, p)
+    return out, lse
+
+
+@torch.library.impl(_library, "attention_bwd", "CompositeExplicitAutograd")
+def _attention_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *params, out, lse, dout, dlse, needs_dbias, backend = args
+    p = AttentionParams(*params)
+    grads = _empty_grads(p, needs_dbias)
+    dq, dk, dv, dbias = grads
+    buffers = (dq, dk, dv, dbias if needs_dbias else None)
+    backends.get(backend).kernels().attention_bwd(*buffers, out, lse, dout, dlse, p)
+    return grads
+
+
+@torch.library.register_fake("fastattn::attention_fwd", lib=_library)
+def _attention_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    return _empty_results(AttentionParams(*args[:-1]))
+
+
+@torch.library.register_fake("fastattn::attention_bwd", lib=_library)
+def _attention_bwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *params, _out, _lse, _dout, _dlse, needs_dbias, _backend = args
+    return _empty_grads(AttentionParams(*params), needs_dbias)
+
+
+class AttentionFunction(torch.autograd.Function):
+    """(out, lse) of the named backend; differentiable once in q, k, v and bias, through out and lse."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, *params: Any) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        p = AttentionParams(*params)
+        out, lse = torch.ops.fastattn.attention_fwd(*p, backend)
+        tensors, ctx.numbers = params[:8], params[8:]
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.backend = backend
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        needs_dbias = ctx.needs_input_grad[5]
+        results = (out, lse, dout, dlse, needs_dbias, ctx.backend)
+        dq, dk, dv, dbias = torch.ops.fastattn.attention_bwd(*tensors, *ctx.numbers, *results)
+        return (None, dq, dk, dv, None, dbias if needs_dbias else None) + (None,) * 10

@@ -1,0 +1,44 @@
+"""What every backend is called with, forward and backward; csrc/attention.h will hold its twin."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+UNBOUNDED = 2**31 - 1  # a band edge beyond every key, so that no kernel needs a case for "no edge"
+
+
+class AttentionParams(NamedTuple):
+    """One attention problem: checked, four-dimensional (dense) or packed.
+
+    Key j is allowed for query i iff -left <= j - (i + shift) <= right, where shift is seqlen_k - seqlen_q of that
+    sequence if bottom_right, else 0, and iff the mask is True there.
+    """
+
+    q: Tensor  # (batch, nheads, seqlen_q, head_dim)    packed: (total_q, nheads, head_dim)
+    k: Tensor  # (batch, nheads_k, seqlen_k, head_dim)  packed: (total_k, nheads_k, head_dim)
+    v: Tensor  # (batch, nheads_k, seqlen_k, head_dim_v)
+    mask: Tensor | None  # bool, True = may attend; broadcasts to (batch, nheads, seqlen_q, seqlen_k), 4-D
+    bias: Tensor | None  # float, added to the scaled scores; broadcasts like the mask
+    seed: Tensor | None  # (1,) int64; None without dropout
+    cu_seqlens_q: Tensor | None  # (batch + 1,) int32; None when dense
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int  # bounds every length; when dense, the length
+    max_seqlen_k: int
+    scale: float
+    dropout_p: float
+    left: int
+    right: int
+    bottom_right: bool
+
+    def replace(self, **changes: Any) -> AttentionParams:
+        """A copy with other fields; torch.compile traces it in every supported torch, which is not true of _replace."""
+        return AttentionParams(*[changes.get(name, value) for name, value in zip(_FIELDS, self, strict=True)])
+
+    def is_packed(self) -> bool:
+        """Whether sequences lie one behind the other, without padding."""
+        return self.cu_seqlens_q is not None
+
+
+_FIELDS = AttentionParams._fields
