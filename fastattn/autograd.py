@@ -1,8 +1,8 @@
 """The fused attention of a backend as a torch operator, and its autograd function.
 
-Two operators serve every backend: `fastattn::attention_fwd` and `fastattn::attention_bwd` allocate the results and let the
-backend named in the call fill them. The autograd function stays outside of the operators and is of the classic kind:
-that is the cheapest arrangement torch offers, and torch.compile traces through it.
+Two operators serve every backend: `fastattn::attention_fwd` and `fastattn::attention_bwd` allocate the results and let
+the backend named in the call fill them. The autograd function stays outside of the operators and is of the classic
+kind: that is the cheapest arrangement torch offers, and torch.compile traces through it.
 """
 
 from __future__ import annotations

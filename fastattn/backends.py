@@ -40,6 +40,7 @@ class Problem(NamedTuple):
     right: int = UNBOUNDED
     bottom_right: bool = False
     return_lse: bool = False
+    is_empty: bool = False  # no query, no key or no head to attend with
 
 
 # ---- when torch's function says the same ----
@@ -53,6 +54,7 @@ SDPA_DIFFERS: tuple[tuple[str, Callable[[Problem], bool]], ...] = (
     ("it wants the bias in the query's dtype", lambda p: p.bias_dtype not in (None, p.dtype)),
     ("it has no window", lambda p: p.left < UNBOUNDED or p.right not in (0, UNBOUNDED)),
     ("it takes no mask or bias with is_causal", lambda p: is_causal(p) and (p.has_mask or p.bias_dtype is not None)),
+    ("it loses the bias's gradient of an empty problem", lambda p: p.is_empty and p.bias_dtype is not None),
     ("its is_causal is top-left", lambda p: is_causal(p) and p.bottom_right and p.seqlen_q != p.seqlen_k),
 )
 

@@ -308,6 +308,7 @@ def _problem(p: AttentionParams, return_lse: bool) -> Problem:
         right=p.right,
         bottom_right=p.bottom_right,
         return_lse=return_lse,
+        is_empty=p.q.numel() == 0 or p.k.numel() == 0,
     )
 
 

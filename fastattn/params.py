@@ -34,7 +34,8 @@ class AttentionParams(NamedTuple):
 
     def replace(self, **changes: Any) -> AttentionParams:
         """A copy with other fields; torch.compile traces it in every supported torch, which is not true of _replace."""
-        return AttentionParams(*[changes.get(name, value) for name, value in zip(_FIELDS, self, strict=True)])
+        fields: list[Any] = [changes.get(name, value) for name, value in zip(_FIELDS, self, strict=True)]
+        return AttentionParams(*fields)
 
     def is_packed(self) -> bool:
         """Whether sequences lie one behind the other, without padding."""

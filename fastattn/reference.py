@@ -2,12 +2,12 @@
 
 `attention` is ordinary differentiable torch code (any device, any floating dtype, any number of derivatives).
 `attention_fwd` and `attention_bwd` are the same mathematics in the form in which a kernel is called: they fill buffers,
-and the backward recomputes the weights from the log-sum-exp instead of storing them.
+and the backward computes the weights again instead of storing them.
 
 Notation (Vaswani et al. 2017, eq. 1; Dao 2023, Algorithms 1 and 2), row by row of the score matrix:
 
     S = scale * Q K^T + bias, -inf where a key is not allowed      lse = log(sum(exp(S)))      P = exp(S - lse)
-    out = (keep * P / (1 - p)) V                                   delta = rowsum(out * dout) - dlse
+    out = (keep * P / (1 - p)) V          delta = rowsum(P * dP) - dlse, where rowsum(P * dP) = rowsum(out * dout)
     dV = (keep * P / (1 - p))^T dout      dP = keep / (1 - p) * (dout V^T)      dS = P * (dP - delta)
     dQ = scale * dS K                     dK = scale * dS^T Q                   dbias = dS summed where it broadcast
 
@@ -164,27 +164,21 @@ def _dense(p: AttentionParams, shift: int | Tensor, sequences: Tensor | None = N
 
 
 def _dense_grad(
-    p: AttentionParams,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    shift: int | Tensor,
-    sequences: Tensor | None = None,
+    p: AttentionParams, dout: Tensor, dlse: Tensor | None, shift: int | Tensor, sequences: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dQ, dK, dV and dS of `_dense`, in the precision of the computation."""
     dtype = _compute_dtype(p.q)
-    out, dout = out.to(dtype), dout.to(dtype)
+    dout = dout.to(dtype)
     s = _scores(p, shift)
-    weights = torch.exp(s - lse.masked_fill(lse == -INF, 0.0)[..., None])
-    delta = (out * dout).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse
+    weights, _ = _softmax(s)
     dp = dout @ _per_query_head(p.v, p).transpose(-1, -2)
     factor = _dropout_factor(p, sequences, s)
     kept = weights
     if factor is not None:
         kept, dp = weights * factor, dp * factor
+    delta = (weights * dp).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
     ds = weights * (dp - delta[..., None])
     dq = p.scale * (ds @ _per_query_head(p.k, p))
     dk = p.scale * (ds.transpose(-1, -2) @ p.q.to(dtype))
@@ -259,9 +253,9 @@ def _buckets(p: AttentionParams) -> list[_Bucket]:
     ]
 
 
-def _pad(x: Tensor, rows: Tensor, fill: float = 0.0) -> Tensor:
-    """(tokens, heads, ...) to (n, heads, seqlen, ...), `fill` where there is no token."""
-    return torch.cat([x.new_full((1, *x.shape[1:]), fill), x])[rows].transpose(1, 2)
+def _pad(x: Tensor, rows: Tensor) -> Tensor:
+    """(tokens, heads, ...) to (n, heads, seqlen, ...), zeros where there is no token."""
+    return torch.cat([x.new_zeros(1, *x.shape[1:]), x])[rows].transpose(1, 2)
 
 
 def _unpad(padded: Iterable[Tensor], rows: list[Tensor], total: int, fill: float = 0.0) -> Tensor:
@@ -282,15 +276,13 @@ def _packed(p: AttentionParams) -> tuple[Tensor, Tensor]:
 
 
 def _packed_grad(
-    p: AttentionParams, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, dbias: Tensor | None
+    p: AttentionParams, dout: Tensor, dlse: Tensor | None, dbias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of `_packed`; adds to dbias."""
     buckets, grads = _buckets(p), []
     for b in buckets:
-        # An lse of +inf makes every weight of a row without a token 0.
-        rows = (_pad(out, b.rows_q), _pad(lse.T, b.rows_q, INF), _pad(dout, b.rows_q))
         dlse_rows = None if dlse is None else _pad(dlse.T, b.rows_q)
-        *grad, ds = _dense_grad(b.dense(p), *rows, dlse_rows, b.shift, b.sequences)
+        *grad, ds = _dense_grad(b.dense(p), _pad(dout, b.rows_q), dlse_rows, b.shift, b.sequences)
         grads.append(grad)
         if dbias is not None:
             seen = dbias[:, :, : ds.size(2), : ds.size(3)]
@@ -335,13 +327,17 @@ def attention_bwd(
     dlse: Tensor | None,
     p: AttentionParams,
 ) -> None:
-    """Fill dq, dk, dv and, unless it is None, dbias, in the bias's own shape."""
+    """Fill dq, dk, dv and, unless it is None, dbias, in the bias's own shape.
+
+    A kernel that sees a row in pieces takes P from lse and delta from out; here the row is whole, and both follow more
+    exactly from the scores.
+    """
     bias_sum = None if dbias is None else torch.zeros_like(dbias, dtype=_compute_dtype(p.q))
     with _full_precision(p):
         if p.is_packed():
-            dq_sum, dk_sum, dv_sum = _packed_grad(p, out, lse, dout, dlse, bias_sum)
+            dq_sum, dk_sum, dv_sum = _packed_grad(p, dout, dlse, bias_sum)
         else:
-            dq_sum, dk_sum, dv_sum, ds = _dense_grad(p, out, lse, dout, dlse, _dense_shift(p))
+            dq_sum, dk_sum, dv_sum, ds = _dense_grad(p, dout, dlse, _dense_shift(p))
             if bias_sum is not None:
                 bias_sum += ds.sum_to_size(bias_sum.shape)
     dq.copy_(dq_sum)

@@ -1,0 +1,160 @@
+"""The table of attention problems that every backend is held to."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import zlib
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from allpairspy import AllPairs
+from torch import Tensor
+
+# Every axis of the contract. Sizes are (seqlen_q, seqlen_k); heads (nheads, nheads_k); dims (head_dim, head_dim_v).
+AXES: dict[str, list[Any]] = {
+    "dtype": [torch.float32, torch.float16, torch.bfloat16],
+    "mask": ["none", "padding", "random", "empty-rows", "all-false"],
+    "bias": ["none", "full", "per-head", "per-key", "dominating", "infinite"],
+    "band": ["none", "causal", "causal-bottom-right", "window", "window-bottom-right", "causal-window"],
+    "dropout_p": [0.0, 0.3],
+    "heads": [(2, 2), (4, 2), (3, 1)],
+    "packed": [False, True],
+    "return_lse": [False, True],
+    "layout": ["heads-outer", "heads-inner", "expanded", "strided"],
+    "scale": [None, 0.3, -0.5],
+    "seqlens": [(17, 63), (64, 65), (63, 17), (128, 127), (1, 129), (129, 1), (0, 5), (5, 0), (1, 1)],
+    "dims": [(8, 8), (16, 16), (32, 32), (40, 40), (64, 64), (128, 128), (24, 8), (8, 40), (1, 1)],
+}
+# What the full table multiplies out; the other axes are drawn for every case.
+CROSSED = ("dtype", "mask", "bias", "band", "dropout_p", "heads", "packed", "return_lse")
+
+BANDS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "causal": {"is_causal": True, "causal_align": "top-left"},
+    "causal-bottom-right": {"is_causal": True, "causal_align": "bottom-right"},
+    "window": {"window": (5, 3), "causal_align": "top-left"},
+    "window-bottom-right": {"window": (0, 9), "causal_align": "bottom-right"},
+    "causal-window": {"is_causal": True, "window": (7, None), "causal_align": "bottom-right"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem; `make` builds its tensors."""
+
+    dtype: torch.dtype = torch.float32
+    mask: str = "none"
+    bias: str = "none"
+    band: str = "none"
+    dropout_p: float = 0.0
+    heads: tuple[int, int] = (2, 2)
+    packed: bool = False
+    return_lse: bool = True
+    layout: str = "heads-outer"
+    scale: float | None = None
+    seqlens: tuple[int, int] = (17, 23)
+    dims: tuple[int, int] = (16, 16)
+    batch: int = 3
+
+    def __str__(self) -> str:
+        def text(value: Any) -> str:
+            return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+
+        default = Case()
+        changed = [f for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)]
+        return ",".join(f"{f.name}={text(getattr(self, f.name))}" for f in changed) or "default"
+
+    def make(self, device: str = "cpu") -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Tensors (q, k, v, bias or None) in the case's dtype, and the other arguments of the public function."""
+        generator = torch.Generator().manual_seed(hash_of(self))
+        (nheads, nheads_k), (seqlen_q, seqlen_k), (head_dim, head_dim_v) = self.heads, self.seqlens, self.dims
+        arguments: dict[str, Any] = dict(BANDS[self.band])
+        arguments |= {"dropout_p": self.dropout_p, "scale": self.scale, "enable_gqa": nheads != nheads_k}
+        arguments |= {"return_lse": self.return_lse}
+        arguments["attn_mask"] = self._mask(generator)
+        lengths_q, lengths_k = self._lengths(seqlen_q), self._lengths(seqlen_k)
+        sizes = [(nheads, seqlen_q, head_dim), (nheads_k, seqlen_k, head_dim), (nheads_k, seqlen_k, head_dim_v)]
+        if self.packed:
+            # Some tokens past the last sequence belong to none.
+            arguments["cu_seqlens_q"], arguments["cu_seqlens_k"] = cumulative(lengths_q), cumulative(lengths_k)
+            arguments["max_seqlen_q"], arguments["max_seqlen_k"] = seqlen_q, seqlen_k
+            totals = (sum(lengths_q) + 2, sum(lengths_k) + 3, sum(lengths_k) + 3)
+            shapes = [(total, heads, dim) for total, (heads, _, dim) in zip(totals, sizes, strict=True)]
+        else:
+            shapes = [(self.batch, *size) for size in sizes]
+        q, k, v = (self._adversarial(shape, generator) for shape in shapes)
+        bias = self._bias(generator)
+        tensors = [None if x is None else x.to(device) for x in (q, k, v, bias)]
+        return tuple(tensors), {n: x.to(device) if isinstance(x, Tensor) else x for n, x in arguments.items()}
+
+    def _lengths(self, longest: int) -> list[int]:
+        return [longest, longest // 2, 0, (longest + 1) // 2][: self.batch]
+
+    def _adversarial(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Normal values with rows of very different size, in the layout of the case."""
+        x = torch.randn(shape, generator=generator) * torch.exp(torch.randn((*shape[:-1], 1), generator=generator))
+        x = x.to(self.dtype)
+        rows, heads = (0, 1) if self.packed else (2, 1)
+        if self.layout == "heads-inner":
+            return x.transpose(rows, heads).contiguous().transpose(rows, heads)
+        if self.layout == "expanded":
+            return x.narrow(heads, 0, 1).expand(shape)
+        if self.layout == "strided":
+            return torch.stack([x, x], -1)[..., 0]
+        return x
+
+    def _scores_shape(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.heads[0], *self.seqlens)
+
+    def _mask(self, generator: torch.Generator) -> Tensor | None:
+        batch, nheads, seqlen_q, seqlen_k = self._scores_shape()
+        if self.mask == "none":
+            return None
+        if self.mask == "padding":
+            lengths = torch.tensor([max(1, n) for n in self._lengths(seqlen_k)])
+            return (torch.arange(seqlen_k) < lengths[:, None])[:, None, None, :]
+        if self.mask == "all-false":
+            return torch.zeros(seqlen_q, seqlen_k, dtype=torch.bool)
+        mask = torch.rand(batch, nheads, seqlen_q, seqlen_k, generator=generator) > 0.4
+        if self.mask == "empty-rows":
+            mask[:, :, ::3] = False
+            mask[1:2] = False
+        return mask
+
+    def _bias(self, generator: torch.Generator) -> Tensor | None:
+        batch, nheads, seqlen_q, seqlen_k = self._scores_shape()
+        shapes = {"per-head": (nheads, 1, 1), "per-key": (batch, 1, 1, seqlen_k)}
+        if self.bias == "none":
+            return None
+        bias = torch.randn(shapes.get(self.bias, self._scores_shape()), generator=generator)
+        if self.bias == "dominating":
+            bias[..., :1] = 40.0
+        if self.bias == "infinite":
+            bias = bias.masked_fill(torch.rand(bias.shape, generator=generator) < 0.3, -torch.inf)
+            bias[:, :, 1::4] = -torch.inf
+        return bias.to(self.dtype)
+
+
+def cumulative(lengths: list[int]) -> Tensor:
+    """cu_seqlens of sequences of these lengths."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def hash_of(case: Case) -> int:
+    """The same seed for the same case in every process."""
+    return zlib.crc32(str(case).encode())
+
+
+def pairwise() -> list[Case]:
+    """Cases in which every two values of every two axes meet at least once."""
+    return [Case(**dict(zip(AXES, row, strict=True))) for row in AllPairs(list(AXES.values()))]
+
+
+def full() -> list[Case]:
+    """Every combination of the crossed axes; the remaining axes are drawn."""
+    rest = {name: values for name, values in AXES.items() if name not in CROSSED}
+    crossed = itertools.product(*(AXES[name] for name in CROSSED))
+    draw = random.Random(0).choice
+    return [Case(**dict(zip(CROSSED, row, strict=True)), **{n: draw(v) for n, v in rest.items()}) for row in crossed]

@@ -1,0 +1,45 @@
+"""Options and fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+# Beside a busy process two spinning threads run several times slower than one; tests run in parallel processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastattn import autograd
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the full product of cases instead of pairs")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "attention_case" in metafunc.fixturenames:
+        from cases import full, pairwise
+
+        metafunc.parametrize("attention_case", full() if metafunc.config.getoption("full") else pairwise(), ids=str)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results that a backend is given to fill hold NaN before it does."""
+
+    def poison(allocate):
+        def allocate_poisoned(*args: object) -> tuple[Tensor, ...]:
+            return tuple(x.fill_(torch.nan) for x in allocate(*args))
+
+        return allocate_poisoned
+
+    monkeypatch.setattr(autograd, "_empty_results", poison(autograd._empty_results))
+    monkeypatch.setattr(autograd, "_empty_grads", poison(autograd._empty_grads))

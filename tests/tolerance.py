@@ -1,0 +1,59 @@
+"""How close a result must be: the only numbers of that kind in the tests.
+
+An implementation is compared with a float64 oracle and allowed a small multiple of the error that plain torch code
+makes in the same dtype ("eager"), plus a few units in the last place of the largest value:
+
+    max|actual - oracle| <= FACTOR * max|eager - oracle| + ROUNDINGS * eps(dtype) * max|oracle|
+
+FACTOR: a kernel adds in another order than eager and rounds the weights once more before the second product; each of
+the two is an error of eager's own size, hence 2 for out and lse. A gradient goes through one such step more: 3.
+ROUNDINGS: where eager happens to be exact, the rounding of the inputs of the last product (2), of its result (1) and of
+the dtype's representation (1) remain.
+
+A gradient may further differ by what a backward that stores only out and lse cannot avoid:
+
+    eps(float32) * max|lse| * max|oracle| + eps(dtype) * max|terms|
+
+The weights come back as exp(S - lse): rounding lse moves every weight of its row by eps(float32) / 2 * |lse|, in dQ, dK
+and dbias once in the product with dP and once in the one with delta. And in these three delta comes from an out that is
+rounded to the dtype, so that dP - delta is exact only relative to the absolute terms of both ("terms": the gradient
+computed with |dP| + |delta| for dP - delta, and absolute values everywhere). Where a row has one key, the gradient is 0
+and the terms are all there is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FACTOR = {"out": 2.0, "lse": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0, "dbias": 3.0}
+ROUNDINGS = 4.0
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Largest values of one problem that the rounding of its gradients grows with."""
+
+    lse: float
+    terms: dict[str, float]  # of dq, dk, dbias
+
+
+def assert_close_to_oracle(name: str, actual: Tensor, oracle: Tensor, eager: Tensor, condition: Condition) -> None:
+    """The rule above for one tensor; shapes and dtypes equal eager's, infinities are where the oracle has them."""
+    assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, expected {eager.dtype}"
+    assert actual.shape == eager.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(eager.shape)}"
+    exact, approximate, plain = oracle.double(), actual.double(), eager.double()
+    assert not approximate.isnan().any(), f"{name}: {int(approximate.isnan().sum())} NaN"
+    infinite = exact.isinf()
+    assert torch.equal(approximate[infinite], exact[infinite]), f"{name}: infinities differ"
+    exact, approximate, plain = (x.masked_fill(infinite, 0.0) for x in (exact, approximate, plain))
+    if exact.numel() == 0:
+        return
+    eps, largest = torch.finfo(actual.dtype).eps, exact.abs().max()
+    error, eager_error = (approximate - exact).abs().max(), (plain - exact).abs().max()
+    allowed = FACTOR[name] * eager_error + ROUNDINGS * eps * largest
+    if name not in ("out", "lse"):
+        allowed += torch.finfo(torch.float32).eps * condition.lse * largest + eps * condition.terms.get(name, 0.0)
+    assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e} (eager's own is {eager_error:.3e})"
