@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from .params import UNBOUNDED
-
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -30,38 +28,24 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     head_dim: int
     head_dim_v: int
-    seqlen_q: int = 1
-    seqlen_k: int = 1
     is_packed: bool = False
-    has_mask: bool = False
     bias_dtype: torch.dtype | None = None
     dropout_p: float = 0.0
-    left: int = UNBOUNDED
-    right: int = UNBOUNDED
-    bottom_right: bool = False
     return_lse: bool = False
     is_empty: bool = False  # no query, no key or no head to attend with
 
 
 # ---- when torch's function says the same ----
 
-# F.scaled_dot_product_attention stands in for the reference unless one of these holds.
+# F.scaled_dot_product_attention stands in for the reference unless one of these holds. It is given mask, band and bias
+# merged into the one argument it has for them.
 SDPA_DIFFERS: tuple[tuple[str, Callable[[Problem], bool]], ...] = (
     ("it takes no packed sequences", lambda p: p.is_packed),
     ("it does not return the log-sum-exp", lambda p: p.return_lse),
     ("its dropout bits are its own", lambda p: p.dropout_p > 0),
-    ("it takes either a mask or a bias", lambda p: p.has_mask and p.bias_dtype is not None),
     ("it wants the bias in the query's dtype", lambda p: p.bias_dtype not in (None, p.dtype)),
-    ("it has no window", lambda p: p.left < UNBOUNDED or p.right not in (0, UNBOUNDED)),
-    ("it takes no mask or bias with is_causal", lambda p: is_causal(p) and (p.has_mask or p.bias_dtype is not None)),
     ("it loses the bias's gradient of an empty problem", lambda p: p.is_empty and p.bias_dtype is not None),
-    ("its is_causal is top-left", lambda p: is_causal(p) and p.bottom_right and p.seqlen_q != p.seqlen_k),
 )
-
-
-def is_causal(p: Problem) -> bool:
-    """Whether the band is the causal one."""
-    return p.left == UNBOUNDED and p.right == 0
 
 
 def why_not_sdpa(p: Problem) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import backends, checks, reference
 from .autograd import AttentionFunction
 from .backends import Backend, Explanation, Problem
-from .params import AttentionParams
+from .params import UNBOUNDED, AttentionParams
 
 CausalAlign = Literal["top-left", "bottom-right"]
 Window = tuple[int | None, int | None] | None
@@ -283,8 +283,15 @@ def _is_fused(backend: Backend, problem: Problem) -> bool:
 
 def _torch_attention(p: AttentionParams) -> Tensor:
     """F.scaled_dot_product_attention of a call for which it says the same."""
-    mask = p.mask if p.bias is None else p.bias
-    is_causal = p.right == 0
+    has_band = p.left < UNBOUNDED or p.right < UNBOUNDED
+    is_top_left = not p.bottom_right or p.max_seqlen_q == p.max_seqlen_k
+    # Torch's causal kernels take no mask beside, so is_causal stands alone.
+    is_causal = p.left == UNBOUNDED and p.right == 0 and is_top_left and p.mask is None and p.bias is None
+    mask = p.mask
+    if has_band and not is_causal:
+        mask = reference.band(p) if mask is None else reference.band(p) & mask
+    if p.bias is not None:
+        mask = p.bias if mask is None else torch.where(mask, p.bias, -torch.inf)
     enable_gqa = p.q.size(1) != p.k.size(1)
     return F.scaled_dot_product_attention(
         p.q, p.k, p.v, mask, is_causal=is_causal, scale=p.scale, enable_gqa=enable_gqa
@@ -298,15 +305,9 @@ def _problem(p: AttentionParams, return_lse: bool) -> Problem:
         dtype=p.q.dtype,
         head_dim=p.q.size(-1),
         head_dim_v=p.v.size(-1),
-        seqlen_q=p.max_seqlen_q,
-        seqlen_k=p.max_seqlen_k,
         is_packed=p.is_packed(),
-        has_mask=p.mask is not None,
         bias_dtype=None if p.bias is None else p.bias.dtype,
         dropout_p=p.dropout_p,
-        left=p.left,
-        right=p.right,
-        bottom_right=p.bottom_right,
         return_lse=return_lse,
         is_empty=p.q.numel() == 0 or p.k.numel() == 0,
     )

@@ -111,12 +111,22 @@ def _scores(p: AttentionParams, shift: int | Tensor) -> Tensor:
     s = p.scale * (p.q.to(_compute_dtype(p.q)) @ _per_query_head(p.k, p).transpose(-1, -2))
     if p.bias is not None:
         s = s + p.bias.to(s.dtype)
-    query = torch.arange(s.size(-2), device=s.device)[:, None]
-    offset = torch.arange(s.size(-1), device=s.device) - (query + shift)
-    allowed = (offset >= -p.left) & (offset <= p.right)
+    allowed = _band(p, s.size(-2), s.size(-1), shift)
     if p.mask is not None:
         allowed = allowed & p.mask
     return s.masked_fill(~allowed, -INF)
+
+
+def _band(p: AttentionParams, seqlen_q: int, seqlen_k: int, shift: int | Tensor) -> Tensor:
+    """Which keys the band allows, (seqlen_q, seqlen_k) bool, or one per sequence as the shift."""
+    query = torch.arange(seqlen_q, device=p.q.device)[:, None]
+    offset = torch.arange(seqlen_k, device=p.q.device) - (query + shift)
+    return (offset >= -p.left) & (offset <= p.right)
+
+
+def band(p: AttentionParams) -> Tensor:
+    """Which keys the band of a dense problem allows, (seqlen_q, seqlen_k) bool."""
+    return _band(p, p.q.size(-2), p.k.size(-2), _dense_shift(p))
 
 
 def _dropout_factor(p: AttentionParams, sequences: Tensor | None, s: Tensor) -> Tensor | None:

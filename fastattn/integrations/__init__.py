@@ -1,0 +1,1 @@
+"""fastattn inside other people's models, one module per library."""
