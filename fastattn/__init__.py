@@ -1,12 +1,27 @@
-"""Fused scaled-dot-product attention for the GPUs that others left behind, and for the current ones."""
+"""Fused scaled-dot-product attention, forward and backward, for GPUs that others left behind and for current ones."""
 
 from .backends import FastattnFallbackWarning, use_backend
 from .functional import explain, scaled_dot_product_attention, varlen_attention
+from .integrations.torch import replace_attention
+from .modules import MultiHeadAttention
+from .transformer import Transformer, TransformerConfig
 
 __all__ = [
     "FastattnFallbackWarning",
+    "MultiHeadAttention",
+    "Transformer",
+    "TransformerConfig",
     "explain",
+    "replace_attention",
     "scaled_dot_product_attention",
     "use_backend",
     "varlen_attention",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fastattn")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -261,8 +261,7 @@ def attend(p: AttentionParams, return_lse: bool = False) -> tuple[Tensor, Tensor
     if backend.name == "reference":
         out, lse = reference.attention(p)
     elif _is_fused(backend, problem):
-        p = p.replace(q=_last_contiguous(p.q), k=_last_contiguous(p.k), v=_last_contiguous(p.v))
-        out, lse = AttentionFunction.apply(backend.name, *p)
+        out, lse = AttentionFunction.apply(backend.name, *_operands(p))
     else:
         return _torch_attention(p), None
     return out, lse if return_lse else None
@@ -284,7 +283,7 @@ def _is_fused(backend: Backend, problem: Problem) -> bool:
 def _torch_attention(p: AttentionParams) -> Tensor:
     """F.scaled_dot_product_attention of a call for which it says the same."""
     has_band = p.left < UNBOUNDED or p.right < UNBOUNDED
-    is_top_left = not p.bottom_right or p.max_seqlen_q == p.max_seqlen_k
+    is_top_left = not p.bottom_right or bool(p.max_seqlen_q == p.max_seqlen_k)
     # Torch's causal kernels take no mask beside, so is_causal stands alone.
     is_causal = p.left == UNBOUNDED and p.right == 0 and is_top_left and p.mask is None and p.bias is None
     mask = p.mask
@@ -292,7 +291,7 @@ def _torch_attention(p: AttentionParams) -> Tensor:
         mask = reference.band(p) if mask is None else reference.band(p) & mask
     if p.bias is not None:
         mask = p.bias if mask is None else torch.where(mask, p.bias, -torch.inf)
-    enable_gqa = p.q.size(1) != p.k.size(1)
+    enable_gqa = bool(p.q.size(1) != p.k.size(1))  # a symbol under torch.compile with dynamic sizes
     return F.scaled_dot_product_attention(
         p.q, p.k, p.v, mask, is_causal=is_causal, scale=p.scale, enable_gqa=enable_gqa
     )
@@ -317,5 +316,12 @@ def _scale(scale: float | None, query: Tensor) -> float:
     return query.size(-1) ** -0.5 if scale is None else scale
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _operands(p: AttentionParams) -> AttentionParams:
+    """The call as the operator takes it: last dimensions contiguous, and no tensor twice (torch.compile forbids that)."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (p.q, p.k, p.v))
+    k = k.view_as(k) if k is q else k
+    v = v.view_as(v) if v is q or v is p.k else v
+    cu_seqlens_k = p.cu_seqlens_k
+    if cu_seqlens_k is not None and cu_seqlens_k is p.cu_seqlens_q:
+        cu_seqlens_k = cu_seqlens_k.view_as(cu_seqlens_k)
+    return p.replace(q=q, k=k, v=v, cu_seqlens_k=cu_seqlens_k)

@@ -81,6 +81,26 @@ def test_compile_makes_one_graph(backend: str, case: Case) -> None:
         torch.testing.assert_close(x, y)
 
 
+def test_compile_takes_one_tensor_in_several_roles() -> None:
+    torch._dynamo.reset()
+    x, cu_seqlens = torch.randn(7, 2, 8, requires_grad=True), cumulative([3, 4])
+    dense = torch.randn(2, 2, 7, 8, requires_grad=True)
+
+    def packed(x: Tensor) -> Tensor:
+        return fastattn.varlen_attention(x, x, x, cu_seqlens, cu_seqlens, 4, 4)
+
+    def keys_are_values(x: Tensor) -> tuple[Tensor, Tensor]:
+        return fastattn.scaled_dot_product_attention(x + 1, x, x, return_lse=True)
+
+    def all_one(x: Tensor) -> tuple[Tensor, Tensor]:
+        return fastattn.scaled_dot_product_attention(x, x, x, return_lse=True)
+
+    for function, inputs in ((packed, (x,)), (keys_are_values, (dense,)), (all_one, (dense,))):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for a, b in zip(grads(function, inputs), grads(compiled, inputs), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_compile_with_dynamic_sizes_and_another_backend() -> None:
     torch._dynamo.reset()
     function = torch.compile(fastattn.scaled_dot_product_attention, fullgraph=True, backend="aot_eager", dynamic=True)

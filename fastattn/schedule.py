@@ -1,0 +1,41 @@
+"""The learning rate of the paper: linear warm-up, then the inverse square root of the step."""
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def noam_learning_rate(step: int, d_model: int, warmup_steps: int = 4000, factor: float = 1.0) -> float:
+    """Learning rate of one optimiser step, `factor * d_model^-0.5 * min(step^-0.5, step * warmup_steps^-1.5)`.
+
+    Args:
+        step: number of the optimiser step, from 1.
+        d_model: width of the model.
+        warmup_steps: step at which the rate peaks, at `factor / sqrt(d_model * warmup_steps)`.
+        factor: 1 in the paper.
+
+    Raises:
+        ValueError: `step`, `d_model` or `warmup_steps` is below 1.
+
+    Source: "Attention Is All You Need", section 5.3, equation 3.
+    """
+    for name, value in (("step", step), ("d_model", d_model), ("warmup_steps", warmup_steps)):
+        if value < 1:
+            raise ValueError(f"{name}: must be at least 1, got {value}")
+    return factor * d_model**-0.5 * min(step**-0.5, step * warmup_steps**-1.5)
+
+
+def noam_schedule(optimizer: Optimizer, d_model: int, warmup_steps: int = 4000, factor: float = 1.0) -> LambdaLR:
+    """Scheduler that sets `noam_learning_rate`; call `step()` after every optimiser step.
+
+    Args:
+        optimizer: built with `lr=1`, since a `LambdaLR` multiplies the optimiser's own rate.
+        d_model, warmup_steps, factor: as in `noam_learning_rate`.
+
+    Raises:
+        ValueError: the optimiser's own rate is not 1.
+    """
+    for group in optimizer.param_groups:
+        own_rate = group.get("initial_lr", group["lr"])
+        if own_rate != 1.0:
+            raise ValueError(f"optimizer: its own learning rate must be 1, got {own_rate}")
+    return LambdaLR(optimizer, lambda done: noam_learning_rate(done + 1, d_model, warmup_steps, factor))
