@@ -282,19 +282,19 @@ def _is_fused(backend: Backend, problem: Problem) -> bool:
 
 def _torch_attention(p: AttentionParams) -> Tensor:
     """F.scaled_dot_product_attention of a call for which it says the same."""
-    has_band = p.left < UNBOUNDED or p.right < UNBOUNDED
-    is_top_left = not p.bottom_right or bool(p.max_seqlen_q == p.max_seqlen_k)
-    # Torch's causal kernels take no mask beside, so is_causal stands alone.
-    is_causal = p.left == UNBOUNDED and p.right == 0 and is_top_left and p.mask is None and p.bias is None
-    mask = p.mask
-    if has_band and not is_causal:
-        mask = reference.band(p) if mask is None else reference.band(p) & mask
+    mask, options = p.mask, {}
+    if p.left < UNBOUNDED or p.right < UNBOUNDED:
+        is_top_left = not p.bottom_right or p.max_seqlen_q == p.max_seqlen_k
+        # Torch's causal kernels take no mask beside, so is_causal stands alone.
+        if p.left == UNBOUNDED and p.right == 0 and is_top_left and p.mask is None and p.bias is None:
+            options["is_causal"] = True
+        else:
+            mask = reference.band(p) if mask is None else reference.band(p) & mask
     if p.bias is not None:
         mask = p.bias if mask is None else torch.where(mask, p.bias, -torch.inf)
-    enable_gqa = bool(p.q.size(1) != p.k.size(1))  # a symbol under torch.compile with dynamic sizes
-    return F.scaled_dot_product_attention(
-        p.q, p.k, p.v, mask, is_causal=is_causal, scale=p.scale, enable_gqa=enable_gqa
-    )
+    if p.q.size(1) != p.k.size(1):
+        options["enable_gqa"] = True
+    return F.scaled_dot_product_attention(p.q, p.k, p.v, mask, scale=p.scale, **options)
 
 
 def _problem(p: AttentionParams, return_lse: bool) -> Problem:
@@ -317,7 +317,7 @@ def _scale(scale: float | None, query: Tensor) -> float:
 
 
 def _operands(p: AttentionParams) -> AttentionParams:
-    """The call as the operator takes it: last dimensions contiguous, and no tensor twice (torch.compile forbids that)."""
+    """The call as the operator takes it: last dimensions contiguous, no tensor twice (torch.compile forbids it)."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (p.q, p.k, p.v))
     k = k.view_as(k) if k is q else k
     v = v.view_as(v) if v is q or v is p.k else v
