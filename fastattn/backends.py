@@ -104,7 +104,6 @@ def _short(dtype: torch.dtype) -> str:
 _missing: dict[str, str | None] = {}
 
 
-@torch.compiler.assume_constant_result
 def _why_missing(module: str) -> str | None:
     if module not in _missing:
         try:
@@ -113,6 +112,10 @@ def _why_missing(module: str) -> str | None:
         except ImportError as error:
             _missing[module] = f"is not part of this installation ({error})"
     return _missing[module]
+
+
+# What torch.compiler.assume_constant_result does, without the seconds that importing torch's compiler takes.
+vars(_why_missing)["_dynamo_marked_constant"] = True
 
 
 _ANY_FLOAT = (torch.float32, *HALF, torch.float64)

@@ -1,4 +1,4 @@
-"""`python -m fastattn.info [--json | --support]`: what is installed, which backend each device gets and why, and how to mend it.
+"""`python -m fastattn.info`: what is installed, which backend each device gets and why, and how to mend it.
 
 `detect` looks at the machine, `gather` draws the conclusions (any machine can be described to it), `render` words them.
 Exits with 0 when the CPU or every visible GPU has a working backend, with 1 when a GPU has none or only "torch".

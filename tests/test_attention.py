@@ -18,6 +18,13 @@ def test_forward_and_gradients(backend: str, attention_case: Case, poisoned: Non
         check(attention_case)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_and_gradients_on_a_gpu(backend: str, attention_case: Case, poisoned: None) -> None:
+    with fastattn.use_backend(backend):
+        check(attention_case, "cuda")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_long_rows(backend: str, packed: bool) -> None:

@@ -1,0 +1,18 @@
+# Each target sets up .venv first if need be; TORCH="torch==2.7.1" picks another torch, ARGS is passed on.
+.PHONY: demo test test-all check gpu
+.NOTPARALLEL:
+
+demo:      # train a small translator on the CPU or GPU found and score it
+	scripts/demo.sh $(ARGS)
+
+test:      # every tier that runs here, in minutes
+	scripts/test.sh -m "not slow" $(ARGS)
+
+test-all:  # the full products of cases
+	scripts/test.sh --full $(ARGS)
+
+check:     # style and types
+	scripts/check.sh
+
+gpu:       # on a CUDA device: its tests, then timings into benchmarks/results/
+	scripts/gpu.sh

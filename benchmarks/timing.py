@@ -1,0 +1,89 @@
+"""How long a forward and a backward pass take on a device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
+
+
+class Timing(NamedTuple):
+    """Of one pass, over the repetitions."""
+
+    p50_ms: float
+    p20_ms: float
+    p80_ms: float
+
+
+def time_passes(
+    forward: Callable[[], Tensor], backward: Callable[[Tensor], Any], device: torch.device, repetitions: int
+) -> dict[str, Timing]:
+    """Times `out = forward(); backward(out)`, by events on the stream on a GPU and by the clock on the CPU.
+
+    Before each repetition the caches are overwritten, which also gives the host time to queue the kernels; backward
+    follows forward at once, as in training. Warm up first.
+
+    Args:
+        forward: returns the output with its graph.
+        backward: takes that output.
+        device: where they run.
+        repetitions: at least 2.
+
+    Returns:
+        "forward", "backward" and "both".
+    """
+    on_gpu = device.type == "cuda"
+    mark: Callable[[], Any] = _mark_cuda if on_gpu else time.perf_counter
+    milliseconds: Callable[[Any, Any], float] = _between_events if on_gpu else _between_times
+    cache = torch.empty(FLUSH_BYTES if on_gpu else 0, dtype=torch.uint8, device=device)
+    marks = []
+    for _ in range(repetitions):
+        cache.zero_()
+        start = mark()
+        out = forward()
+        middle = mark()
+        backward(out)
+        marks.append((start, middle, mark()))
+        del out
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    return {
+        "forward": _summary([milliseconds(start, middle) for start, middle, _ in marks]),
+        "backward": _summary([milliseconds(middle, end) for _, middle, end in marks]),
+        "both": _summary([milliseconds(start, end) for start, _, end in marks]),
+    }
+
+
+def peak_memory_mib(run: Callable[[], Any], device: torch.device) -> float | None:
+    """MiB that `run` allocates on a GPU at its peak, beyond what was there before; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
+
+
+def _mark_cuda() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between_events(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    return start.elapsed_time(end)
+
+
+def _between_times(start: float, end: float) -> float:
+    return (end - start) * 1e3
+
+
+def _summary(times_ms: list[float]) -> Timing:
+    fifths = statistics.quantiles(times_ms, n=5, method="inclusive")
+    return Timing(statistics.median(times_ms), fifths[0], fifths[3])

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Style and types; says everything that is wrong before it fails.
+source "$(dirname "$0")/env.sh"
+failed=0
+ruff check . || failed=1
+ruff format --check . || failed=1
+mypy || failed=1
+exit $failed

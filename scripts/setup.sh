@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Makes .venv: a torch that fits this machine, the pinned tools, and fastattn from this folder (editable).
+# Returns at once when nothing changed. A .venv that is unfinished, moved or for another torch is made anew.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+finished=.venv/finished
+
+scripts/prerequisites.sh
+# The interpreter behind a virtual environment, which may be the .venv to be replaced.
+python=$("${PYTHON:-python3}" -c 'import os, sys; print(os.path.realpath(sys.executable))')
+choice=$(scripts/choose_torch.sh)
+read -ra torch <<<"${choice%%  \#*}"
+
+kind="$PWD $python $("$python" --version) ${torch[*]}"
+files=$(cat requirements-dev.txt pyproject.toml setup.py scripts/setup.sh | sha256sum)
+last_kind="" last_files=""
+if [[ -f $finished ]]; then { read -r last_kind && read -r last_files; } <$finished || true; fi
+if [[ "$kind" == "$last_kind" && "$files" == "$last_files" ]]; then exit 0; fi
+
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+quiet=(--quiet)
+if [[ -t 1 ]]; then quiet=(); fi # a person sees how far the download is
+
+if [[ "$kind" != "$last_kind" ]]; then
+    echo "set-up: a new .venv with $choice"
+    rm -rf .venv
+    "$python" -m venv .venv
+    pip install "${quiet[@]}" "${torch[@]}"
+    # torch's CPU builds bring no Triton, but its kernels run on the CPU in Triton's interpreter. 3.7.1 fits torch 2.13.
+    packages=$(pip list --format=freeze)
+    if [[ "$(uname -sm)" == "Linux x86_64" && "$packages" == *torch==2.13.* && "$packages" != *triton==* ]]; then
+        pip install "${quiet[@]}" triton==3.7.1
+    fi
+fi
+rm -f $finished
+echo "set-up: the tools of requirements-dev.txt and fastattn"
+pip install --quiet -r requirements-dev.txt
+pip install --quiet --no-deps --no-build-isolation --editable .
+printf '%s\n%s\n' "$kind" "$files" >$finished

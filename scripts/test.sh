@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Runs pytest on every core, one torch thread each; takes pytest's options.
+source "$(dirname "$0")/env.sh"
+workers=$(env -u OMP_NUM_THREADS nproc)
+export OMP_NUM_THREADS=1
+exec pytest --numprocesses "$workers" "$@"
