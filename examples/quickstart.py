@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from number_translation import Vocabulary, draw_pairs
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim.swa_utils import AveragedModel
@@ -36,6 +35,7 @@ import fastattn
 from fastattn.generation import cross_attention_weights, translate
 from fastattn.losses import label_smoothed_cross_entropy
 from fastattn.schedule import noam_schedule
+from number_translation import Vocabulary, draw_pairs
 
 TEST_SEED = 2017  # the test sentences are the same for every --seed
 BATCH_TOKENS = 1_200  # places of a batch on each side, padding included

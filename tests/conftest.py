@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastattn import autograd
+from fastattn import autograd, functional
+from fastattn.params import AttentionParams
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,3 +51,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(autograd, "_empty_results", poison(autograd._empty_results))
     monkeypatch.setattr(autograd, "_empty_grads", poison(autograd._empty_grads))
+
+
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> list[AttentionParams]:
+    """The parameters of every attention call made during a test."""
+    calls, attend = [], functional.attend
+
+    def record(params, *args):
+        calls.append(params)
+        return attend(params, *args)
+
+    monkeypatch.setattr(functional, "attend", record)
+    return calls

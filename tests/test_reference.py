@@ -211,3 +211,27 @@ def test_garbage_past_the_last_sequence_is_not_read() -> None:
         (dx,) = torch.autograd.grad((out, lse), x, (torch.randn_like(out), torch.randn_like(lse)))
         assert out[:7].isfinite().all() and dx[:7].isfinite().all()
         assert not out[7:].any() and not dx[7:].any() and (lse[:, 7:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(("lengths", "total"), [([], 3), ([0, 0], 2), ([0], 0)], ids=str)
+def test_packed_batches_of_nothing(backend: str, lengths: list[int], total: int) -> None:
+    x, cu_seqlens = torch.randn(total, 2, 4, requires_grad=True), cumulative(lengths)
+    with fastattn.use_backend(backend):
+        out, lse = fastattn.varlen_attention(x, x, x, cu_seqlens, cu_seqlens, 0, 0, return_lse=True)
+    (dx,) = torch.autograd.grad(out, x, torch.randn_like(out))
+    assert out.shape == x.shape and not out.any() and not dx.any()
+    assert lse.shape == (2, total) and (lse == -torch.inf).all()
+
+
+def test_a_float_mask_is_a_bias_with_a_gradient() -> None:
+    q, k = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 5, 4)
+    mask = torch.randn(2, 1, 1, 5, requires_grad=True)
+    dout = torch.randn(2, 2, 3, 4)
+    grads = [
+        torch.autograd.grad(fastattn.scaled_dot_product_attention(q, k, k, **{name: mask}), mask, dout)[0]
+        for name in ("attn_mask", "attn_bias")
+    ]
+    weights = (0.5 * q @ k.transpose(-1, -2) + mask).softmax(-1)
+    (expected,) = torch.autograd.grad(weights @ k, mask, dout)
+    torch.testing.assert_close(grads, [expected, expected])

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from fastattn import functional
 from fastattn.integrations.torch import replace_attention
 from fastattn.modules import MultiHeadAttention
 
@@ -21,19 +20,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 LAYER = {"d_model": DIM, "nhead": HEADS, "dim_feedforward": 16, "dropout": 0.0, "dtype": torch.float64}
-
-
-@pytest.fixture
-def attended(monkeypatch):
-    """The parameters of every attention call made during a test."""
-    calls, attend = [], functional.attend
-
-    def record(params, *args):
-        calls.append(params)
-        return attend(params, *args)
-
-    monkeypatch.setattr(functional, "attend", record)
-    return calls
 
 
 def randomised(model):
