@@ -10,15 +10,17 @@ the two is an error of eager's own size, hence 2 for out and lse. A gradient goe
 ROUNDINGS: where eager happens to be exact, the rounding of the inputs of the last product (2), of its result (1) and of
 the dtype's representation (1) remain.
 
-A gradient may further differ by what a backward that stores only out and lse cannot avoid:
+All that follows from the scores may further differ by what the form of the computation decides:
 
-    eps(float32) * max|lse| * max|oracle| + eps(dtype) * max|terms|
+    out:    eps(float32) * scores * max|oracle|            lse:    eps(float32) * scores
+    dV:     2 * eps(float32) * scores * max|oracle|        dQ, dK, dbias:    the same + eps(dtype) * terms
 
-The weights come back as exp(S - lse): rounding lse moves every weight of its row by eps(float32) / 2 * |lse|, in dQ, dK
-and dbias once in the product with dP and once in the one with delta. And in these three delta comes from an out that is
-rounded to the dtype, so that dP - delta is exact only relative to the absolute terms of both ("terms": the gradient
-computed with |dP| + |delta| for dP - delta, and absolute values everywhere). Where a row has one key, the gradient is 0
-and the terms are all there is.
+scores is the largest |bias| + |scale| * sum |q| |k| of an allowed key. Whether the scale goes to q, to k, half to each
+or to the product moves a score by one rounding of its terms, and a weight by as much in proportion. A backward that
+stores only out and lse gets the weights back as exp(S - lse), with one such rounding more (|lse| is at most scores + the
+log of the length). In dQ, dK and dbias its delta comes from an out that is rounded to the dtype, so that dP - delta is
+exact only relative to the absolute terms of both: terms is the largest value of the gradient computed with |dP| + |delta|
+for dP - delta, and absolute values everywhere. Where a row has one key, the gradient is 0 and the terms are all there is.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ ROUNDINGS = 4.0
 
 @dataclass(frozen=True)
 class Condition:
-    """Largest values of one problem that the rounding of its gradients grows with."""
+    """Largest values of one problem that rounding grows with."""
 
-    lse: float
+    scores: float
     terms: dict[str, float]  # of dq, dk, dbias
 
 
@@ -53,7 +55,11 @@ def assert_close_to_oracle(name: str, actual: Tensor, oracle: Tensor, eager: Ten
         return
     eps, largest = torch.finfo(actual.dtype).eps, exact.abs().max()
     error, eager_error = (approximate - exact).abs().max(), (plain - exact).abs().max()
+    rounding_of_scores = torch.finfo(torch.float32).eps * condition.scores
     allowed = FACTOR[name] * eager_error + ROUNDINGS * eps * largest
-    if name not in ("out", "lse"):
-        allowed += torch.finfo(torch.float32).eps * condition.lse * largest + eps * condition.terms.get(name, 0.0)
+    if name == "lse":
+        allowed += rounding_of_scores
+    else:
+        allowed += rounding_of_scores * largest * (1 if name == "out" else 2)
+        allowed += eps * condition.terms.get(name, 0.0)
     assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e} (eager's own is {eager_error:.3e})"
