@@ -15,12 +15,13 @@ All that follows from the scores may further differ by what the form of the comp
     out:    eps(float32) * scores * max|oracle|            lse:    eps(float32) * scores
     dV:     2 * eps(float32) * scores * max|oracle|        dQ, dK, dbias:    the same + eps(dtype) * terms
 
-scores is the largest |bias| + |scale| * sum |q| |k| of an allowed key. Whether the scale goes to q, to k, half to each
-or to the product moves a score by one rounding of its terms, and a weight by as much in proportion. A backward that
-stores only out and lse gets the weights back as exp(S - lse), with one such rounding more (|lse| is at most scores + the
-log of the length). In dQ, dK and dbias its delta comes from an out that is rounded to the dtype, so that dP - delta is
-exact only relative to the absolute terms of both: terms is the largest value of the gradient computed with |dP| + |delta|
-for dP - delta, and absolute values everywhere. Where a row has one key, the gradient is 0 and the terms are all there is.
+scores is the largest |bias| + |scale| * sum |q| |k| of an allowed key. Whether the scale goes to q, to k, half to
+each or to the product moves a score by one rounding of its terms, and a weight by as much in proportion. A backward
+that stores only out and lse gets the weights back as exp(S - lse), with one such rounding more (|lse| is at most
+scores + the log of the length). In dQ, dK and dbias its delta comes from an out that is rounded to the dtype, so that
+dP - delta is exact only relative to the absolute terms of both: terms is the largest value of the gradient computed
+with |dP| + |delta| for dP - delta, and absolute values everywhere. Where a row has one key, the gradient is 0 and the
+terms are all there is.
 """
 
 from __future__ import annotations
