@@ -72,6 +72,8 @@ def _check_heads(nheads: int, nheads_k: int, enable_gqa: bool) -> None:
 
 def to_4d(x: Tensor) -> Tensor:
     """(..., heads, seqlen, head_dim) as (batch, heads, seqlen, head_dim)."""
+    if x.dim() == 4:
+        return x
     return x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
 
 
