@@ -285,8 +285,9 @@ def _torch_attention(p: AttentionParams) -> Tensor:
     mask, options = p.mask, {}
     if p.left < UNBOUNDED or p.right < UNBOUNDED:
         is_top_left = not p.bottom_right or p.max_seqlen_q == p.max_seqlen_k
-        # Torch's causal kernels take no mask beside, so is_causal stands alone.
-        if p.left == UNBOUNDED and p.right == 0 and is_top_left and p.mask is None and p.bias is None:
+        is_plain_causal = p.left == UNBOUNDED and p.right == 0 and p.mask is None and p.bias is None
+        # With a scale of 0 or less torch's causal kernels return NaN: they mask by -inf before they scale.
+        if is_plain_causal and is_top_left and p.scale > 0:
             options["is_causal"] = True
         else:
             mask = reference.band(p) if mask is None else reference.band(p) & mask

@@ -23,7 +23,7 @@ AXES: dict[str, list[Any]] = {
     "packed": [False, True],
     "return_lse": [False, True],
     "layout": ["heads-outer", "heads-inner", "expanded", "strided"],
-    "scale": [None, 0.3, -0.5],
+    "scale": [None, 0.3, -0.5, 0.0],
     "seqlens": [(17, 63), (64, 65), (63, 17), (128, 127), (1, 129), (129, 1), (0, 5), (5, 0), (1, 1)],
     "dims": [(8, 8), (16, 16), (32, 32), (40, 40), (64, 64), (128, 128), (24, 8), (8, 40), (1, 1)],
 }

@@ -61,19 +61,35 @@ def test_weights_sum_to_one_or_to_nothing(backend: str, seqlen_q: int, seqlen_k:
 
 
 @property_test
-@given(lengths_k=lengths, is_causal=st.booleans(), dropout_p=st.sampled_from([0.0, 0.4]), seed=st.integers(0, 1000))
+@given(
+    lengths_k=lengths,
+    is_causal=st.booleans(),
+    has_mask=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.4]),
+    seed=st.integers(0, 1000),
+)
 @pytest.mark.parametrize("causal_align", ["top-left", "bottom-right"])
 def test_packed_equals_padded(
-    backend: str, causal_align: str, lengths_k: list[int], is_causal: bool, dropout_p: float, seed: int
+    backend: str,
+    causal_align: str,
+    lengths_k: list[int],
+    is_causal: bool,
+    has_mask: bool,
+    dropout_p: float,
+    seed: int,
 ) -> None:
     lengths_q = [(3 * n + 5) % 11 for n in lengths_k]
     q, k, v = (normal(seed + i, sum(n), 2, 4).requires_grad_() for i, n in enumerate((lengths_q, lengths_k, lengths_k)))
     longest_q, longest_k = max(lengths_q), max(lengths_k)
     kwargs = {"is_causal": is_causal, "causal_align": causal_align, "dropout_p": dropout_p, "return_lse": True}
+    shape = (len(lengths_k), 2, longest_q, longest_k)
+    mask, bias = (normal(seed + 3, *shape) > -0.5, normal(seed + 4, *shape)) if has_mask else (None, None)
     with fastattn.use_backend(backend):
         torch.manual_seed(seed)
         edges = cumulative(lengths_q), cumulative(lengths_k)
-        out, lse = fastattn.varlen_attention(q, k, v, *edges, longest_q, longest_k, **kwargs)
+        out, lse = fastattn.varlen_attention(
+            q, k, v, *edges, longest_q, longest_k, attn_mask=mask, attn_bias=bias, **kwargs
+        )
         dout, dlse = normal(seed, *out.shape), normal(seed + 1, *lse.shape)
         dlse = dlse.masked_fill(lse == -torch.inf, 0.0)
         grads = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
@@ -84,7 +100,8 @@ def test_packed_equals_padded(
             one = [x[part].transpose(0, 1).detach() for x, part in ((q, rows), (k, keys), (v, keys))]
             batch = [x.expand(b + 1, *x.shape).clone().requires_grad_() for x in one]
             torch.manual_seed(seed)
-            dense_out, dense_lse = fastattn.scaled_dot_product_attention(*batch, **kwargs)
+            seen = [x if x is None else x[: b + 1, :, : lengths_q[b], : lengths_k[b]] for x in (mask, bias)]
+            dense_out, dense_lse = fastattn.scaled_dot_product_attention(*batch, seen[0], attn_bias=seen[1], **kwargs)
             torch.testing.assert_close(dense_out[b].transpose(0, 1), out[rows])
             torch.testing.assert_close(dense_lse[b], lse[:, rows])
             upstream = dout[rows].transpose(0, 1), dlse[:, rows]

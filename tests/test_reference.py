@@ -200,6 +200,15 @@ def test_huge_scores_do_not_overflow() -> None:
     assert lse.isfinite().all()
 
 
+def test_lengths_that_promise_too_much_are_cut() -> None:
+    """On a GPU nobody has checked cu_seqlens by value: nothing outside of the tensors may be read or written."""
+    x, valid = torch.randn(7, 2, 4), cumulative([3, 4])
+    p = functional.varlen_attention_params(x, x, x, valid, valid, 9, 9)
+    beyond = torch.tensor([0, 3, 12], dtype=torch.int32)
+    expected, actual = reference.attention(p), reference.attention(p.replace(cu_seqlens_q=beyond, cu_seqlens_k=beyond))
+    torch.testing.assert_close(actual, expected)
+
+
 def test_garbage_past_the_last_sequence_is_not_read() -> None:
     cu_seqlens = cumulative([3, 4])
     x = torch.randn(9, 2, 4)
