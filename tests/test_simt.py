@@ -154,6 +154,7 @@ def test_16_bit_types_round_like_torch(dtype):
 DEFECTS = {
     "missing_barrier": ("race", r"shared tile\+\d+", "tile[63 - thread]", "tile[thread] = value"),
     "missing_syncwarp": ("race", r"dynamic shared\+\d+", "exchange[thread ^ 1]", "= sum;"),
+    "shuffle_for_syncwarp": ("race", r"dynamic shared\+\d+", "exchange[thread ^ 1]", "= sum;"),
     "divergent_barrier": ("divergent-barrier", "", "// one half here", "// the other half here"),
     "early_return": ("exited-thread", "", "__syncthreads()", None),
     "uninitialised_shared": ("uninitialised", r"shared tile\+28", "tile[63 - thread]", None),

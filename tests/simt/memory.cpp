@@ -54,21 +54,23 @@ int find_image(dl_phdr_info* info, size_t, void*) {
 
 }  // namespace
 
-void prepare_memory() {
+void prepare_memory(unsigned num_threads) {
     const volatile unsigned char* touch = smem;
     (void)*touch;  // the thread-local block exists from the first access on
     dl_iterate_phdr(find_image, nullptr);
-    if (stacks.begin != 0) return;
-    const size_t bytes = kMaxThreads * kStackBytes;
+    const size_t bytes = num_threads * kStackBytes;
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) {
         std::perror("simt: no memory for the stacks");
         std::abort();
     }
     stacks = {reinterpret_cast<uintptr_t>(memory), reinterpret_cast<uintptr_t>(memory) + bytes};
-    for (unsigned i = 0; i < kMaxThreads; ++i)  // a guard page below each stack
+    for (unsigned i = 0; i < num_threads; ++i)  // a guard page below each stack
         mprotect(static_cast<char*>(memory) + i * kStackBytes, 4096, PROT_NONE);
 }
+
+// After every launch: a process may have only so many mappings, and each guard page makes one.
+void release_stacks() { munmap(reinterpret_cast<void*>(stacks.begin), stacks.end - stacks.begin); }
 
 char* stack_top(unsigned thread) { return reinterpret_cast<char*>(stacks.begin) + (thread + 1) * kStackBytes; }
 

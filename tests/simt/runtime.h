@@ -50,7 +50,8 @@ extern Range shared_memory;  // this library's thread-local block: all __shared_
 extern Range image;          // this library's code, constants and the runtime's own state
 extern Range params;         // the argument struct on the host
 uintptr_t dynamic_shared_begin();
-void prepare_memory();                             // finds all of these; at every launch
+void prepare_memory(unsigned num_threads);  // finds all of these; at every launch
+void release_stacks();
 void poison_shared_memory(size_t dynamic_shared);  // NaN everywhere, whatever the last block left
 char* stack_top(unsigned thread);
 

@@ -5,6 +5,7 @@
 // returns to run_block(), which finds the block finished or stuck. Every meeting is checked when a thread arrives and
 // when one exits.
 #include <algorithm>
+#include <iterator>
 #include <vector>
 
 #include "fiber.h"
@@ -23,6 +24,7 @@ enum Schedule { kInOrder, kReversed, kShuffled };
 
 Fiber fibers[kMaxThreads];
 unsigned num_threads, num_done, num_at_barrier;
+unsigned lanes_waiting[kMaxThreads / kWarpSize], lanes_done[kMaxThreads / kWarpSize];  // of each warp
 void* launcher_stack;
 bool given_up;
 const Kernel* kernel;
@@ -150,6 +152,7 @@ void complete_warp_call(Fiber* warp, const WarpCall& call) {
         call.combine(call.mask, in, out);
     }
     if (call.orders_memory) join_periods(warp, call.mask);
+    lanes_waiting[warp->warp] &= ~call.mask;
     for_lanes(call.mask, [&](unsigned lane) { ready.push(warp[lane]); });
 }
 
@@ -160,6 +163,7 @@ void run_fiber() {
     Fiber& me = current();
     me.state = State::kDone;
     ++num_done;
+    lanes_done[me.warp] |= 1u << me.lane;
     Fiber* warp = warp_of(me);
     for_lanes(lanes_of(me), [&](unsigned lane) {
         if (warp[lane].state == State::kInWarpCall && (warp[lane].call.mask >> me.lane & 1))
@@ -192,6 +196,8 @@ void run_block(uint3 index, dim3 size, size_t dynamic_shared) {
     num_done = num_at_barrier = 0;
     running = {running.serial + 1, 1, dynamic_shared};
     ready.head = ready.tail = 0;
+    std::fill(std::begin(lanes_waiting), std::end(lanes_waiting), 0);
+    std::fill(std::begin(lanes_done), std::end(lanes_done), 0);
     poison_shared_memory(dynamic_shared);
     for (unsigned i = 0; i < num_threads; ++i) {
         Fiber& fiber = fibers[i];
@@ -249,11 +255,15 @@ void warp_call(const WarpCall& call) {
     me.call.mask &= lanes_of(me);  // the last warp may be a partial one
     me.state = State::kInWarpCall;
     Fiber* warp = warp_of(me);
-    bool complete = true;
-    for_lanes(me.call.mask, [&](unsigned lane) {
-        check_meeting(me, warp[lane]);
-        complete &= warp[lane].state == State::kInWarpCall && warp[lane].call.mask == me.call.mask;
-    });
+    lanes_waiting[me.warp] |= 1u << me.lane;
+    const unsigned arrived = lanes_waiting[me.warp] | lanes_done[me.warp];
+    bool complete = (arrived & me.call.mask) == me.call.mask;
+    if (complete) {
+        for_lanes(me.call.mask, [&](unsigned lane) {
+            check_meeting(me, warp[lane]);
+            complete &= warp[lane].call.mask == me.call.mask;
+        });
+    }
     if (complete) complete_warp_call(warp, me.call);
     switch_to_next(&me.stack);
 }
@@ -268,9 +278,9 @@ SIMT_API void simt_launch(const simt::Kernel* kernel, const void* params, const 
                           size_t dynamic_shared, int schedule, uint64_t seed, int checked) {
     using namespace simt;
     const dim3 blocks(grid[0], grid[1], grid[2]), threads(block[0], block[1], block[2]);
-    prepare_memory();
     forget_reports();
     num_threads = threads.x * threads.y * threads.z;
+    prepare_memory(num_threads);
     simt::kernel = kernel;
     kernel_params = params;
     const uintptr_t address = reinterpret_cast<uintptr_t>(params);
@@ -294,4 +304,5 @@ SIMT_API void simt_launch(const simt::Kernel* kernel, const void* params, const 
     }
     self = nullptr;
     simt::checked = false;
+    release_stacks();
 }

@@ -10,6 +10,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <vector>
 
 #include "runtime.h"
@@ -40,7 +42,10 @@ struct Region : Range {
         : Range(range), name(std::move(name)), writable(writable), shared(shared), granule(granule) {
         void* memory =
             mmap(nullptr, cells_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED) std::abort();
+        if (memory == MAP_FAILED) {
+            std::perror("simt: no memory for the shadow");
+            std::abort();
+        }
         cells = static_cast<Cell*>(memory);
     }
     size_t cells_bytes() const { return (((end - begin) >> granule) + 2) * sizeof(Cell); }

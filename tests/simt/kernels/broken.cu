@@ -6,6 +6,7 @@ enum class Defect {
     none,
     missing_barrier,
     missing_syncwarp,
+    shuffle_for_syncwarp,
     divergent_barrier,
     early_return,
     uninitialised_shared,
@@ -59,7 +60,8 @@ __global__ void reverse(const Params p) {
 
     // Neighbours, through shared memory and by a shuffle
     exchange[has(Defect::shared_write) ? thread + 1 : thread] = sum;
-    if (!has(Defect::missing_syncwarp)) __syncwarp();
+    if (has(Defect::shuffle_for_syncwarp)) __shfl_sync(0xffffffffu, sum, 0);  // brings lanes together, orders no memory
+    if (!has(Defect::missing_syncwarp) && !has(Defect::shuffle_for_syncwarp)) __syncwarp();
     if (!has(Defect::shared_write)) sum += exchange[thread ^ 1];
     if (has(Defect::lane_returned) && lane == 31) return;
     if (has(Defect::lane_elsewhere) && lane == 31) __syncthreads();  // the lane that is elsewhere
