@@ -25,7 +25,7 @@ enum class Defect {
     source_not_in_mask,
 };
 
-constexpr bool has(Defect defect) { return Defect::DEFECT == defect; }
+__device__ constexpr bool has(Defect defect) { return Defect::DEFECT == defect; }
 
 struct Params {
     const float* x;  // (n)
