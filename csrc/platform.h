@@ -1,5 +1,5 @@
-// What differs between the compilers of the kernels, and nothing else: NVRTC (or nvcc) for a GPU, and a C++ compiler for
-// the CPU executor, with tests/simt on the include path. No other file asks which one it is.
+// What differs between the compilers of the kernels, and nothing else: NVRTC (or nvcc) for a GPU, and a C++ compiler
+// for the CPU executor, with tests/simt on the include path. No other file asks which one it is.
 #pragma once
 
 #if defined(__CUDACC__)

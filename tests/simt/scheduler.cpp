@@ -2,8 +2,8 @@
 //
 // `ready` holds the fibers that can run. A fiber that must wait switches straight to the next ready one; the last one
 // to arrive completes the barrier or the warp call and makes everybody ready again. When nobody is ready, control
-// returns to run_block(), which finds the block finished or stuck. A meeting is checked when its last thread arrives, and
-// when a thread exits.
+// returns to run_block(), which finds the block finished or stuck. A meeting is checked when its last thread arrives,
+// and when a thread exits.
 #include <algorithm>
 #include <iterator>
 #include <vector>
