@@ -1,0 +1,1 @@
+"""Runs CUDA kernels without a GPU: see simt.h for how, executor.py for the launcher."""
