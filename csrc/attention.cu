@@ -6,10 +6,10 @@
 
 namespace fastattn {
 
-#define FASTATTN_DEFINE(pass, Smem, head_dim, m, n, warps, lanes_x, min_blocks)                          \
-    extern "C" __global__ void __launch_bounds__(32 * warps, min_blocks)                                 \
-        FASTATTN_KERNEL_NAME(pass, head_dim, m, n)(const AttentionParams p) {                            \
-        if (p.lse.data != nullptr && threadIdx.x == 0) p.lse.data[blockIdx.x] = p.scale * (head_dim);    \
+#define FASTATTN_DEFINE(pass, Smem, head_dim, m, n, warps, lanes_x, min_blocks)                       \
+    extern "C" __global__ void __launch_bounds__(32 * warps, min_blocks)                              \
+        FASTATTN_KERNEL_NAME(pass, head_dim, m, n)(const AttentionParams p) {                         \
+        if (p.lse.data != nullptr && threadIdx.x == 0) p.lse.data[blockIdx.x] = p.scale * (head_dim); \
     }
 FASTATTN_KERNELS(FASTATTN_DEFINE)
 

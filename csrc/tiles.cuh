@@ -17,8 +17,8 @@ struct Tile {
     static constexpr int kWarpRows = BlockM / Warps;
     static constexpr int group(int count) { return count < 4 ? count : 4; }
 
-    // Products over head_dim run in slices of kSlice; products over keys in slices of kKeySlice, which are the keys that
-    // a warp's lanes hold in one group each.
+    // Products over head_dim run in slices of kSlice; products over keys in slices of kKeySlice, which are the keys
+    // that a warp's lanes hold in one group each.
     static constexpr int kSlice = HeadDim < 64 ? HeadDim : 64;
     static constexpr int kKeySlice = LanesX * group(kKeys);
     static constexpr bool kOneSlice = kSlice == HeadDim;
@@ -40,8 +40,9 @@ struct ForwardSmem {
     static constexpr int kBytes = 4 * (kLeft + kRight);
 };
 
-//   left:  q^T or dout^T slice (kSlice, kBlockM)        or weights (kBlockM, kBlockN), or weights^T (kKeySlice, kBlockM)
-//   right: k^T or v^T slice (kSlice, kBlockN)           or q or dout (kBlockM, head_dim), or k (kKeySlice, head_dim)
+//   left:  q^T or dout^T slice (kSlice, kBlockM)        or weights (kBlockM, kBlockN), or weights^T (kKeySlice,
+//   kBlockM) right: k^T or v^T slice (kSlice, kBlockN)           or q or dout (kBlockM, head_dim), or k (kKeySlice,
+//   head_dim)
 template <class T>
 struct BackwardSmem {
     static constexpr int kLeft = T::kBlockM * T::larger(T::kSlice, T::kBlockN);
@@ -49,8 +50,8 @@ struct BackwardSmem {
     static constexpr int kBytes = 4 * (kLeft + kRight);
 };
 
-// Every kernel of one element type: the pass and its tile. 18 and the sum of bias gradients, for each of 3 element types:
-// 57 instantiations per architecture.
+// Every kernel of one element type: the pass and its tile. 18 and the sum of bias gradients, for each of 3 element
+// types: 57 instantiations per architecture.
 #define FASTATTN_KERNELS(KERNEL)                                           \
     /* pass, shared memory, head_dim, M, N, warps, lanes x, min. blocks */ \
     KERNEL(attention_fwd, ForwardSmem, 32, 32, 32, 2, 8, 4)                \
