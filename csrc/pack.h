@@ -127,9 +127,7 @@ inline Sizes stride(py::handle tensor, int count, const char* name) {
 template <class T>
 T* data(py::handle tensor) {
     if (tensor.is_none()) return nullptr;
-    const auto address = PyLong_AsUnsignedLongLong(call(tensor, names().data_ptr).ptr());
-    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-    return reinterpret_cast<T*>(address);
+    return reinterpret_cast<T*>(to_index(call(tensor, names().data_ptr)));
 }
 
 // A tensor of floats whose strides follow from its shape; null for None.

@@ -32,21 +32,7 @@ class Driver(NamedTuple):
 KERNELS: tuple[Kernel, ...]
 ELEMENTS: tuple[str, ...]  # what a kernel's tensors may hold, by torch's names: "float32", "float16", "bfloat16"
 
-# out, lse, dout, dlse, delta, dq, dk, dv, dq_sum, dbias_partial
-_Buffers = tuple[
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-]
-
-def pack(p: AttentionParams, buffers: _Buffers) -> bytes:
+def pack(p: AttentionParams, buffers: tuple[Tensor | None, ...]) -> bytes:
     """The struct AttentionParams of csrc/attention.h for one call.
 
     Args:
@@ -68,7 +54,7 @@ def launch(
     stream: int,
     grid: tuple[int, int, int],
     p: AttentionParams,
-    buffers: _Buffers,
+    buffers: tuple[Tensor | None, ...],
 ) -> None:
     """Queue one kernel on a stream; its module is loaded at the first call. An empty grid launches nothing.
 

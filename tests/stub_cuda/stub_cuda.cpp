@@ -1,5 +1,7 @@
 // A libcuda without a GPU: it keeps CUDA's rules about contexts and handles, records every call, and fails on request.
 // The real names with the same arguments; what begins with stub_ is for whoever watches.
+#include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -7,6 +9,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -18,7 +21,8 @@ enum : Result {
     kNotInitialized = 3,
     kInvalidDevice = 101,
     kInvalidContext = 201,
-    kInvalidHandle = 400
+    kInvalidHandle = 400,
+    kTimeout = 909
 };
 
 struct Context {
@@ -59,6 +63,7 @@ std::map<std::pair<int, int>, int> attributes_of;
 std::string compiler_log;
 std::size_t params_bytes = 0;
 bool is_recording = true, is_initialized = false;
+std::atomic<bool> is_held{false};
 int device_count = 1;
 Context contexts[kMaxDevices];
 std::deque<Module> modules;
@@ -91,6 +96,15 @@ Result enter(const char* name, std::initializer_list<std::uint64_t> numbers, std
         return result;
     }
     return is_initialized || std::strcmp(name, "cuInit") == 0 ? kSuccess : kNotInitialized;
+}
+
+// Waits until it is no longer held; not for ever, so that whoever waits in turn for the caller fails and does not hang.
+bool wait_while_held() {
+    for (int milliseconds = 0; is_held; ++milliseconds) {
+        if (milliseconds == 5000) return false;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return true;
 }
 
 }  // namespace
@@ -205,6 +219,7 @@ Result cuModuleLoadDataEx(Module** module, const void* image, unsigned count, co
     }
     if (log != nullptr) std::strncpy(log, compiler_log.c_str(), log_bytes);
     if (failure != kSuccess) return failure;
+    if (!wait_while_held()) return kTimeout;
     if (current() == nullptr) return kInvalidContext;
     const std::lock_guard guard(lock);
     modules.push_back({current(), static_cast<const char*>(image)});
@@ -236,6 +251,7 @@ Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsi
     STUB_ENTER(
         {number(function), grid_x, grid_y, grid_z, block_x, block_y, block_z, smem, number(stream), number(current())},
         bytes)
+    if (!wait_while_held()) return kTimeout;
     if (current() == nullptr) return kInvalidContext;
     if (current() != function->module->context) return kInvalidHandle;
     if (static_cast<int>(smem) > function->max_dynamic_smem || extra != nullptr) return kInvalidValue;
@@ -246,6 +262,14 @@ Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsi
 
 // Not recorded: one comparison and out, for measuring the caller.
 void stub_record(int on) { is_recording = on != 0; }
+
+// Loading and launching wait while it is held, as on a GPU that is busy.
+void stub_hold(int on) { is_held = on != 0; }
+
+void stub_clear() {
+    const std::lock_guard guard(lock);
+    calls.clear();
+}
 
 int stub_calls() { return static_cast<int>(calls.size()); }
 
