@@ -46,7 +46,8 @@ def load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, Stu
     shutil.copy(installed.origin, copy)
     shutil.copy(build(), library)
     monkeypatch.setenv("FASTATTN_LIBCUDA", str(library))
-    spec = importlib.util.spec_from_file_location("fastattn._launcher", copy)
+    # Under a name of its own: pybind11 gives the same module to the same name.
+    spec = importlib.util.spec_from_file_location(f"{folder.name}._launcher", copy)
     assert spec is not None and spec.loader is not None
     launcher = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(launcher)
@@ -108,16 +109,11 @@ class Stub:
 
     def current_device(self) -> int:
         """Of this thread's context; -1 without one."""
-        context = ctypes.c_void_p()
-        assert self.library.cuCtxGetCurrent(ctypes.byref(context)) == 0
-        return self.library.stub_device_of(context)
+        return self.library.stub_current_device()
 
     def make_current(self, device: int) -> None:
-        """Push the device's primary context in this thread, as torch's runtime does."""
-        context = ctypes.c_void_p()
-        assert self.library.cuInit(0) == 0
-        assert self.library.cuDevicePrimaryCtxRetain(ctypes.byref(context), 100 + device) == 0
-        assert self.library.cuCtxPushCurrent_v2(context) == 0
+        """Push the device's primary context in this thread, as torch does."""
+        self.library.stub_make_current(device)
 
     def _call(self, i: int) -> Call:
         name, thread, numbers = ctypes.c_char_p(), ctypes.c_uint64(), (ctypes.c_uint64 * 10)()

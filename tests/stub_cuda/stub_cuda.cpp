@@ -27,7 +27,6 @@ enum : Result {
 
 struct Context {
     int device;
-    int references;
 };
 
 struct Module {
@@ -53,7 +52,7 @@ struct Failure {
     int calls_before;
 };
 
-constexpr int kMaxDevices = 4, kDefaultSmem = 48 * 1024;
+constexpr int kDefaultSmem = 48 * 1024;
 
 std::mutex lock;
 std::deque<Call> calls;
@@ -65,7 +64,7 @@ std::size_t params_bytes = 0;
 bool is_recording = true, is_initialized = false;
 std::atomic<bool> is_held{false};
 int device_count = 1;
-Context contexts[kMaxDevices];
+Context contexts[] = {{0}, {1}, {2}, {3}};
 std::deque<Module> modules;
 std::deque<Function> functions;
 
@@ -78,6 +77,8 @@ std::vector<Context*>& stack() {
     static thread_local std::vector<Context*> stack;
     return stack;
 }
+
+Context* primary_context(int ordinal) { return &contexts[ordinal]; }
 
 Context* current() { return stack().empty() ? nullptr : stack().back(); }
 
@@ -182,9 +183,7 @@ Result cuDevicePrimaryCtxRetain(Context** context, int device) {
     STUB_ENTER({static_cast<std::uint64_t>(device)})
     const int ordinal = device - 100;
     if (ordinal < 0 || ordinal >= device_count) return kInvalidDevice;
-    *context = &contexts[ordinal];
-    (*context)->device = ordinal;
-    (*context)->references++;
+    *context = primary_context(ordinal);
     return kSuccess;
 }
 
@@ -303,5 +302,9 @@ const char* stub_image_of(const Function* function) { return function->module->i
 const char* stub_name_of(const Function* function) { return function->name.c_str(); }
 
 int stub_device_of(const Context* context) { return context == nullptr ? -1 : context->device; }
+
+int stub_current_device() { return stub_device_of(current()); }
+
+void stub_make_current(int ordinal) { stack().push_back(primary_context(ordinal)); }
 
 }  // extern "C"
