@@ -42,22 +42,24 @@ struct Range {
     int begin, end;
 };
 
-// Key tiles that queries i0 ... i0 + kBlockM - 1 may look into; begin is a multiple of kBlockN.
+// Key tiles that the queries of tile i0 may look into; begin is a multiple of kBlockN.
 template <class T>
 __device__ __forceinline__ Range key_range(const AttentionParams& p, const Sequence& s, int i0) {
-    const index_t diagonal = static_cast<index_t>(i0) + s.shift;
-    const index_t begin = max(diagonal - p.left, index_t{0});
-    const index_t end = min(diagonal + T::kBlockM - 1 + p.right + 1, static_cast<index_t>(s.seqlen_k));
+    const index_t first = static_cast<index_t>(i0) + s.shift;
+    const index_t last = static_cast<index_t>(min(i0 + T::kBlockM, s.seqlen_q)) - 1 + s.shift;
+    const index_t begin = max(first - p.left, index_t{0});
+    const index_t end = min(last + p.right + 1, static_cast<index_t>(s.seqlen_k));
     if (begin >= end) return {0, 0};
     return {static_cast<int>(begin) / T::kBlockN * T::kBlockN, static_cast<int>(end)};
 }
 
-// Query tiles that may look into keys j0 ... j0 + kBlockN - 1: those whose key_range has this tile.
+// Query tiles that may look into the keys of tile j0: exactly those whose key_range has it.
 template <class T>
 __device__ __forceinline__ Range query_range(const AttentionParams& p, const Sequence& s, int j0) {
-    const index_t diagonal = static_cast<index_t>(j0) - s.shift;
-    const index_t begin = max(diagonal - p.right, index_t{0});
-    const index_t end = min(diagonal + T::kBlockN - 1 + p.left + 1, static_cast<index_t>(s.seqlen_q));
+    const index_t first = static_cast<index_t>(j0) - s.shift;
+    const index_t last = static_cast<index_t>(min(j0 + T::kBlockN, s.seqlen_k)) - 1 - s.shift;
+    const index_t begin = max(first - p.right, index_t{0});
+    const index_t end = min(last + p.left + 1, static_cast<index_t>(s.seqlen_q));
     if (begin >= end) return {0, 0};
     return {static_cast<int>(begin) / T::kBlockM * T::kBlockM, static_cast<int>(end)};
 }

@@ -44,6 +44,7 @@ enum BuffersField {
     kDv,
     kDqSum,
     kDbiasPartial,
+    kDbias,
     kBuffersFields  // clang-format off
 };  // clang-format on
 
@@ -197,12 +198,12 @@ inline BiasType bias_type(py::handle bias) {
     return static_cast<BiasType>(element);
 }
 
-inline BiasGrad bias_grad(py::handle partial) {
+inline BiasGrad bias_grad(py::handle partial, py::handle dbias) {
     if (partial.is_none()) return {};
     const char* name = "dbias_partial";
     const Sizes sizes = shape(partial, 5, name);
     const auto size = [&](int i) { return static_cast<int>(sizes[i]); };
-    return {contiguous(partial, name), size(0), size(1), size(2), size(3), size(4)};
+    return {contiguous(dbias, "dbias"), contiguous(partial, name), size(0), size(1), size(2), size(3), size(4)};
 }
 
 // The share p of the 2^32 random words is dropped, the same words as in the reference: rounded half to even.
@@ -280,7 +281,7 @@ inline AttentionParams pack(const py::tuple& p, const py::tuple& buffers) {
     params.mask = scores(field(p, kMask), "mask");
     params.bias = scores(field(p, kBias), "bias");
     if (params.bias.data != nullptr) params.bias_type = bias_type(field(p, kBias));
-    params.dbias = bias_grad(field(buffers, kDbiasPartial));
+    params.dbias = bias_grad(field(buffers, kDbiasPartial), field(buffers, kDbias));
     params.scale = static_cast<float>(to_double(field(p, kScale)));
     params.left = to_int(field(p, kLeft), "left");
     params.right = to_int(field(p, kRight), "right");

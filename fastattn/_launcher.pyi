@@ -32,8 +32,9 @@ class Driver(NamedTuple):
 KERNELS: tuple[Kernel, ...]
 ELEMENTS: tuple[str, ...]  # what a kernel's tensors may hold, by torch's names: "float32", "float16", "bfloat16"
 
-# out, lse, dout, dlse, delta, dq, dk, dv, dq_sum, dbias_partial
+# out, lse, dout, dlse, delta, dq, dk, dv, dq_sum, dbias_partial, dbias
 _Buffers = tuple[
+    Tensor | None,
     Tensor | None,
     Tensor | None,
     Tensor | None,
@@ -51,7 +52,7 @@ def pack(p: AttentionParams, buffers: _Buffers) -> bytes:
 
     Args:
         p: the problem. The last dimension of q, k and v is contiguous.
-        buffers: (out, lse, dout, dlse, delta, dq, dk, dv, dq_sum, dbias_partial), None for what the kernel does not
+        buffers: (out, lse, dout, dlse, delta, dq, dk, dv, dq_sum, dbias_partial, dbias), None for what the kernel does not
             need. out, dout, dq, dk, dv: in q's dtype and dimensions, the last one contiguous. lse, dlse, delta:
             (batch, nheads, seqlen_q), packed (nheads, total_q), float32, contiguous. dq_sum: the same with head_dim
             behind. dbias_partial: (copies, batch, heads, rows, keys) float32, contiguous; sizes of 1 where the bias

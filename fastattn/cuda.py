@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _launcher, images
 from .params import AttentionParams
 
-ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+ELEMENTS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 MAX_BIAS_COPIES = 64
 # Up to this many queries, small tiles: more blocks, whose loading and computing overlap.
 SHORT = 128
@@ -31,9 +31,9 @@ class Buffers(NamedTuple):
     dq: Tensor | None = None
     dk: Tensor | None = None
     dv: Tensor | None = None
-    dbias: Tensor | None = None  # the bias's own shape
     dq_sum: Tensor | None = None  # (*lse.shape, head_dim) float32
     dbias_partial: Tensor | None = None  # (copies, *bias.shape) float32
+    dbias: Tensor | None = None  # the bias's own shape
 
 
 # ---- forward ----
