@@ -37,11 +37,10 @@ def pack(p: AttentionParams, buffers: tuple[Tensor | None, ...]) -> bytes:
 
     Args:
         p: the problem. The last dimension of q, k and v is contiguous.
-        buffers: (out, lse, dout, dlse, delta, dq, dk, dv, dq_sum, dbias_partial), None for what the kernel does not
-            need. out, dout, dq, dk, dv: in q's dtype and dimensions, the last one contiguous. lse, dlse, delta:
-            (batch, nheads, seqlen_q), packed (nheads, total_q), float32, contiguous. dq_sum: the same with head_dim
-            behind. dbias_partial: (copies, batch, heads, rows, keys) float32, contiguous; sizes of 1 where the bias
-            broadcasts.
+        buffers: fastattn.cuda.Buffers, None for what the kernel does not need. out, dout, dq, dk, dv: in q's dtype and
+            dimensions, the last one contiguous. lse, dlse, delta: (batch, nheads, seqlen_q), packed (nheads, total_q),
+            float32, contiguous. dq_sum: the same with head_dim behind. dbias: contiguous. dbias_partial: (copies,
+            *dbias.shape) float32, contiguous.
 
     Raises:
         ValueError: a tensor has other dimensions or strides, a bias another dtype, a number more than 32 bits.

@@ -20,7 +20,10 @@ class PerRow(ctypes.Structure):
 
 
 class BiasGrad(ctypes.Structure):
-    _fields_ = (("partial", c_void_p), *((name, c_int) for name in ("copies", "batch", "heads", "rows", "keys")))
+    _fields_ = (
+        *((name, c_void_p) for name in ("data", "partial")),
+        *((name, c_int) for name in ("copies", "batch", "heads", "rows", "keys")),
+    )
 
 
 class Struct(ctypes.Structure):

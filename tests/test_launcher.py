@@ -33,7 +33,7 @@ def problem(scale: float = 0.25) -> AttentionParams:
 
 
 P = problem()
-BUFFERS = (torch.empty(2, 4, 5, 64), torch.empty(2, 4, 5), *[None] * 8)
+BUFFERS = (torch.empty(2, 4, 5, 64), torch.empty(2, 4, 5), *[None] * 9)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import ctypes
 import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -16,22 +16,9 @@ from attention_struct import BiasGrad, PerRow, Rows, Scores, Struct, as_dict
 from fastattn.params import UNBOUNDED, AttentionParams
 
 launcher = pytest.importorskip("fastattn._launcher", reason="fastattn._launcher is not built: it takes a C++ compiler")
-HEADER = Path(__file__).parents[1] / "csrc" / "attention.h"
-
-
-class Buffers(NamedTuple):
-    """What a kernel reads and writes besides the problem itself."""
-
-    out: Tensor | None = None
-    lse: Tensor | None = None
-    dout: Tensor | None = None
-    dlse: Tensor | None = None
-    delta: Tensor | None = None
-    dq: Tensor | None = None
-    dk: Tensor | None = None
-    dv: Tensor | None = None
-    dq_sum: Tensor | None = None
-    dbias_partial: Tensor | None = None
+cuda = pytest.importorskip("fastattn.cuda")
+SOURCES = Path(__file__).parents[1] / "csrc"
+HEADER = SOURCES / "attention.h"
 
 
 def problem(q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> AttentionParams:
@@ -41,9 +28,15 @@ def problem(q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> AttentionParams:
     return p.replace(**changes)
 
 
-def pack(p: AttentionParams, buffers: Buffers | None = None) -> dict[str, Any]:
+def buffers(*first: Tensor, **others: Tensor) -> Any:
+    """cuda.Buffers with nothing but these."""
+    given = dict(zip(cuda.Buffers._fields, first, strict=False)) | others
+    return cuda.Buffers(*(given.pop(field, None) for field in cuda.Buffers._fields), **given)
+
+
+def pack(p: AttentionParams, given: Any = None) -> dict[str, Any]:
     """The packed struct as nested dicts."""
-    packed = launcher.pack(p, buffers or Buffers())
+    packed = launcher.pack(p, given or buffers())
     assert len(packed) == ctypes.sizeof(Struct)
     return as_dict(Struct.from_buffer_copy(packed))
 
@@ -56,6 +49,14 @@ def test_twin_names_the_fields_of_the_header():
     for name, body in structs.items():
         declared = [re.findall(r"\w+(?=\s*[,;])", line) for line in body.splitlines()]
         assert sum(declared, []) == [field for field, *_ in twins[name]._fields_], name
+
+
+@pytest.mark.parametrize(("enum", "twin"), [("ParamsField", AttentionParams), ("BuffersField", cuda.Buffers)])
+def test_positions_are_those_of_the_tuples(enum, twin):
+    (body,) = re.findall(rf"enum {enum} \{{(.*?)\}};", (SOURCES / "pack.h").read_text(), re.DOTALL)
+    *names, count = re.findall(r"k(\w+)", body)
+    assert count == enum + "s"
+    assert [re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() for name in names] == list(twin._fields)
 
 
 # ---- what is expected ----
@@ -75,7 +76,7 @@ def scores(x: Tensor | None, strides: tuple[int, ...] = (0, 0, 0, 0)) -> dict[st
     }
 
 
-NO_BIAS_GRAD = {"partial": None, "copies": 0, "batch": 0, "heads": 0, "rows": 0, "keys": 0}
+NO_BIAS_GRAD = {"data": None, "partial": None, "copies": 0, "batch": 0, "heads": 0, "rows": 0, "keys": 0}
 
 
 def assert_fields(packed: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -95,7 +96,7 @@ def test_dense():
     q, k, v = qkv(nheads=4, nheads_k=2)
     k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
     out, lse = torch.empty(3, 5, 4, 12).transpose(1, 2), torch.empty(3, 4, 5)
-    packed = pack(problem(q, k, v, left=3, right=0, bottom_right=True, scale=-0.5), Buffers(out, lse))
+    packed = pack(problem(q, k, v, left=3, right=0, bottom_right=True, scale=-0.5), buffers(out, lse))
     assert packed == {
         **{"q": rows(q), "k": rows(k), "v": rows(v), "out": rows(out)},
         "lse": {"data": lse.data_ptr(), "batch": 20, "head": 5},
@@ -117,7 +118,7 @@ def test_packed():
     cu_seqlens_k = torch.tensor([0, 6, 13, 29], dtype=torch.int32)
     sequences = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": 9, "max_seqlen_k": 16}
     out, lse = torch.empty(20, 4, 12), torch.empty(4, 20)
-    packed = pack(problem(q, k, v, **sequences), Buffers(out, lse))
+    packed = pack(problem(q, k, v, **sequences), buffers(out, lse))
     assert_fields(packed, {"q": rows(q), "k": rows(k), "v": rows(v), "out": rows(out)})
     assert packed["v"] == {"data": v.data_ptr(), "batch": 0, "head": 360, "row": 12, "is_aligned": 1}
     assert packed["lse"] == {"data": lse.data_ptr(), "batch": 0, "head": 20}
@@ -131,13 +132,14 @@ def test_backward():
     out, dout = torch.empty(2, 3, 4, 5, 12).unbind()
     lse, dlse, delta = torch.empty(3, 3, 4, 5).unbind()
     dq, dk, dv, dq_sum = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty(3, 4, 5, 8)
-    dbias = torch.empty(6, 3, 1, 5, 7)
-    packed = pack(problem(q, k, v), Buffers(out, lse, dout, dlse, delta, dq, dk, dv, dq_sum, dbias))
+    dbias_partial, dbias = torch.empty(6, 3, 1, 5, 7), torch.empty(3, 1, 5, 7)
+    given = buffers(out, lse, dout, dlse, delta, dq, dk, dv, dq_sum, dbias_partial, dbias)
+    packed = pack(problem(q, k, v), given)
     assert_fields(packed, {"out": rows(out), "dout": rows(dout), "dq": rows(dq), "dk": rows(dk), "dv": rows(dv)})
     for name, x in {"lse": lse, "dlse": dlse, "delta": delta, "dq_sum": dq_sum}.items():
         assert packed[name] == {"data": x.data_ptr(), "batch": 20, "head": 5}, name
     sizes = {"copies": 6, "batch": 3, "heads": 1, "rows": 5, "keys": 7}
-    assert packed["dbias"] == {"partial": dbias.data_ptr(), **sizes}
+    assert packed["dbias"] == {"data": dbias.data_ptr(), "partial": dbias_partial.data_ptr(), **sizes}
 
 
 def test_expanded_tensor_keeps_its_strides():
@@ -150,7 +152,7 @@ def test_expanded_tensor_keeps_its_strides():
 
 def test_no_queries_and_no_keys():
     q, k, v = torch.randn(3, 2, 0, 8), torch.randn(3, 2, 0, 8), torch.randn(3, 2, 0, 12)
-    packed = pack(problem(q, k, v), Buffers(torch.empty(3, 2, 0, 12), torch.empty(3, 2, 0)))
+    packed = pack(problem(q, k, v), buffers(torch.empty(3, 2, 0, 12), torch.empty(3, 2, 0)))
     assert_fields(packed, {"batch": 3, "nheads": 2, "seqlen_q": 0, "seqlen_k": 0, "head_dim": 8, "head_dim_v": 12})
     assert packed["lse"] == {"data": None, "batch": 0, "head": 0}
 
@@ -213,7 +215,7 @@ def test_values_are_as_wide_as_values():
     q, k, v = qkv()
     v, out, dv, dout = v[..., :6], torch.empty(3, 2, 5, 6), torch.empty(3, 2, 7, 6), torch.empty(3, 2, 5, 6)
     dq, dk = torch.empty_like(q), torch.empty_like(k)
-    packed = pack(problem(q, k, v), Buffers(out=out, dout=dout, dq=dq, dk=dk, dv=dv))
+    packed = pack(problem(q, k, v), buffers(out=out, dout=dout, dq=dq, dk=dk, dv=dv))
     assert [packed[name]["is_aligned"] for name in ("v", "out", "dout", "dv")] == [0] * 4
     assert [packed[name]["is_aligned"] for name in ("q", "k", "dq", "dk")] == [1] * 4
 
@@ -295,31 +297,35 @@ def test_band_edges():
 
 Q, K, V = qkv()
 REFUSALS = {
-    "q: must have 4 dimensions, got torch.Size([2, 5, 8])": (problem(Q[0], K, V), Buffers()),
-    "out: must have 4 dimensions, got (12, 1)": (problem(Q, K, V), Buffers(out=torch.empty(5, 12))),
-    "mask: must have 4 dimensions, got torch.Size([5, 7])": (problem(Q, K, V, mask=torch.ones(5, 7) > 0), Buffers()),
+    "q: must have 4 dimensions, got torch.Size([2, 5, 8])": (problem(Q[0], K, V), buffers()),
+    "out: must have 4 dimensions, got (12, 1)": (problem(Q, K, V), buffers(out=torch.empty(5, 12))),
+    "mask: must have 4 dimensions, got torch.Size([5, 7])": (problem(Q, K, V, mask=torch.ones(5, 7) > 0), buffers()),
     "k: the last dimension must be contiguous, got a stride of 7": (
         problem(Q, torch.randn(3, 2, 8, 7).transpose(2, 3), V),
-        Buffers(),
+        buffers(),
     ),
     "dout: the last dimension must be contiguous, got a stride of 0": (
         problem(Q, K, V),
-        Buffers(dout=torch.ones(1).expand(3, 2, 5, 12)),
+        buffers(dout=torch.ones(1).expand(3, 2, 5, 12)),
     ),
-    "dlse: must be contiguous": (problem(Q, K, V), Buffers(dlse=torch.ones(1).expand(3, 2, 5))),
+    "dlse: must be contiguous": (problem(Q, K, V), buffers(dlse=torch.ones(1).expand(3, 2, 5))),
     "dbias_partial: must be contiguous": (
         problem(Q, K, V),
-        Buffers(dbias_partial=torch.ones(2, 3, 2, 7, 5).transpose(3, 4)),
+        buffers(dbias_partial=torch.ones(2, 3, 2, 7, 5).transpose(3, 4)),
+    ),
+    "dbias: must be contiguous": (
+        problem(Q, K, V),
+        buffers(dbias_partial=torch.ones(2, 3, 2, 5, 7), dbias=torch.ones(3, 2, 7, 5).transpose(2, 3)),
     ),
     "bias: dtype must be torch.float32, torch.float16 or torch.bfloat16, got torch.float64": (
         problem(Q, K, V, bias=torch.zeros(3, 2, 5, 7, dtype=torch.float64)),
-        Buffers(),
+        buffers(),
     ),
-    "left: must fit 32 bits, got 2147483648": (problem(Q, K, V, left=2**31), Buffers()),
-    "right: must fit 32 bits, got -2147483649": (problem(Q, K, V, right=-(2**31) - 1), Buffers()),
-    "max_seqlen_k: must fit 32 bits, got 4294967296": (problem(Q, K, V, max_seqlen_k=2**32), Buffers()),
-    "p: must have 15 fields, got 14": (problem(Q, K, V)[:-1], Buffers()),
-    "buffers: must have 10 fields, got 9": (problem(Q, K, V), Buffers()[:-1]),
+    "left: must fit 32 bits, got 2147483648": (problem(Q, K, V, left=2**31), buffers()),
+    "right: must fit 32 bits, got -2147483649": (problem(Q, K, V, right=-(2**31) - 1), buffers()),
+    "max_seqlen_k: must fit 32 bits, got 4294967296": (problem(Q, K, V, max_seqlen_k=2**32), buffers()),
+    "p: must have 15 fields, got 14": (problem(Q, K, V)[:-1], buffers()),
+    "buffers: must have 11 fields, got 10": (problem(Q, K, V), buffers()[:-1]),
 }
 
 
@@ -331,21 +337,21 @@ def test_refusal(message):
 
 def test_what_is_no_tensor_is_said():
     with pytest.raises(AttributeError, match="element_size"):
-        launcher.pack(problem(Q, K, V).replace(q=3), Buffers())
+        launcher.pack(problem(Q, K, V).replace(q=3), buffers())
     with pytest.raises(TypeError):
-        launcher.pack(problem(Q, K, V, scale="a"), Buffers())
+        launcher.pack(problem(Q, K, V, scale="a"), buffers())
     with pytest.raises(TypeError):
-        launcher.pack(problem(Q, K, V, left=0.5), Buffers())
+        launcher.pack(problem(Q, K, V, left=0.5), buffers())
     with pytest.raises(TypeError):
-        launcher.pack([], Buffers())
+        launcher.pack([], buffers())
 
 
 def test_nothing_is_kept():
-    p, buffers = problem(*qkv(), bias=torch.randn(3, 1, 1, 7)), Buffers(torch.empty(3, 2, 5, 12), torch.empty(3, 2, 5))
-    launcher.pack(p, buffers)
+    p, given = problem(*qkv(), bias=torch.randn(3, 1, 1, 7)), buffers(torch.empty(3, 2, 5, 12), torch.empty(3, 2, 5))
+    launcher.pack(p, given)
     references, blocks = sys.getrefcount(p.q), sys.getallocatedblocks()
     for _ in range(1000):
-        launcher.pack(p, buffers)
+        launcher.pack(p, given)
     more_references, more_blocks = sys.getrefcount(p.q) - references, sys.getallocatedblocks() - blocks
     assert more_references == 0
     assert more_blocks < 100
