@@ -31,7 +31,7 @@ def problem(q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> AttentionParams:
 def buffers(*first: Tensor, **others: Tensor) -> Any:
     """cuda.Buffers with nothing but these."""
     given = dict(zip(cuda.Buffers._fields, first, strict=False)) | others
-    return cuda.Buffers(*(given.pop(field, None) for field in cuda.Buffers._fields), **given)
+    return cuda.Buffers(**dict.fromkeys(cuda.Buffers._fields) | given)
 
 
 def pack(p: AttentionParams, given: Any = None) -> dict[str, Any]:
