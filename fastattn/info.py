@@ -203,11 +203,11 @@ def _kernel_lines(report: dict[str, Any]) -> list[str]:
     if kernels["architectures"]:
         built = f"{' '.join(kernels['architectures'])}, by NVRTC {kernels['nvrtc']} from sources {kernels['sources']}"
         built += f", commit {kernels['commit'][:10]}" if kernels["commit"] else ""
-    launcher = report["launcher_problem"]
+    launcher, nvrtc_problem = report["launcher_problem"], report["nvrtc_problem"]
     return [
         f"{'kernels':<10}{built}",
         f"{'launcher':<10}{'ready' if launcher is None else f'none: {launcher}'}",
-        f"{'NVRTC':<10}{report['nvrtc'] or 'none'}",
+        f"{'NVRTC':<10}{report['nvrtc'] or f'none: {nvrtc_problem}'}",
         f"{'cache':<10}{report['cache_dir']}",
     ]
 
