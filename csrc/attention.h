@@ -32,6 +32,7 @@ enum BiasType { kBiasFloat32, kBiasFloat16, kBiasBfloat16 };
 // The bias gradient: `copies` partial sums of (batch, heads, rows, keys) floats each, contiguous. A size of 1 means
 // that the bias broadcasts there, and everything is summed; else it is the size of the scores.
 struct BiasGrad {
+    void* data;  // their sum in the bias's own type, (batch, heads, rows, keys), contiguous
     float* partial;
     int copies, batch, heads, rows, keys;
 };

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .nvrtc import Compiled, Nvrtc, Resources, resources
 
-ELEMENTS = {"f32": "float", "f16": "__half", "bf16": "__nv_bfloat16"}  # by name: the type in C++
+ELEMENTS = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}  # torch's name: the type in C++
 MIN_CAPABILITY = 60  # 10 * major + minor
 
 # Constexpr functions without __device__ are for every compiler (-default-device). Subnormals are kept and products are
@@ -63,7 +63,7 @@ def choose(archs: Iterable[Arch], capability: int) -> Arch | None:
 
 
 def image_name(element: str, arch: Arch) -> str:
-    """The file of an image, such as "attention_f32.sm_60.cubin"."""
+    """The file of an image, such as "attention_float32.sm_60.cubin"."""
     return f"attention_{element}.{arch}.{'cubin' if arch.kind == 'sm' else 'ptx'}"
 
 
