@@ -78,12 +78,6 @@ class CurrentContext {
 
 class Driver {
   public:
-    // The one of this process. It is never destroyed: at exit the driver may be gone before it.
-    static Driver& get() {
-        static Driver& driver = *new Driver;
-        return driver;
-    }
-
     // For example 12090.
     int version() {
         start();

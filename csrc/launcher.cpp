@@ -15,6 +15,12 @@
 namespace fastattn {
 namespace {
 
+// The one of this process. It is never destroyed: at exit libcuda may be gone before it.
+Driver& the_driver() {
+    static Driver& driver = *new Driver;
+    return driver;
+}
+
 // ---- kernels ----
 
 py::object named_tuple(py::module_& module, const char* name, const char* fields) {
@@ -61,15 +67,15 @@ void launch(std::string_view kernel, std::string_view element, int device, std::
     if (launch.grid.x == 0 || launch.grid.y == 0 || launch.grid.z == 0) return;
     const AttentionParams params = pack(p, buffers);
     const py::gil_scoped_release no_gil;
-    Driver::get().launch(launch, &params);
+    the_driver().launch(launch, &params);
 }
 
 // ---- the driver ----
 
 py::object driver(const py::object& type) {
     try {
-        const int version = Driver::get().version();
-        return type(py::none(), py::make_tuple(version / 1000, version % 1000 / 10), Driver::get().device_count());
+        const int version = the_driver().version();
+        return type(py::none(), py::make_tuple(version / 1000, version % 1000 / 10), the_driver().device_count());
     } catch (const DriverError& error) {
         return type(error.what(), py::none(), 0);
     }
@@ -94,13 +100,13 @@ PYBIND11_MODULE(_launcher, module, py::mod_gil_not_used()) {
     module.def("launch", &launch, py::arg("kernel"), py::arg("element"), py::arg("device"), py::arg("stream"),
                py::arg("grid"), py::arg("p"), py::arg("buffers"));
     module.def(
-        "set_image_source", [](ImageSource source) { Driver::get().set_image_source(std::move(source)); },
+        "set_image_source", [](ImageSource source) { the_driver().set_image_source(std::move(source)); },
         py::arg("source").none(false), py::call_guard<py::gil_scoped_release>());
     module.def("driver", [driver_type] { return driver(driver_type); });
-    module.def("capability", [](int device) { return Driver::get().device(device).capability; }, py::arg("device"));
+    module.def("capability", [](int device) { return the_driver().device(device).capability; }, py::arg("device"));
     module.def(
-        "multiprocessors", [](int device) { return Driver::get().device(device).multiprocessors; }, py::arg("device"));
-    module.def("max_smem", [](int device) { return Driver::get().device(device).max_smem; }, py::arg("device"));
+        "multiprocessors", [](int device) { return the_driver().device(device).multiprocessors; }, py::arg("device"));
+    module.def("max_smem", [](int device) { return the_driver().device(device).max_smem; }, py::arg("device"));
 }
 
 }  // namespace fastattn

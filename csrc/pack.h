@@ -17,36 +17,18 @@ namespace fastattn {
 
 namespace py = pybind11;
 
+// clang-format off
 // Positions in fastattn.params.AttentionParams.
 enum ParamsField {
-    kQ,
-    kK,
-    kV,
-    kMask,
-    kBias,
-    kSeed,
-    kCuSeqlensQ,
-    kCuSeqlensK,
-    kMaxSeqlenQ,
-    kMaxSeqlenK,  // clang-format off
+    kQ, kK, kV, kMask, kBias, kSeed, kCuSeqlensQ, kCuSeqlensK, kMaxSeqlenQ, kMaxSeqlenK,
     kScale, kDropoutP, kLeft, kRight, kBottomRight, kParamsFields
-};  // clang-format on
+};
 
 // Positions in fastattn.cuda.Buffers.
 enum BuffersField {
-    kOut,
-    kLse,
-    kDout,
-    kDlse,
-    kDelta,
-    kDq,
-    kDk,
-    kDv,
-    kDqSum,
-    kDbiasPartial,
-    kDbias,
-    kBuffersFields  // clang-format off
-};  // clang-format on
+    kOut, kLse, kDout, kDlse, kDelta, kDq, kDk, kDv, kDqSum, kDbiasPartial, kDbias, kBuffersFields
+};
+// clang-format on
 
 // ---- tensors, by their methods ----
 
@@ -128,17 +110,16 @@ inline Sizes stride(py::handle tensor, int count, const char* name) {
 template <class T>
 T* data(py::handle tensor) {
     if (tensor.is_none()) return nullptr;
-    const auto address = PyLong_AsUnsignedLongLong(call(tensor, names().data_ptr).ptr());
-    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-    return reinterpret_cast<T*>(address);
+    return reinterpret_cast<T*>(to_index(call(tensor, names().data_ptr)));
 }
 
-// A tensor of floats whose strides follow from its shape; null for None.
-inline float* contiguous(py::handle tensor, const char* name) {
+// The memory of a tensor whose strides follow from its shape; null for None.
+template <class T>
+T* contiguous(py::handle tensor, const char* name) {
     if (!tensor.is_none() && call(tensor, names().is_contiguous).ptr() != Py_True) {
         throw py::value_error(std::string(name) + ": must be contiguous");
     }
-    return data<float>(tensor);
+    return data<T>(tensor);
 }
 
 // ---- the parts of AttentionParams ----
@@ -203,7 +184,13 @@ inline BiasGrad bias_grad(py::handle partial, py::handle dbias) {
     const char* name = "dbias_partial";
     const Sizes sizes = shape(partial, 5, name);
     const auto size = [&](int i) { return static_cast<int>(sizes[i]); };
-    return {contiguous(dbias, "dbias"), contiguous(partial, name), size(0), size(1), size(2), size(3), size(4)};
+    return {contiguous<void>(dbias, "dbias"),
+            contiguous<float>(partial, name),
+            size(0),
+            size(1),
+            size(2),
+            size(3),
+            size(4)};
 }
 
 // The share p of the 2^32 random words is dropped, the same words as in the reference: rounded half to even.
@@ -263,7 +250,7 @@ inline void set_tensors(AttentionParams& params, const py::tuple& p, const py::t
     const index_t head = layout.is_packed ? params.total_q : params.seqlen_q;
     const index_t batch = layout.is_packed ? 0 : params.nheads * head;
     const auto per_row = [&](int i, const char* name) {
-        return PerRow{contiguous(field(buffers, i), name), batch, head};
+        return PerRow{contiguous<float>(field(buffers, i), name), batch, head};
     };
     params.lse = per_row(kLse, "lse");
     params.dlse = per_row(kDlse, "dlse");

@@ -32,31 +32,15 @@ class Driver(NamedTuple):
 KERNELS: tuple[Kernel, ...]
 ELEMENTS: tuple[str, ...]  # what a kernel's tensors may hold, by torch's names: "float32", "float16", "bfloat16"
 
-# out, lse, dout, dlse, delta, dq, dk, dv, dq_sum, dbias_partial, dbias
-_Buffers = tuple[
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-]
-
-def pack(p: AttentionParams, buffers: _Buffers) -> bytes:
+def pack(p: AttentionParams, buffers: tuple[Tensor | None, ...]) -> bytes:
     """The struct AttentionParams of csrc/attention.h for one call.
 
     Args:
         p: the problem. The last dimension of q, k and v is contiguous.
-        buffers: (out, lse, dout, dlse, delta, dq, dk, dv, dq_sum, dbias_partial, dbias), None for what the kernel does not
-            need. out, dout, dq, dk, dv: in q's dtype and dimensions, the last one contiguous. lse, dlse, delta:
-            (batch, nheads, seqlen_q), packed (nheads, total_q), float32, contiguous. dq_sum: the same with head_dim
-            behind. dbias_partial: (copies, batch, heads, rows, keys) float32, contiguous; sizes of 1 where the bias
-            broadcasts.
+        buffers: fastattn.cuda.Buffers, None for what the kernel does not need. out, dout, dq, dk, dv: in q's dtype and
+            dimensions, the last one contiguous. lse, dlse, delta: (batch, nheads, seqlen_q), packed (nheads, total_q),
+            float32, contiguous. dq_sum: the same with head_dim behind. dbias: contiguous. dbias_partial: (copies,
+            *dbias.shape) float32, contiguous.
 
     Raises:
         ValueError: a tensor has other dimensions or strides, a bias another dtype, a number more than 32 bits.
@@ -69,7 +53,7 @@ def launch(
     stream: int,
     grid: tuple[int, int, int],
     p: AttentionParams,
-    buffers: _Buffers,
+    buffers: tuple[Tensor | None, ...],
 ) -> None:
     """Queue one kernel on a stream; its module is loaded at the first call. An empty grid launches nothing.
 

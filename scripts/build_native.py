@@ -298,7 +298,7 @@ def launcher(compiler: str, pybind11_version: str) -> None:
     if pybind11.__version__ != pybind11_version:
         raise RuntimeError(f"this is pybind11 {pybind11.__version__}, but the build has begun with {pybind11_version}")
     includes = [f"-isystem{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
-    command = [*shlex.split(compiler), "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", *includes]
+    command = [*shlex.split(compiler), "-std=c++17", "-O2", "-DNDEBUG", "-fPIC", "-shared", "-fvisibility=hidden", *includes]
     command += ["../../csrc/launcher.cpp", "-o", LAUNCHER, "-s", "-ldl", "-MMD", "-MF", f"{LAUNCHER}.d"]
     sys.exit(subprocess.run(command).returncode)
 

@@ -1,5 +1,7 @@
 // A libcuda without a GPU: it keeps CUDA's rules about contexts and handles, records every call, and fails on request.
 // The real names with the same arguments; what begins with stub_ is for whoever watches.
+#include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -7,6 +9,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -18,12 +21,12 @@ enum : Result {
     kNotInitialized = 3,
     kInvalidDevice = 101,
     kInvalidContext = 201,
-    kInvalidHandle = 400
+    kInvalidHandle = 400,
+    kTimeout = 909
 };
 
 struct Context {
     int device;
-    int references;
 };
 
 struct Module {
@@ -49,7 +52,7 @@ struct Failure {
     int calls_before;
 };
 
-constexpr int kMaxDevices = 4, kDefaultSmem = 48 * 1024;
+constexpr int kDefaultSmem = 48 * 1024;
 
 std::mutex lock;
 std::deque<Call> calls;
@@ -59,8 +62,9 @@ std::map<std::pair<int, int>, int> attributes_of;
 std::string compiler_log;
 std::size_t params_bytes = 0;
 bool is_recording = true, is_initialized = false;
+std::atomic<bool> is_held{false};
 int device_count = 1;
-Context contexts[kMaxDevices];
+Context contexts[] = {{0}, {1}, {2}, {3}};
 std::deque<Module> modules;
 std::deque<Function> functions;
 
@@ -73,6 +77,8 @@ std::vector<Context*>& stack() {
     static thread_local std::vector<Context*> stack;
     return stack;
 }
+
+Context* primary_context(int ordinal) { return &contexts[ordinal]; }
 
 Context* current() { return stack().empty() ? nullptr : stack().back(); }
 
@@ -91,6 +97,15 @@ Result enter(const char* name, std::initializer_list<std::uint64_t> numbers, std
         return result;
     }
     return is_initialized || std::strcmp(name, "cuInit") == 0 ? kSuccess : kNotInitialized;
+}
+
+// Waits until it is no longer held; not for ever, so that whoever waits in turn for the caller fails and does not hang.
+bool wait_while_held() {
+    for (int milliseconds = 0; is_held; ++milliseconds) {
+        if (milliseconds == 5000) return false;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return true;
 }
 
 }  // namespace
@@ -168,9 +183,7 @@ Result cuDevicePrimaryCtxRetain(Context** context, int device) {
     STUB_ENTER({static_cast<std::uint64_t>(device)})
     const int ordinal = device - 100;
     if (ordinal < 0 || ordinal >= device_count) return kInvalidDevice;
-    *context = &contexts[ordinal];
-    (*context)->device = ordinal;
-    (*context)->references++;
+    *context = primary_context(ordinal);
     return kSuccess;
 }
 
@@ -205,6 +218,7 @@ Result cuModuleLoadDataEx(Module** module, const void* image, unsigned count, co
     }
     if (log != nullptr) std::strncpy(log, compiler_log.c_str(), log_bytes);
     if (failure != kSuccess) return failure;
+    if (!wait_while_held()) return kTimeout;
     if (current() == nullptr) return kInvalidContext;
     const std::lock_guard guard(lock);
     modules.push_back({current(), static_cast<const char*>(image)});
@@ -236,6 +250,7 @@ Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsi
     STUB_ENTER(
         {number(function), grid_x, grid_y, grid_z, block_x, block_y, block_z, smem, number(stream), number(current())},
         bytes)
+    if (!wait_while_held()) return kTimeout;
     if (current() == nullptr) return kInvalidContext;
     if (current() != function->module->context) return kInvalidHandle;
     if (static_cast<int>(smem) > function->max_dynamic_smem || extra != nullptr) return kInvalidValue;
@@ -246,6 +261,14 @@ Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsi
 
 // Not recorded: one comparison and out, for measuring the caller.
 void stub_record(int on) { is_recording = on != 0; }
+
+// Loading and launching wait while it is held, as on a GPU that is busy.
+void stub_hold(int on) { is_held = on != 0; }
+
+void stub_clear() {
+    const std::lock_guard guard(lock);
+    calls.clear();
+}
 
 int stub_calls() { return static_cast<int>(calls.size()); }
 
@@ -279,5 +302,9 @@ const char* stub_image_of(const Function* function) { return function->module->i
 const char* stub_name_of(const Function* function) { return function->name.c_str(); }
 
 int stub_device_of(const Context* context) { return context == nullptr ? -1 : context->device; }
+
+int stub_current_device() { return stub_device_of(current()); }
+
+void stub_make_current(int ordinal) { stack().push_back(primary_context(ordinal)); }
 
 }  // extern "C"
