@@ -21,7 +21,8 @@ namespace fastattn {
 
 // ---- what all of them compute: P and dS of one tile
 
-// delta of queries i0 ... i0 + kBlockM - 1, a warp per row.
+// delta of queries i0 ... i0 + kBlockM - 1, a warp per row. The barriers of the next product are between it and its
+// readers.
 template <class E, class T>
 __device__ __forceinline__ void write_delta(const AttentionParams& p, const Sequence& s, int h, int i0) {
     const TileRows<E> out = tile_rows<E>(p.out, s.b, h, s.first_q, i0, s.seqlen_q, p.head_dim_v);
@@ -157,7 +158,6 @@ __device__ __forceinline__ void prepare_rows(const AttentionParams& p, const Seq
             store_rows(tile_rows<E>(p.dq, s.b, h, s.first_q, i0, s.seqlen_q, p.head_dim), zeros, 1.0f, lane);
         }
     }
-    __syncthreads();
 }
 
 template <class E, class T>
@@ -215,7 +215,6 @@ __device__ __forceinline__ void attention_bwd_dq(const AttentionParams& p) {
     if (i0 >= s.seqlen_q) return;
 
     write_delta<E, T>(p, s, h, i0);
-    __syncthreads();
     float dq[T::kRows][T::kDims];
     clear(dq);
     const Range keys = key_range<T>(p, s, i0);
@@ -240,7 +239,8 @@ struct BroadcastTiles {
 
 __device__ __forceinline__ int tiles(int n, int block) { return (n + block - 1) / block; }
 
-// sums[0] ... of the tile's columns, rows or both, as the bias broadcasts; the tile lies in shared memory.
+// Adds up the rows or the columns of the tile in shared memory, or both, as the bias broadcasts: into its first row,
+// its first column or its first element, each of which the thread that writes it may read without another barrier.
 template <class T>
 __device__ __forceinline__ void sum_broadcast(float* tile, bool rows_broadcast, bool keys_broadcast) {
     __syncthreads();
@@ -255,7 +255,6 @@ __device__ __forceinline__ void sum_broadcast(float* tile, bool rows_broadcast, 
         for (int i = 0; i < T::kBlockM; ++i) sum += tile[i * T::kBlockN + threadIdx.x];
         tile[threadIdx.x] = sum;
     }
-    __syncthreads();
 }
 
 template <class E, class T>

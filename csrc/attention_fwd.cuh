@@ -37,7 +37,7 @@ __device__ __forceinline__ void store_out(const AttentionParams& p, const Sequen
     for (int i = 0; i < T::kRows; ++i) {
         const int row = lane.template row<T::kRows>(i);
         const float sum = softmax.total(i), inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-        if (lane.x == 0 && row < rows.rows) lse[row] = sum == 0.0f ? -INFINITY : softmax.max[i] + logf(sum);
+        if (lane.x == 0 && row < rows.rows) lse[row] = softmax.max[i] + logf(sum);  // -inf where no key is allowed
 #pragma unroll
         for (int d = 0; d < T::kDims; d += 4)
             rows.store(row, lane.template column<T::kDims>(d),

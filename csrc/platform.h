@@ -6,6 +6,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#define SIMT_EXPORT(name, ...)  // extern "C" kernels have their names already
+
 #if defined(__CUDACC_RTC__) && !defined(INFINITY)  // NVRTC has no <cmath>
 #define INFINITY __int_as_float(0x7f800000)
 #endif

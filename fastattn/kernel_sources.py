@@ -121,4 +121,6 @@ def options(arch: Arch) -> tuple[str, ...]:
 
 def kernels(compiled: Compiled) -> dict[str, Resources | None]:
     """The kernels of an image; those of machine code with their resources."""
-    return {**resources(compiled.log)} or dict.fromkeys(re.findall(r"\.entry (\w+)", compiled.image.decode()))
+    if compiled.image.startswith(b"\x7fELF"):
+        return {**resources(compiled.log)}
+    return dict.fromkeys(re.findall(r"\.entry (\w+)", compiled.image.decode()))

@@ -121,8 +121,11 @@ def build(source: Path | str, *, checked: bool = False, defines: tuple[str, ...]
     Raises:
         BuildError: no compiler, or it refuses the file; holds the command and what the compiler said.
     """
-    source = Path(source)
-    flags = (*(CHECKED if checked else FAST), *(f"-D{define}" for define in defines))
+    return build_library(Path(source), (*(CHECKED if checked else FAST), *(f"-D{define}" for define in defines)))
+
+
+def build_library(source: Path, flags: tuple[str, ...]) -> Path:
+    """The shared library of the file, compiled with these flags, and of the executor."""
     objects = [compile_object(source, flags), *(compile_object(file, ("-O2",)) for file in RUNTIME)]
 
     def make(target: Path) -> None:

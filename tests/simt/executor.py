@@ -26,6 +26,7 @@ from simt.build import EXECUTOR, BuildError, build
 MAX_THREADS = 1024
 MAX_DYNAMIC_SHARED = 232448
 SCHEDULES = ("in-order", "reversed", 1)
+HEADERS = (EXECUTOR.resolve(), EXECUTOR.resolve() / "ptx")
 
 Buffer = tuple[torch.Tensor, str, bool]
 _running = threading.Lock()
@@ -145,17 +146,19 @@ class Library:
         row = re.compile(r"^\s*\d+: ([0-9a-f]+)\s+(\w+) TLS\s+\w+\s+\w+\s+\d+ (.+)$", re.MULTILINE)
         symbols = row.findall(_tool("readelf", "--syms", "--wide", "--demangle", str(self.path)))
         arrays = ((int(offset, 16), int(size, 0), name.split("::")[-1]) for offset, size, name in symbols)
-        return sorted({array for array in arrays if array[2] not in ("smem", "simt_storage")})
+        return sorted({array for array in arrays if array[2] not in ("smem", "simt_storage", "simt_static_storage")})
 
     def _reports(self) -> list[Report]:
         rows = [self._library.simt_report(ctypes.c_size_t(i)) for i in _until_none(self._library.simt_report)]
         fields = [row.decode().split("\t") for row in rows]
         addresses = {site[1:] for _, _, *sites, _ in fields for site in sites if site.startswith("@")}
         lines = self._source_lines(sorted(addresses))
-        return [
-            Report(kind, address, tuple(lines.get(site[1:], Path(site).name) for site in sites if site), text)
-            for kind, address, *sites, text in fields
-        ]
+        reports: dict[tuple, Report] = {}
+        for kind, address, *sites, text in fields:
+            places = tuple(lines.get(site[1:], Path(site).name) for site in sites if site)
+            # Compilers repeat code, so one place in the source may have reported more than once.
+            reports.setdefault((kind, places), Report(kind, address, places, text))
+        return list(reports.values())
 
     def _source_lines(self, addresses: list[str]) -> dict[str, str]:
         """The kernel's line for each code address; a line inside the executor's headers gives way to its caller."""
@@ -166,7 +169,7 @@ class Library:
         for chunk in re.split(r"^0x", output, flags=re.MULTILINE)[1:]:
             address, *frames = chunk.splitlines()
             places = [frame.split(" (")[0] for frame in frames]
-            own = [place for place in places if Path(place.split(":")[0]).resolve().parent != EXECUTOR.resolve()]
+            own = [place for place in places if Path(place.split(":")[0]).resolve().parent not in HEADERS]
             lines[f"{int(address, 16):x}"] = Path((own or places)[0]).name
         return lines
 

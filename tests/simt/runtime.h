@@ -55,6 +55,15 @@ void release_stacks();
 void poison_shared_memory(size_t dynamic_shared);  // NaN everywhere, whatever the last block left
 char* stack_top(unsigned thread);
 
+// What code without the compiler's instrumentation calls before an access of its own: one that is aligned to its size,
+// a read without alignment, an alignment alone; and one of local memory, which is judged by its bounds.
+void check_access(const void* address, size_t bytes, bool is_write);
+void check_read(const void* address, size_t bytes);
+void check_alignment(const void* address, size_t alignment);
+void check_local(const void* address, size_t bytes, const void* array, size_t array_bytes);
+// Shared memory that is as if nobody had written it yet.
+void forget_writes(const void* address, size_t bytes);
+
 // Keeps a report, one for all threads that do the same: its kind, the address it is about, and two places in the source
 // (either may be empty).
 void report(const char* kind, const std::string& address, const std::string& site, const std::string& other_site,

@@ -211,7 +211,46 @@ void judge(void* pointer, size_t bytes, bool is_write, bool is_atomic, void* ret
     }
 }
 
+// Site or program counter, whichever is at hand.
+template <class Where>
+void judge_alignment(uintptr_t address, size_t alignment, Where where) {
+    if (self == nullptr || address % alignment == 0) return;
+    const Region* region = nullptr;
+    for (const Region& buffer : buffers)
+        if (buffer.contains(address)) region = &buffer;
+    if (shared_memory.contains(address)) region = &shared_region();
+    report("misaligned", name_of(region, address), place(where), "",
+           format("thread %u needs a multiple of %zu bytes", self->linear, alignment));
+    give_up();
+}
+
 }  // namespace
+
+void check_alignment(const void* address, size_t alignment) {
+    judge_alignment(reinterpret_cast<uintptr_t>(address), alignment, offset_of(__builtin_return_address(0)));
+}
+void check_access(const void* address, size_t bytes, bool is_write) {
+    void* const pc = __builtin_return_address(0);
+    judge_alignment(reinterpret_cast<uintptr_t>(address), bytes, offset_of(pc));
+    judge(const_cast<void*>(address), bytes, is_write, false, pc);
+}
+void check_read(const void* address, size_t bytes) {
+    judge(const_cast<void*>(address), bytes, false, false, __builtin_return_address(0));
+}
+void forget_writes(const void* address, size_t bytes) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+    Region& region = shared_region();
+    for (uintptr_t i = (at - region.begin) >> region.granule; i <= (at + bytes - 1 - region.begin) >> region.granule;
+         ++i)
+        region.cells[i].write = Access{};
+}
+void check_local(const void* address, size_t bytes, const void* array, size_t array_bytes) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(address), begin = reinterpret_cast<uintptr_t>(array);
+    const uint32_t pc = offset_of(__builtin_return_address(0));
+    if (at < begin || at + bytes > begin + array_bytes)
+        out_of_bounds(relative("local", begin, at) + format(" (size %zu)", array_bytes), pc, "touches", bytes);
+    judge_alignment(at, bytes, pc);
+}
 
 void atomic_read(const void* address, void* value, size_t bytes) {
     judge(const_cast<void*>(address), bytes, false, true, __builtin_return_address(0));
@@ -262,14 +301,7 @@ struct IndexError {
 
 extern "C" void __ubsan_handle_type_mismatch_v1(TypeMismatch* mismatch, uintptr_t address) {
     using namespace simt;
-    if (self == nullptr || address % (uintptr_t{1} << mismatch->log_alignment) == 0) return;
-    const Region* region = nullptr;
-    for (const Region& buffer : buffers)
-        if (buffer.contains(address)) region = &buffer;
-    if (shared_memory.contains(address)) region = &shared_region();
-    report("misaligned", name_of(region, address), place(mismatch->site), "",
-           format("thread %u needs a multiple of %u bytes", self->linear, 1u << mismatch->log_alignment));
-    give_up();
+    judge_alignment(address, size_t{1} << mismatch->log_alignment, mismatch->site);
 }
 extern "C" void __ubsan_handle_out_of_bounds(IndexError* error, uintptr_t index) {
     using namespace simt;

@@ -27,6 +27,8 @@ enum class Defect {
 
 __device__ constexpr bool has(Defect defect) { return Defect::DEFECT == defect; }
 
+__device__ float sum_of(float4 v) { return v.x + v.y + v.z + v.w; }
+
 struct Params {
     const float* x;  // (n)
     float* y;        // (n)
@@ -34,7 +36,7 @@ struct Params {
     int n;
 };
 
-__global__ void reverse(const Params p) {
+extern "C" __global__ void reverse(const Params p) {
     __shared__ float tile[64];
     extern __shared__ __align__(16) unsigned char smem[];
     float* exchange = reinterpret_cast<float*>(smem);  // [64]
@@ -56,7 +58,7 @@ __global__ void reverse(const Params p) {
     if (has(Defect::shared_read)) sum += tile[64 - thread];
     const float* last_part = &tile[48];
     if (has(Defect::shared_read_by_pointer)) sum += last_part[lane];
-    if (has(Defect::misaligned)) sum += reinterpret_cast<const float4*>(p.x + 1)->x;
+    if (has(Defect::misaligned)) sum += sum_of(*reinterpret_cast<const float4*>(p.x + 1));
 
     // Neighbours, through shared memory and by a shuffle
     exchange[has(Defect::shared_write) ? thread + 1 : thread] = sum;

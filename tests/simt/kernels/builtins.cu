@@ -6,7 +6,7 @@ struct LaneParams {
 };
 
 // A warp of 32: value[i] for thread t at out[i * 32 + t].
-__global__ void lanes(const LaneParams p) {
+extern "C" __global__ void lanes(const LaneParams p) {
     const int t = threadIdx.x;
     const unsigned all = 0xffffffffu;
     const int values[] = {
@@ -39,7 +39,7 @@ struct MathParams {
     int n;
 };
 
-__global__ void math(const MathParams p) {
+extern "C" __global__ void math(const MathParams p) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= p.n) return;
     const float x = p.x[i];
@@ -54,13 +54,13 @@ struct HalfParams {
     int n;                                  // even
 };
 
-template <class T>
-__device__ void store_pair(T* to, simt::Pair<T> v) {
+template <class T, class Pair>
+__device__ void store_pair(T* to, Pair v) {
     to[0] = v.x;
     to[1] = v.y;
 }
 
-__global__ void half_pairs(const HalfParams p) {
+extern "C" __global__ void half_pairs(const HalfParams p) {
     __shared__ half2 pairs[32];
     const int i = 2 * (blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= p.n) return;
@@ -83,7 +83,7 @@ struct Bfloat16Params {
     int n;                                   // even
 };
 
-__global__ void bfloat16_pairs(const Bfloat16Params p) {
+extern "C" __global__ void bfloat16_pairs(const Bfloat16Params p) {
     const int i = 2 * (blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= p.n) return;
     const __nv_bfloat162 x = __floats2bfloat162_rn(p.x[i], p.x[i + 1]), y = __floats2bfloat162_rn(p.y[i], p.y[i + 1]);

@@ -24,7 +24,7 @@ struct MatmulParams {
 };
 
 template <int kTile>
-__global__ void __launch_bounds__(kTile* kTile) matmul(const MatmulParams p) {
+__device__ __forceinline__ void multiply_tiles(const MatmulParams& p) {
     __shared__ float tile_a[kTile][kTile + 1], tile_b[kTile][kTile + 1];
     const int x = threadIdx.x, y = threadIdx.y;
     const int row = blockIdx.y * kTile + y, column = blockIdx.x * kTile + x;
@@ -39,6 +39,8 @@ __global__ void __launch_bounds__(kTile* kTile) matmul(const MatmulParams p) {
     if (row < p.rows && column < p.columns) p.c[row * p.columns + column] = sum;
 }
 
+extern "C" __global__ void __launch_bounds__(256) matmul(const MatmulParams p) { multiply_tiles<16>(p); }
+
 // ---- sums of rows by shuffles within warps, dynamic shared memory between them, float4 loads
 
 struct RowSumParams {
@@ -48,7 +50,7 @@ struct RowSumParams {
     int columns4;
 };
 
-__global__ void row_sum(const RowSumParams p) {
+extern "C" __global__ void row_sum(const RowSumParams p) {
     extern __shared__ __align__(16) unsigned char smem[];
     float* partial = reinterpret_cast<float*>(smem);
     const auto* row = reinterpret_cast<const float4*>(p.x) + blockIdx.x * p.columns4;
@@ -80,7 +82,7 @@ struct SoftmaxParams {
     int rows, keys;
 };
 
-__global__ void online_softmax(const SoftmaxParams p) {
+extern "C" __global__ void online_softmax(const SoftmaxParams p) {
     __shared__ float weights[4][32];
     const int lane = threadIdx.x, warp = threadIdx.y, row = blockIdx.x * blockDim.y + warp;
     if (row >= p.rows) return;  // no block barrier follows
@@ -105,6 +107,6 @@ __global__ void online_softmax(const SoftmaxParams p) {
 
 }  // namespace fastattn
 
-SIMT_EXPORT(matmul, fastattn::matmul<16>)
+SIMT_EXPORT(matmul, fastattn::matmul)
 SIMT_EXPORT(row_sum, fastattn::row_sum)
 SIMT_EXPORT(online_softmax, fastattn::online_softmax)

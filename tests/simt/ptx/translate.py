@@ -1,0 +1,190 @@
+"""Translates one kernel of a PTX module to C++ that the CPU executor runs.
+
+Registers become local variables, labels stay labels, each instruction becomes a statement or a block of its own.
+#line directives give it the place in the CUDA source that the PTX names, else its place in the PTX, so that debug
+information and reports speak of that file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterator
+
+from simt.ptx import arithmetic, control, convert, data, forms, tensor
+from simt.ptx.operands import Scope, label, register
+from simt.ptx.parser import (
+    BYTES,
+    Brace,
+    BranchTargets,
+    Function,
+    Instruction,
+    Label,
+    Module,
+    Place,
+    Pragma,
+    PtxError,
+    Registers,
+    Statement,
+    Variable,
+)
+
+INSTRUCTIONS = (arithmetic, control, convert, data, tensor)  # each registers its forms
+SHARED_GAP = 256  # bytes between static arrays of shared memory that belong to none, so that an overrun is seen
+
+
+def translate(module: Module, kernel: str, name: str) -> str:
+    """C++ with that kernel, and the device functions it calls.
+
+    Args:
+        name: what reports call the PTX itself, where it does not name a source line.
+
+    Raises:
+        PtxError: an instruction, modifier or operand that is unknown; says where.
+        ValueError: no such kernel.
+    """
+    entry = module.functions.get(kernel)
+    if entry is None or not entry.is_entry:
+        raise ValueError(f"kernel: {name} has no kernel {kernel!r}")
+    bodies, scopes, waiting = {}, {}, [kernel]
+    for function in waiting:  # grows while it is walked
+        scopes[function] = scope = new_scope(module, module.functions[function])
+        bodies[function] = list(body(module, module.functions[function], scope, name))
+        waiting += sorted(scope.called - set(waiting))
+    variables = [scope.variables[used] for scope in scopes.values() for used in sorted(scope.used)]
+    prototypes = [prototype(module.functions[function]) + ";" for function in waiting]
+    definitions = [line for function in reversed(waiting) for line in bodies[function]]
+    return "\n".join(
+        [
+            '#include "ptx/ptx.h"',
+            *shared_arrays([v for v in variables if v.space == "shared" and v.bytes]),
+            "namespace ptx {",
+            *(constant(v) for v in dict.fromkeys(variables) if v.space in ("global", "const")),
+            *prototypes,
+            *definitions,
+            "}  // namespace ptx",
+            f'extern "C" __attribute__((visibility("default"))) simt::Kernel simt_kernel_{kernel};',
+            f"simt::Kernel simt_kernel_{kernel} = {{ptx::run_kernel, {scopes[kernel].params_bytes}}};",
+            "",
+        ]
+    )
+
+
+def new_scope(module: Module, function: Function) -> Scope:
+    offsets, end = {}, 0
+    for param in function.params:
+        end += -end % param.alignment
+        offsets[param.name] = end
+        end += param.bytes
+    own = {variable.name: variable for variable in (*function.results, *function.params)}
+    return Scope(
+        variables=module.variables | own,
+        param_offsets=offsets if function.is_entry else None,
+        params_bytes=end,
+        functions=frozenset(f.name for f in module.functions.values() if not f.is_entry),
+    )
+
+
+def prototype(function: Function) -> str:
+    if function.is_entry:
+        return "static void run_kernel(const void* params_struct)"
+    names = [variable.name for variable in (*function.results, *function.params)]
+    return f"static void f_{function.name}({', '.join(f'Byte* {name}' for name in names)})"
+
+
+# ---- functions
+
+
+def body(module: Module, function: Function, scope: Scope, name: str) -> Iterator[str]:
+    statements = list(module.statements(function))
+    declare(scope, statements)
+    yield prototype(function) + " {"
+    if function.is_entry:
+        yield "const Byte* const params = static_cast<const Byte*>(params_struct);"
+    if any(isinstance(s, Instruction) and s.opcode.startswith("cp.async.") for s, _ in statements):
+        yield "Copies copies;"
+    for where, code in itertools.groupby(placed_code(statements, scope, name), key=operator.itemgetter(0)):
+        yield f'#line {where[1]} "{where[0]}"\n{" ".join(text for _, text in code)}'
+    yield "}"
+
+
+def placed_code(
+    statements: list[tuple[Statement, Place]], scope: Scope, name: str
+) -> Iterator[tuple[tuple[str, int], str]]:
+    """The C++ of each statement, with the file and the line that it stands for."""
+    for statement, place in statements:
+        try:
+            code = emit(statement, scope)
+        except (ValueError, KeyError) as error:
+            text = statement.text if isinstance(statement, Instruction) else str(statement)
+            raise PtxError(f"{name} line {place.ptx_line}: {error}: {text}") from None
+        if code:
+            yield ((place.file, place.line) if place.file else (name, place.ptx_line)), code
+
+
+def declare(scope: Scope, statements: list[tuple[Statement, Place]]) -> None:
+    """Names that may be used before they are declared."""
+    for statement, _ in statements:
+        if isinstance(statement, BranchTargets):
+            scope.branch_targets[statement.name] = statement.labels
+        elif isinstance(statement, Variable):
+            scope.variables[statement.name] = statement
+            if statement.space == "local":
+                scope.depot = statement.name
+
+
+def emit(statement: Statement, scope: Scope) -> str:
+    match statement:
+        case Registers(type_, names):
+            scope.registers |= dict.fromkeys(names, type_)
+            return f"{type_} {', '.join(map(register, names))};"
+        case Label(name):
+            return f"{label(name)}:;"
+        case Brace(text):
+            return text
+        case Pragma(text):
+            if text.startswith("used_bytes_mask"):
+                scope.used_bytes_mask = int(text.split()[1], 0)
+        case Variable(name, "local" | "param", num_bytes, alignment):
+            scope.variables[name] = statement
+            return f"alignas({alignment}) Byte {name}[{num_bytes}];"
+        case Instruction():
+            return emit_instruction(statement, scope)
+    return ""
+
+
+def emit_instruction(instruction: Instruction, scope: Scope) -> str:
+    form, match = forms.find(instruction.opcode, len(instruction.operands))
+    code = form.emit(match, instruction, scope)
+    if instruction.guard:
+        negation = "!" if instruction.negated else ""
+        return f"if ({negation}{scope.value(instruction.guard, 'pred')}) {{ {code} }}"
+    return f"{{ {code} }}"
+
+
+# ---- memory
+
+
+def shared_arrays(variables: list[Variable]) -> Iterator[str]:
+    """The static arrays as parts of one thread-local block; the names and sizes of its parts are for reports."""
+    offset = SHARED_GAP
+    for variable in dict.fromkeys(variables):
+        offset += -offset % max(variable.alignment, 16)
+        yield (
+            f'asm(".hidden {variable.name}\\n.globl {variable.name}\\n.type {variable.name}, STT_TLS\\n"\n'
+            f'    ".set {variable.name}, simt_static_storage + {offset}\\n.size {variable.name}, {variable.bytes}");\n'
+            f"extern thread_local unsigned char {variable.name}[];"
+        )
+        offset += variable.bytes + SHARED_GAP
+    if variables:
+        yield f'extern "C" {{ alignas(128) thread_local unsigned char simt_static_storage[{offset}]; }}'
+
+
+def constant(variable: Variable) -> str:
+    """A table in the module's memory, as bytes."""
+    size = BYTES[variable.element]
+    if variable.values and variable.element[0] not in "bus":
+        raise PtxError(f"{variable.name}: only integers are known as initial values")
+    data = b"".join((value % (1 << 8 * size)).to_bytes(size, "little") for value in variable.values)
+    values = ", ".join(map(str, data.ljust(variable.bytes, b"\0")))
+    return f"alignas({variable.alignment}) static Byte {variable.name}[] = {{{values}}};"
