@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("nvrtc",),
     ("kernel_sources",),
-    ("params", "philox", "config", "losses", "schedule", "images"),
+    ("params", "philox", "config", "losses", "schedule", "images", "_launcher"),
     ("reference", "cuda", "triton_kernels"),
     ("backends", "checks", "machine"),
     ("autograd", "info"),
@@ -46,7 +46,7 @@ def imports_of(file: Path, package_root: Path) -> set[str]:
             source = ".".join([*base, *(node.module.split(".") if node.module else [])])
             folder = package_root.joinpath(*source.split("."))
             for alias in node.names:
-                is_module = (folder / f"{alias.name}.py").exists() or (folder / alias.name).is_dir()
+                is_module = (folder / alias.name).is_dir() or any(folder.glob(f"{alias.name}.py*"))
                 names.add(f"{source}.{alias.name}" if is_module else source)
     return names
 
