@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import re
 import subprocess
 import sys
@@ -315,7 +316,15 @@ def test_autograd_thread(launcher, stub):
 # ---- threads ----
 
 
-def test_threads_share_modules_and_keep_their_arguments_apart(launcher, stub):
+@pytest.fixture
+def watchdog():
+    """Ends the process after a minute: where a thread waits with the GIL, nothing else can end the test."""
+    faulthandler.dump_traceback_later(60, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def test_threads_share_modules_and_keep_their_arguments_apart(launcher, stub, watchdog):
     stub.library.stub_set_device_count(2)
     asked = []
 
