@@ -165,7 +165,7 @@ def test_wheel_with_kernels_works_away_from_the_sources(native_wheel, tmp_path):
 import json
 from fastattn import images, info
 report = info.gather(info.detect())
-image = images.image("f16", (8, 6))
+image = images.image("float16", (8, 6))
 assert image[:4] == b"\\x7fELF" and image[48] == 80
 print(json.dumps([report["kernels"], report["launcher_problem"], images.sources().digest]))
 """
