@@ -72,7 +72,7 @@ def test_build_needs_no_torch():
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {str(file.relative_to(ROOT)) for file in (ROOT / "fastattn").rglob("*.py")}
+    modules = {str(file.relative_to(ROOT)) for kind in ("*.py", "*.pyi") for file in (ROOT / "fastattn").rglob(kind)}
     info = f"fastattn-{VERSION}.dist-info"
     others = {"fastattn/py.typed", "fastattn/_kernels/build.json"}  # which says why there are no kernels
     assert {name for name in names if not name.startswith(info)} == modules | others
