@@ -411,10 +411,12 @@ def test_library_too_old(launcher, monkeypatch):
         launch(launcher)
 
 
-def test_default_library(launcher, monkeypatch):
-    monkeypatch.delenv("FASTATTN_LIBCUDA")
-    driver = launcher.driver()
-    assert driver.problem is None or "libcuda.so.1" in driver.problem or "cuInit" in driver.problem
+@pytest.mark.parametrize("named", [None, ""])
+def test_default_library(launcher, stub, monkeypatch, named):
+    monkeypatch.delenv("FASTATTN_LIBCUDA") if named is None else monkeypatch.setenv("FASTATTN_LIBCUDA", named)
+    problem = launcher.driver().problem
+    assert problem is None or "libcuda.so.1" in problem or "cuInit" in problem
+    assert stub.names() == []
 
 
 CALLS = [
