@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module or subpackage of fastattn imports only from rows above its own. A new one has to be placed here.
 LAYERS = (
-    ("nvrtc", "_launcher"),
+    ("nvrtc",),
     ("kernel_sources",),
     ("params", "philox", "config", "losses", "schedule", "images", "_launcher"),
     ("reference", "cuda", "triton_kernels"),
@@ -49,11 +49,7 @@ def imports_of(file: Path, package_root: Path) -> set[str]:
             source = ".".join([*base, *(node.module.split(".") if node.module else [])])
             folder = package_root.joinpath(*source.split("."))
             for alias in node.names:
-<<<<<<< .merge_file_0WIs0T
                 is_module = any((folder / f"{alias.name}{end}").exists() for end in ("", ".py", ".pyi"))
-=======
-                is_module = (folder / alias.name).is_dir() or any(folder.glob(f"{alias.name}.py*"))
->>>>>>> .merge_file_e7MmJy
                 names.add(f"{source}.{alias.name}" if is_module else source)
     return names
 
