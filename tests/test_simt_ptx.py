@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import struct
-
 import pytest
 import torch
 
 from simt import selftest
-from simt.executor import SCHEDULES, SimtError, guarded, load
-from simt.ptx import PtxError, load_ptx, load_ptx_text, nvrtc
+from simt.executor import SCHEDULES, SimtError, load
+from simt.ptx import load_ptx, nvrtc
 from simt.selftest import DEFECTS, KERNELS
 
 
-def missing_nvrtc() -> str:
-    try:
-        nvrtc.library()
-    except (nvrtc.NvrtcError, OSError) as error:
-        return str(error)
-    return ""
-
-
-needs_nvrtc = pytest.mark.skipif(bool(missing_nvrtc()), reason=missing_nvrtc() or "-")
+needs_nvrtc = pytest.mark.skipif(bool(nvrtc.why_not()), reason=nvrtc.why_not() or "-")
 ARCHITECTURES = pytest.mark.parametrize("arch", ["compute_60", "compute_80"])
 BUILDS = pytest.mark.parametrize("checked", [False, True], ids=["fast", "checked"])
 
