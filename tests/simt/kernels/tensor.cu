@@ -20,8 +20,7 @@ extern "C" __global__ void multiply(const TensorParams p) {
         out[i] = p.c + group * 64 + m * 8 + n;
         c[i] = *out[i];
     }
-    asm volatile(INSTRUCTION
-                 " {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11}, {%0,%1,%2,%3,%4,%5,%6,%7};"
+    asm volatile(INSTRUCTION " {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11}, {%0,%1,%2,%3,%4,%5,%6,%7};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7])
                  : "r"(two(a)), "r"(two(a + 2)), "r"(two(b)), "r"(two(b + 2)));
     for (int i = 0; i < 8; ++i) *out[i] = c[i];

@@ -3,7 +3,7 @@
 // are not modelled.
 #pragma once
 
-#include <algorithm>
+#include <cfenv>
 
 #include "registers.h"
 
@@ -108,7 +108,7 @@ T extract_bits(T a, u32 position, u32 length) {
     position &= 0xff;
     length &= 0xff;
     if (length == 0) return 0;
-    const u32 last = std::min(position + length - 1, kBits - 1);
+    const u32 last = position + length < kBits ? position + length - 1 : kBits - 1;
     const bool sign = std::is_signed<T>::value && (a >> last & 1);
     Bits<T> result = 0;
     for (u32 i = 0; i < kBits; ++i) {
