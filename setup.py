@@ -1,9 +1,55 @@
-"""The place of the native build; everything static is in pyproject.toml.
+"""Adds the native part to the installation; everything static is in pyproject.toml."""
 
-fastattn is pure Python today. The step that compiles the CUDA kernels belongs here, because only code can choose
-architectures and carry on without a compiler.
-"""
+import importlib
+import os
+import sys
+from pathlib import Path
 
-from setuptools import setup
+from setuptools import Command, Distribution, setup
+from setuptools.command.build import build
 
-setup()
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "scripts"))
+build_native = importlib.import_module("build_native")
+
+
+class BuildNative(Command):
+    """A step of "build", after that of the Python files."""
+
+    description = "build the CUDA kernels and their launcher"
+    user_options = []
+    editable_mode = False  # set by setuptools
+
+    def initialize_options(self):
+        self.build_lib = None
+
+    def finalize_options(self):
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self):
+        build_native.build(ROOT / "fastattn" if self.editable_mode else Path(self.build_lib).absolute() / "fastattn")
+
+    def get_source_files(self):
+        return []  # MANIFEST.in has them
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
+
+
+class BuildWithNative(build):
+    """The usual steps and that one."""
+
+    sub_commands = [*build.sub_commands, ("build_native", None)]
+
+
+class NativeDistribution(Distribution):
+    """Is for one platform and Python if anything is built."""
+
+    def has_ext_modules(self):
+        return build_native.why_pure_python(build_native.Settings.read(os.environ)) is None
+
+
+setup(distclass=NativeDistribution, cmdclass={"build": BuildWithNative, "build_native": BuildNative})

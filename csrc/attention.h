@@ -29,9 +29,10 @@ struct PerRow {
 
 enum BiasType { kBiasFloat32, kBiasFloat16, kBiasBfloat16 };
 
-// The bias gradient: `copies` partial sums of (batch, heads, rows, keys) floats each, contiguous. A size of 1 means that
-// the bias broadcasts there, and everything is summed; else it is the size of the scores.
+// The bias gradient: `copies` partial sums of (batch, heads, rows, keys) floats each, contiguous. A size of 1 means
+// that the bias broadcasts there, and everything is summed; else it is the size of the scores.
 struct BiasGrad {
+    void* data;  // their sum in the bias's own type, (batch, heads, rows, keys), contiguous
     float* partial;
     int copies, batch, heads, rows, keys;
 };
@@ -39,10 +40,10 @@ struct BiasGrad {
 // Key j is allowed for query i iff -left <= j - (i + shift) <= right, where shift is seqlen_k - seqlen_q of that
 // sequence if bottom_right, else 0, and iff the mask is true there.
 struct AttentionParams {
-    Rows q;     // (batch, nheads, seqlen_q, head_dim)
-    Rows k;     // (batch, nheads_k, seqlen_k, head_dim)
-    Rows v;     // (batch, nheads_k, seqlen_k, head_dim_v)
-    Rows out;   // (batch, nheads, seqlen_q, head_dim_v)
+    Rows q;      // (batch, nheads, seqlen_q, head_dim)
+    Rows k;      // (batch, nheads_k, seqlen_k, head_dim)
+    Rows v;      // (batch, nheads_k, seqlen_k, head_dim_v)
+    Rows out;    // (batch, nheads, seqlen_q, head_dim_v)
     PerRow lse;  // natural logarithm
 
     Scores mask;  // bytes, not 0 = may attend
@@ -52,9 +53,9 @@ struct AttentionParams {
     // Backward only.
     Rows dout;
     Rows dq, dk, dv;
-    PerRow dlse;      // null without a gradient of lse
-    PerRow delta;     // rowsum(out * dout) - dlse, written by the first backward kernel
-    PerRow dq_sum;    // float dq between key tiles, head_dim floats for each (b, h, i); null where dq itself is float
+    PerRow dlse;    // null without a gradient of lse
+    PerRow delta;   // rowsum(out * dout) - dlse, written by the first backward kernel
+    PerRow dq_sum;  // float dq between key tiles, head_dim floats for each (b, h, i); null where dq itself is float
     BiasGrad dbias;
 
     // Packed only; null when dense. Sequence b owns tokens cu_seqlens[b] ... cu_seqlens[b + 1] - 1.

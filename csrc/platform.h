@@ -11,6 +11,8 @@
 #if defined(__CUDACC_RTC__) && !defined(INFINITY)  // NVRTC has no <cmath>
 #define INFINITY __int_as_float(0x7f800000)
 #endif
+#define FASTATTN_EXPORT(kernel)  // a GPU's compiler exports what is extern "C" and __global__
 #else
 #include "simt.h"
+#define FASTATTN_EXPORT(kernel) SIMT_EXPORT(kernel, fastattn::kernel)
 #endif

@@ -3,6 +3,12 @@
 
 namespace fastattn {
 
+// Of `kCount` rows or columns that a thread holds, how many are contiguous: one vector access.
+template <int kCount>
+constexpr int kGroupOf = kCount < 4 ? kCount : 4;
+template <int a, int b>
+constexpr int kLarger = a > b ? a : b;
+
 // A block of kWarps warps works on kBlockM queries and kBlockN keys at a time. A warp owns whole rows of every product,
 // so that a row is reduced by shuffles alone; its lanes form a grid of kLanesY x kLanesX.
 template <int HeadDim, int BlockM, int BlockN, int Warps, int LanesX, int MinBlocks>
@@ -15,15 +21,13 @@ struct Tile {
     static constexpr int kRows = BlockM / (Warps * kLanesY), kKeys = BlockN / LanesX, kDims = HeadDim / LanesX;
     static constexpr int kKeyRows = BlockN / (Warps * kLanesY);
     static constexpr int kWarpRows = BlockM / Warps;
-    static constexpr int group(int count) { return count < 4 ? count : 4; }
 
-    // Products over head_dim run in slices of kSlice; products over keys in slices of kKeySlice, which are the keys that
-    // a warp's lanes hold in one group each.
+    // Products over head_dim run in slices of kSlice; products over keys in slices of kKeySlice, which are the keys
+    // that a warp's lanes hold in one group each.
     static constexpr int kSlice = HeadDim < 64 ? HeadDim : 64;
-    static constexpr int kKeySlice = LanesX * group(kKeys);
+    static constexpr int kKeySlice = LanesX * kGroupOf<kKeys>;
     static constexpr bool kOneSlice = kSlice == HeadDim;
 
-    static constexpr int larger(int a, int b) { return a > b ? a : b; }
     static_assert(kRows >= 1 && kKeys >= 1 && kDims >= 1 && kKeyRows >= 1, "every thread has a part of every product");
     static_assert(BlockN % kKeySlice == 0 && kSlice % 8 == 0, "whole slices");
 };
@@ -35,29 +39,30 @@ struct Tile {
 template <class T>
 struct ForwardSmem {
     static constexpr int kWeights = T::kKeySlice * T::kBlockM, kValues = T::kKeySlice * T::kHeadDim;
-    static constexpr int kLeft = T::kOneSlice ? T::kSlice * T::kBlockM : T::larger(T::kSlice * T::kBlockM, kWeights);
-    static constexpr int kRight = T::larger(T::kSlice * T::kBlockN, kValues + (T::kOneSlice ? kWeights : 0));
+    static constexpr int kLeft = T::kOneSlice ? T::kSlice * T::kBlockM : kLarger<T::kSlice * T::kBlockM, kWeights>;
+    static constexpr int kRight = kLarger<T::kSlice * T::kBlockN, kValues + (T::kOneSlice ? kWeights : 0)>;
     static constexpr int kBytes = 4 * (kLeft + kRight);
 };
 
-//   left:  q^T or dout^T slice (kSlice, kBlockM)        or weights (kBlockM, kBlockN), or weights^T (kKeySlice, kBlockM)
-//   right: k^T or v^T slice (kSlice, kBlockN)           or q or dout (kBlockM, head_dim), or k (kKeySlice, head_dim)
+//   left:  q^T or dout^T slice (kSlice, kBlockM)        or weights (kBlockM, kBlockN), or weights^T (kKeySlice,
+//   kBlockM) right: k^T or v^T slice (kSlice, kBlockN)           or q or dout (kBlockM, head_dim), or k (kKeySlice,
+//   head_dim)
 template <class T>
 struct BackwardSmem {
-    static constexpr int kLeft = T::kBlockM * T::larger(T::kSlice, T::kBlockN);
-    static constexpr int kRight = T::kHeadDim * T::larger(T::kBlockM, T::kBlockN);
+    static constexpr int kLeft = T::kBlockM * kLarger<T::kSlice, T::kBlockN>;
+    static constexpr int kRight = T::kHeadDim * kLarger<T::kBlockM, T::kBlockN>;
     static constexpr int kBytes = 4 * (kLeft + kRight);
 };
 
-// Every kernel of one element type: the pass and its tile. 18 and the sum of bias gradients, for each of 3 element types:
-// 57 instantiations per architecture.
+// Every kernel of one element type: the pass and its tile. 18 and the sum of bias gradients, for each of 3 element
+// types: 57 instantiations per architecture.
 #define FASTATTN_KERNELS(KERNEL)                                           \
     /* pass, shared memory, head_dim, M, N, warps, lanes x, min. blocks */ \
     KERNEL(attention_fwd, ForwardSmem, 32, 32, 32, 2, 8, 4)                \
     KERNEL(attention_fwd, ForwardSmem, 32, 64, 64, 4, 8, 2)                \
     KERNEL(attention_fwd, ForwardSmem, 64, 32, 32, 2, 8, 4)                \
     KERNEL(attention_fwd, ForwardSmem, 64, 64, 64, 4, 8, 2)                \
-    KERNEL(attention_fwd, ForwardSmem, 128, 64, 64, 4, 8, 2)               \
+    KERNEL(attention_fwd, ForwardSmem, 128, 64, 32, 4, 8, 2)               \
     KERNEL(attention_fwd, ForwardSmem, 256, 64, 32, 8, 16, 1)              \
     KERNEL(attention_bwd, BackwardSmem, 32, 32, 32, 2, 8, 4)               \
     KERNEL(attention_bwd, BackwardSmem, 64, 32, 32, 2, 8, 4)               \

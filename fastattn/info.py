@@ -7,126 +7,20 @@ Exits with 0 when the CPU or every visible GPU has a working backend, with 1 whe
 from __future__ import annotations
 
 import argparse
-import ctypes
-import importlib.metadata
 import json
-import os
-import platform
-import shutil
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import images
 from .backends import BACKENDS, Problem
+from .machine import Capability, Gpu, System, detect, pair
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIM = 64  # of the call for which the backends are asked; every class of head_dim takes the same path
 LAST_CUDA_12 = '"torch>=2.7.1,<2.15" --index-url https://download.pytorch.org/whl/cu126'
-
-Capability = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One visible GPU."""
-
-    name: str
-    capability: Capability
-
-
-@dataclass(frozen=True)
-class System:
-    """What a machine has, as far as fastattn cares."""
-
-    versions: dict[str, str | None]  # of python and the packages that matter; None: not installed
-    platform: str
-    compiler: str | None  # "g++ 12.2.0"
-    driver: str | None  # "580.65.06"
-    driver_cuda: Capability | None  # the newest CUDA version the driver runs
-    torch_cuda: str | None  # the CUDA version torch is built with
-    torch_archs: tuple[str, ...]  # "sm_80", "compute_90": what torch has kernels for
-    gpus: tuple[Gpu, ...]
-    torch_sees_gpus: bool
-
-
-# ---- detect ----
-
-
-def detect() -> System:
-    """Looks at this machine."""
-    visible = torch.cuda.is_available()
-    driver, listed = _nvidia_smi()
-    return System(
-        versions={name: _version(name) for name in ("python", "fastattn", "torch", "triton", "numpy")},
-        platform=platform.platform(),
-        compiler=_compiler(),
-        driver=driver,
-        driver_cuda=_driver_cuda(),
-        torch_cuda=torch.version.cuda,
-        torch_archs=tuple(torch.cuda.get_arch_list()),
-        gpus=_gpus_of_torch() if visible else listed,
-        torch_sees_gpus=visible,
-    )
-
-
-def _version(package: str) -> str | None:
-    if package == "python":
-        return platform.python_version()
-    if package == "torch":
-        return str(torch.__version__)  # unlike the metadata, it names the build: 2.13.0+cpu
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _compiler() -> str | None:
-    name = os.environ.get("CXX", "g++")
-    if shutil.which(name) is None:
-        return None
-    found = subprocess.run([name, "-dumpfullversion"], capture_output=True, text=True)
-    return f"{name} {found.stdout.strip()}"
-
-
-def _driver_cuda() -> Capability | None:
-    """What libcuda says of itself, which needs no GPU and no context."""
-    try:
-        libcuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    version = ctypes.c_int()
-    if libcuda.cuDriverGetVersion(ctypes.byref(version)) != 0:
-        return None
-    return version.value // 1000, version.value % 1000 // 10
-
-
-def _gpus_of_torch() -> tuple[Gpu, ...]:
-    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return tuple(Gpu(p.name, (p.major, p.minor)) for p in properties)
-
-
-def _nvidia_smi() -> tuple[str | None, tuple[Gpu, ...]]:
-    """The driver's version, and the GPUs of the machine unless they are hidden: torch may be unable to see them."""
-    command = ["nvidia-smi", "--query-gpu=driver_version,compute_cap,name", "--format=csv,noheader"]
-    if shutil.which(command[0]) is None:
-        return None, ()
-    answer = subprocess.run(command, capture_output=True, text=True)
-    if answer.returncode != 0:
-        return None, ()
-    rows = [line.split(", ", maxsplit=2) for line in answer.stdout.splitlines()]
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return rows[0][0], ()
-    return rows[0][0], tuple(Gpu(name, _pair(capability)) for _, capability, name in rows)
-
-
-def _pair(version: str) -> Capability:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
-
 
 # ---- gather ----
 
@@ -138,9 +32,11 @@ def gather(system: System) -> dict[str, Any]:
         system: the machine; this one's is `detect()`.
 
     Returns:
-        "ok"; "versions", "platform", "compiler", "driver", "driver_cuda", "torch_cuda", "torch_archs"; "devices": for
-        the CPU or each GPU its "name", "capability", "torch_has_kernels", "works" and, by dtype, "backends" with the
-        one chosen and "why_not" the preferred ones; "problems": each with its "problem" and a list of "fixes".
+        "ok"; "versions", "platform", "compiler", "driver", "driver_cuda", "torch_cuda", "torch_archs"; "kernels": those
+        compiled, with their "architectures", "nvrtc", "sources", "commit" and the "reason" if there are none;
+        "launcher_problem", "nvrtc", "nvrtc_problem", "cache_dir"; "devices": for the CPU or each GPU its "name",
+        "capability", "torch_has_kernels", "image", "works" and, by dtype, "backends" with the one chosen and "why_not"
+        the preferred ones; "problems": each with its "problem" and a list of "fixes".
     """
     devices = [_device(system, gpu) for gpu in system.gpus or (None,)]
     return {
@@ -152,6 +48,17 @@ def gather(system: System) -> dict[str, Any]:
         "driver_cuda": _dotted(system.driver_cuda),
         "torch_cuda": system.torch_cuda,
         "torch_archs": list(system.torch_archs),
+        "kernels": {
+            "architectures": list(map(str, system.kernels.archs)),
+            "nvrtc": system.kernels.nvrtc,
+            "sources": system.kernels.sources,
+            "commit": system.kernels.commit,
+            "reason": system.kernels.reason,
+        },
+        "launcher_problem": system.launcher_problem,
+        "nvrtc": system.nvrtc,
+        "nvrtc_problem": system.nvrtc_problem,
+        "cache_dir": system.cache_dir,
         "devices": devices,
         "problems": _problems(system, devices),
     }
@@ -177,9 +84,23 @@ def _device(system: System, gpu: Gpu | None) -> dict[str, Any]:
         "name": "CPU" if gpu is None else gpu.name,
         "capability": _dotted(capability),
         "torch_has_kernels": has_kernels,
+        "image": None if capability is None else _image(system, capability),
         "works": has_kernels and (is_fused or capability is None),
         "backends": chosen,
     }
+
+
+def _image(system: System, capability: Capability) -> str:
+    """Which image of the CUDA kernels a GPU gets, in words."""
+    try:
+        arch = images.selected(capability, system.kernels)
+    except (images.ImageError, ValueError) as error:
+        return f"none: {error}"
+    if arch in system.kernels.archs:
+        return f"{arch}" if arch.kind == "sm" else f"{arch}, which the driver compiles"
+    if system.nvrtc is None:
+        return f"none: {system.nvrtc_problem}"
+    return f"{arch or 'one'} that NVRTC compiles at the first call"
 
 
 def _has_kernels(archs: tuple[str, ...], capability: Capability) -> bool:
@@ -212,8 +133,13 @@ def _problems(system: System, devices: list[dict[str, Any]]) -> list[dict[str, A
             reasons = device["backends"]["float32"]["why_not"]
             text = "; ".join(f"{name} {', '.join(why)}" for name, why in reasons.items())
             problems.append({"problem": f"no fused backend for {device['name']}, only torch: {text}", "fixes": []})
+    if system.kernels_problem is not None:
+        problems.append({"problem": system.kernels_problem, "fixes": ["python scripts/build_native.py"]})
+    if system.gpus and system.kernels.reason is not None:
+        text = f"fastattn is installed without CUDA kernels: {system.kernels.reason}"
+        problems.append({"problem": text, "fixes": ["once that is mended, install fastattn again"]})
     if system.compiler is None:
-        text = "no C++ compiler: torch.compile needs one on the CPU, and fastattn's native code will"
+        text = "no C++ compiler: torch.compile needs one on the CPU, and so does the installation of fastattn"
         problems.append({"problem": text, "fixes": ["sudo apt-get install -y g++"]})
     return problems
 
@@ -225,7 +151,7 @@ def _unseen(system: System) -> dict[str, Any]:
         text = f"{torch_version} is built without CUDA, so it cannot use {names}"
         return {"problem": text, "fixes": _torch_fixes(system)}
     # CUDA's minor versions run on each other's drivers, its major ones do not.
-    if system.driver_cuda is not None and system.driver_cuda[0] < _pair(system.torch_cuda)[0]:
+    if system.driver_cuda is not None and system.driver_cuda[0] < pair(system.torch_cuda)[0]:
         supported = f"the driver {system.driver} runs CUDA up to {_dotted(system.driver_cuda)}"
         text = f"{supported}, but {torch_version} is built with CUDA {system.torch_cuda}"
         return {"problem": text, "fixes": _torch_fixes(system)}
@@ -238,7 +164,7 @@ def _torch_fixes(system: System) -> list[str]:
     oldest, newest = min(gpu.capability for gpu in system.gpus), max(gpu.capability for gpu in system.gpus)
     install = "pip install --force-reinstall"  # or pip would keep another build of a version that is asked for
     if oldest < (7, 5):
-        has_271 = _pair(system.versions["python"] or "") <= (3, 13)
+        has_271 = pair(system.versions["python"] or "") <= (3, 13)
         on_default_index = [f"{install} torch==2.7.1"] if has_271 else []
         return [f"{install} {LAST_CUDA_12}", *on_default_index]
     if system.driver_cuda is None or system.driver_cuda >= (13, 0):
@@ -261,6 +187,7 @@ def render(report: dict[str, Any]) -> str:
         f"{'CUDA':<10}{report['torch_cuda'] or 'torch is built without'}"
         + (f", kernels for {', '.join(report['torch_archs'])}" if report["torch_archs"] else ""),
     ]
+    lines += _kernel_lines(report)
     for device in report["devices"]:
         lines += ["", *_device_lines(device)]
     lines += ["", "Problems / fix"]
@@ -270,6 +197,21 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines if report["problems"] else [*lines, "  none"])
 
 
+def _kernel_lines(report: dict[str, Any]) -> list[str]:
+    kernels = report["kernels"]
+    built = f"none: {kernels['reason']}"
+    if kernels["architectures"]:
+        built = f"{' '.join(kernels['architectures'])}, by NVRTC {kernels['nvrtc']} from sources {kernels['sources']}"
+        built += f", commit {kernels['commit'][:10]}" if kernels["commit"] else ""
+    launcher, nvrtc_problem = report["launcher_problem"], report["nvrtc_problem"]
+    return [
+        f"{'kernels':<10}{built}",
+        f"{'launcher':<10}{'ready' if launcher is None else f'none: {launcher}'}",
+        f"{'NVRTC':<10}{report['nvrtc'] or f'none: {nvrtc_problem}'}",
+        f"{'cache':<10}{report['cache_dir']}",
+    ]
+
+
 def _device_lines(device: dict[str, Any]) -> list[str]:
     title = device["name"]
     if device["capability"] is not None:
@@ -277,6 +219,8 @@ def _device_lines(device: dict[str, Any]) -> list[str]:
         if not device["torch_has_kernels"]:
             title += ", which torch cannot use"
     lines = [title, *(f"  {dtype:<10}{choice['backend']}" for dtype, choice in device["backends"].items())]
+    if device["image"] is not None:
+        lines.append(f"  {'image':<10}{device['image']}")
     refusals: dict[str, list[str]] = {}
     for dtype, choice in device["backends"].items():
         for name, reasons in choice["why_not"].items():

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv: a torch that fits this machine, the pinned tools, and fastattn from this folder (editable).
-# Returns at once when nothing changed. A .venv that is unfinished, moved or for another torch is made anew.
+# Makes .venv: a torch that fits this machine, the pinned tools, and fastattn from this folder (editable), with its CUDA
+# kernels. Returns at once when nothing changed; compiles what changed of the kernels when nothing else did. A .venv that
+# is unfinished, moved or for another torch is made anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 finished=.venv/finished
@@ -13,9 +14,21 @@ read -ra torch <<<"${choice%%  \#*}"
 
 kind="$PWD $python $("$python" --version) ${torch[*]}"
 files=$(cat requirements-dev.txt pyproject.toml setup.py scripts/setup.sh | sha256sum)
-last_kind="" last_files=""
-if [[ -f $finished ]]; then { read -r last_kind && read -r last_files; } <$finished || true; fi
-if [[ "$kind" == "$last_kind" && "$files" == "$last_files" ]]; then exit 0; fi
+which="${FASTATTN_BUILD_CUDA-} ${FASTATTN_CUDA_ARCHS-} ${FASTATTN_PREBUILT_KERNELS-}"
+kernels=$(echo "$which" | cat - csrc/* fastattn/nvrtc.py fastattn/kernel_sources.py scripts/build_native.py | sha256sum)
+last_kind="" last_files="" last_kernels=""
+if [[ -f $finished ]]; then { read -r last_kind && read -r last_files && read -r last_kernels; } <$finished || true; fi
+all=("$kind" "$files" "$kernels")
+if [[ "${all[*]}" == "$last_kind $last_files $last_kernels" ]]; then exit 0; fi
+
+compile() { .venv/bin/python scripts/build_native.py; }
+finish() { printf '%s\n' "${all[@]}" >$finished; }
+if [[ "$kind $files" == "$last_kind $last_files" ]]; then
+    echo "set-up: the CUDA kernels"
+    compile
+    finish
+    exit
+fi
 
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 quiet=(--quiet)
@@ -35,5 +48,6 @@ fi
 rm -f $finished
 echo "set-up: the tools of requirements-dev.txt and fastattn"
 pip install --quiet -r requirements-dev.txt
+compile # pip would do it, too, but show nothing for minutes
 pip install --quiet --no-deps --no-build-isolation --editable .
-printf '%s\n%s\n' "$kind" "$files" >$finished
+finish

@@ -22,10 +22,10 @@ AXES: dict[str, list[Any]] = {
     "heads": [(2, 2), (4, 2), (3, 1)],
     "packed": [False, True],
     "return_lse": [False, True],
-    "layout": ["heads-outer", "heads-inner", "expanded", "strided"],
+    "layout": ["heads-outer", "heads-inner", "expanded", "strided", "odd-rows"],
     "scale": [None, 0.3, -0.5, 0.0],
-    "seqlens": [(17, 63), (64, 65), (63, 17), (128, 127), (1, 129), (129, 1), (0, 5), (5, 0), (1, 1)],
-    "dims": [(8, 8), (16, 16), (32, 32), (40, 40), (64, 64), (128, 128), (24, 8), (8, 40), (1, 1)],
+    "seqlens": [(17, 63), (64, 65), (63, 17), (128, 127), (1, 129), (129, 1), (0, 5), (5, 0), (1, 1), (150, 200)],
+    "dims": [(8, 8), (16, 16), (32, 32), (40, 40), (64, 64), (128, 128), (24, 8), (8, 40), (1, 1), (72, 200), (256, 256)],
 }
 # What the full table multiplies out; the other axes are drawn for every case.
 CROSSED = ("dtype", "mask", "bias", "band", "dropout_p", "heads", "packed", "return_lse")
@@ -103,6 +103,8 @@ class Case:
             return x.narrow(heads, 0, 1).expand(shape)
         if self.layout == "strided":
             return torch.stack([x, x], -1)[..., 0]
+        if self.layout == "odd-rows":
+            return torch.nn.functional.pad(x, (0, 1 + x.size(-1) % 2))[..., : x.size(-1)]
         return x
 
     def _scores_shape(self) -> tuple[int, int, int, int]:

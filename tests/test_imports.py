@@ -14,9 +14,11 @@ ROOT = Path(__file__).parents[1]
 
 # A module or subpackage of fastattn imports only from rows above its own. A new one has to be placed here.
 LAYERS = (
-    ("params", "philox", "config", "losses", "schedule"),
+    ("nvrtc",),
+    ("kernel_sources",),
+    ("params", "philox", "config", "losses", "schedule", "images"),
     ("reference", "cuda", "triton_kernels"),
-    ("backends", "checks"),
+    ("backends", "checks", "machine"),
     ("autograd", "info"),
     ("functional",),
     ("modules",),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
-from fastattn import backends, info
+from fastattn import backends, images, info
 from fastattn.backends import Backend
+from fastattn.kernel_sources import DEFAULT_ARCHS, Arch
 
 CUDA_12 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 CUDA_13 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
@@ -18,6 +20,9 @@ P100 = info.Gpu("Tesla P100-SXM2-16GB", (6, 0))
 T4 = info.Gpu("Tesla T4", (7, 5))
 H100 = info.Gpu("NVIDIA H100 80GB HBM3", (9, 0))
 B200 = info.Gpu("NVIDIA B200", (10, 0))
+BUILT = images.Installed(DEFAULT_ARCHS, nvrtc="12.9", sources="0123456789abcdef", commit="c0ffee" * 6, reason=None)
+BUILT_FOR_80 = images.Installed((Arch("sm", 80),), nvrtc="12.9", sources="0123", commit=None, reason=None)
+NOT_BUILT = images.Installed((), nvrtc=None, sources=None, commit=None, reason="no C++ compiler (c++)")
 FROM_CU126 = 'pip install --force-reinstall "torch>=2.7.1,<2.15" --index-url https://download.pytorch.org/whl/cu126'
 
 
@@ -39,6 +44,12 @@ def machine(*gpus: info.Gpu, **changes) -> info.System:
         "torch_archs": CUDA_13,
         "gpus": gpus,
         "torch_sees_gpus": bool(gpus),
+        "kernels": BUILT,
+        "kernels_problem": None,
+        "launcher_problem": None,
+        "nvrtc": "12.9 (/libnvrtc.so.12)",
+        "nvrtc_problem": None,
+        "cache_dir": "/home/someone/.cache/fastattn",
     }
     return info.System(**system | changes)
 
@@ -174,6 +185,12 @@ def test_which_kernels_run_where(archs, capability, expected):
             ["sudo apt-get install -y g++"],
             id="no-compiler",
         ),
+        pytest.param(
+            machine(kernels_problem="csrc has changed since"),
+            "csrc has changed since",
+            ["python scripts/build_native.py"],
+            id="changed-kernels",
+        ),
     ],
 )
 def test_problem_and_fix(fused, system, problem, fixes):
@@ -184,6 +201,65 @@ def test_problem_and_fix(fused, system, problem, fixes):
     assert report["ok"] is (not system.gpus)
     text = info.render(report)
     assert all(words in text for words in (found["problem"], *fixes))
+
+
+# ---- the CUDA kernels ----
+
+
+@pytest.mark.parametrize(
+    ("gpu", "changes", "image"),
+    [
+        (P100, {}, "sm_60"),
+        (H100, {}, "sm_90"),
+        (B200, {}, "compute_90, which the driver compiles"),
+        (P100, {"kernels": BUILT_FOR_80}, "one that NVRTC compiles at the first call"),
+        (P100, {"kernels": BUILT_FOR_80, "nvrtc": None, "nvrtc_problem": "no usable NVRTC"}, "none: no usable NVRTC"),
+        (info.Gpu("GTX 980", (5, 2)), {}, "none: the CUDA kernels need compute capability >= 6.0, got 5.2"),
+    ],
+)
+def test_image_of_a_gpu(monkeypatch, fused, gpu, changes, image):
+    monkeypatch.delenv("FASTATTN_CUDA_IMAGE", raising=False)
+    report = info.gather(machine(gpu, torch_archs=(*CUDA_12, "compute_50"), **changes))
+    assert report["devices"][0]["image"] == image
+    assert f"\n  image     {image}\n" in info.render(report)
+
+
+def test_an_image_by_the_user_is_shown(monkeypatch, fused):
+    monkeypatch.setenv("FASTATTN_CUDA_IMAGE", "compute_60")
+    report = info.gather(machine(H100, P100, torch_archs=CUDA_12))
+    assert [device["image"] for device in report["devices"]] == ["compute_60, which the driver compiles"] * 2
+    monkeypatch.setenv("FASTATTN_CUDA_IMAGE", "sm_61")
+    report = info.gather(machine(H100, info.Gpu("GTX 1080", (6, 1)), torch_archs=CUDA_12))
+    assert [device["image"] for device in report["devices"]] == [
+        "none: FASTATTN_CUDA_IMAGE: sm_61 does not run on compute capability 9.0",
+        "sm_61 that NVRTC compiles at the first call",
+    ]
+
+
+def test_text_says_what_was_built():
+    text = info.render(info.gather(machine()))
+    archs = "sm_60 sm_70 sm_75 sm_80 sm_90 compute_60 compute_90"
+    assert f"kernels   {archs}, by NVRTC 12.9 from sources 0123456789abcdef, commit c0ffeec0ff\n" in text
+    assert "launcher  ready\nNVRTC     12.9 (/libnvrtc.so.12)\ncache     /home/someone/.cache/fastattn\n" in text
+    assert "image" not in text  # of the CPU
+
+
+def test_a_gpu_without_cuda_kernels_is_a_problem(fused):
+    report = info.gather(machine(H100, kernels=NOT_BUILT))
+    (problem,) = report["problems"]
+    assert problem["problem"] == "fastattn is installed without CUDA kernels: no C++ compiler (c++)"
+    assert report["ok"]  # by Triton
+
+
+def test_text_says_why_nothing_was_built():
+    without = machine(kernels=NOT_BUILT, launcher_problem="No module named 'x'", nvrtc=None, nvrtc_problem="no NVRTC")
+    report = info.gather(without)
+    text = info.render(report)
+    assert (
+        "kernels   none: no C++ compiler (c++)\nlauncher  none: No module named 'x'\nNVRTC     none: no NVRTC\n" in text
+    )
+    assert report["ok"] and report["problems"] == []  # nothing that a CPU needs
+    assert report["kernels"]["architectures"] == [] and report["kernels"]["reason"] == "no C++ compiler (c++)"
 
 
 # ---- words and exit status ----
@@ -230,6 +306,31 @@ def test_detects_what_torch_says():
     assert system.versions["torch"] == str(torch.__version__)
     assert system.torch_sees_gpus == torch.cuda.is_available()
     assert not torch.cuda.is_available() or len(system.gpus) == torch.cuda.device_count()
+
+
+def test_detects_what_was_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(images, "_KERNELS", tmp_path)
+    sources = images.sources().digest
+    manifest = {"architectures": ["sm_60", "compute_90"], "nvrtc": "12.9", "sources": sources, "commit": None}
+    (tmp_path / "build.json").write_text(json.dumps(manifest))
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", "/cache")
+    system = info.detect()
+    assert system.kernels.archs == (Arch("sm", 60), Arch("compute", 90))
+    assert (system.kernels_problem, system.cache_dir) == (None, "/cache")
+    (tmp_path / "build.json").write_text(json.dumps(manifest | {"sources": "others"}))
+    assert "csrc has changed" in info.detect().kernels_problem
+
+
+def test_detects_the_compiler_for_run_time(monkeypatch):
+    monkeypatch.setenv("FASTATTN_NVRTC_LIB", "/nonexistent")
+    system = info.detect()
+    assert system.nvrtc is None and "FASTATTN_NVRTC_LIB: must be a file" in system.nvrtc_problem
+
+
+@pytest.mark.parametrize("launcher", [None, types.ModuleType("fastattn._launcher")])
+def test_detects_the_launcher(monkeypatch, launcher):
+    monkeypatch.setitem(sys.modules, "fastattn._launcher", launcher)
+    assert (info.detect().launcher_problem is None) is (launcher is not None)
 
 
 def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):

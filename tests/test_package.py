@@ -6,6 +6,7 @@ import ast
 import email
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,9 @@ VERSION = "0.1.0"
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
     """Standard output; the test fails if the command does."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FASTATTN_")}
     result = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300
+        list(map(str, command)), cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=900
     )
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return result.stdout
@@ -34,7 +36,7 @@ def sources(tmp_path_factory) -> Path:
     """A copy of what is under version control here, so that a build leaves nothing behind."""
     copy = tmp_path_factory.mktemp("sources") / "fastattn"
     left_behind = shutil.ignore_patterns(
-        ".git", ".venv", "build", "dist", "demo", "*.egg-info", "__pycache__", ".*_cache"
+        ".git", ".venv", "build", "dist", "demo", "*.egg-info", "__pycache__", ".*_cache", "_kernels", "*.so"
     )
     shutil.copytree(ROOT, copy, ignore=left_behind)
     return copy
@@ -61,17 +63,19 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 def test_build_needs_no_torch():
     text = (ROOT / "pyproject.toml").read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("requires = ")]
-    requirements = ast.literal_eval(line.removeprefix("requires = "))
-    assert any(r.startswith("setuptools") for r in requirements)
-    assert not any(r.startswith(("torch", "triton")) for r in requirements)
+    requirements = ast.literal_eval(re.search(r"^requires = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)[1])
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+    nvidia = {"nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"}
+    assert names == {"setuptools", "pybind11", "ninja"} | nvidia
+    assert all("; sys_platform == 'linux'" in r for r in requirements if r.startswith("nvidia"))  # there is no other
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "fastattn").rglob("*.py")}
     info = f"fastattn-{VERSION}.dist-info"
-    assert {name for name in names if not name.startswith(info)} == modules | {"fastattn/py.typed"}
+    others = {"fastattn/py.typed", "fastattn/_kernels/build.json"}  # which says why there are no kernels
+    assert {name for name in names if not name.startswith(info)} == modules | others
     assert f"{info}/licenses/LICENSE" in names
 
 
@@ -98,17 +102,78 @@ print(fastattn.__file__, fastattn.__version__)
     assert version == VERSION
 
 
-def test_source_distribution_holds_everything(sources, tmp_path):
-    build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
-    run(sys.executable, "-c", build, cwd=sources)
-    (archive,) = tmp_path.glob("*.tar.gz")
+@pytest.fixture(scope="module")
+def archive(sources, tmp_path_factory) -> Path:
+    """The source distribution."""
+    folder = tmp_path_factory.mktemp("archive")
+    run(
+        sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})", cwd=sources
+    )
+    (built,) = folder.glob("*.tar.gz")
+    return built
+
+
+def test_source_distribution_holds_everything(sources, archive):
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     folders = ("fastattn", "tests", "benchmarks", "examples", "scripts")
     python = {str(file.relative_to(sources)) for folder in folders for file in (sources / folder).rglob("*.py")}
     others = {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "setup.py", "requirements-dev.txt"}
     hidden = {".ci/run", ".clang-format", ".pre-commit-config.yaml", "scripts/setup.sh", "fastattn/py.typed"}
-    assert python | others | hidden <= names
+    native = {f"csrc/{file.name}" for file in (sources / "csrc").iterdir()}
+    assert python | others | hidden | native <= names
+    assert not [name for name in names if "_kernels" in name or name.endswith(".so")]
+
+
+# ---- with the CUDA kernels ----
+
+
+@pytest.fixture(scope="module")
+def native_wheel(archive, tmp_path_factory) -> Path:
+    """Built from the source distribution by pip in isolation, with every kernel and the launcher."""
+    folder = tmp_path_factory.mktemp("native_wheel")
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, archive)
+    run(*pip, cwd=folder, FASTATTN_BUILD_CUDA="1")
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux")
+def test_wheel_has_every_kernel(native_wheel):
+    archive = zipfile.ZipFile(native_wheel)
+    manifest = json.loads(archive.read("fastattn/_kernels/build.json"))
+    archs = ["sm_60", "sm_70", "sm_75", "sm_80", "sm_90", "compute_60", "compute_90"]
+    assert (manifest["architectures"], manifest["nvrtc"]) == (archs, "12.9")
+    kernels = {
+        arch: [len(i["kernels"]) for name, i in manifest["images"].items() if f".{arch}." in name] for arch in archs
+    }
+    table = (ROOT / "csrc" / "tiles.cuh").read_text()
+    each = len(re.findall(r"^    KERNEL\(", table, re.MULTILINE)) + 1  # and the sum of bias gradients
+    assert kernels == dict.fromkeys(archs, [each] * 3)
+    assert 3 * each <= 60
+    assert native_wheel.stat().st_size <= 20e6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux")
+def test_wheel_with_kernels_works_away_from_the_sources(native_wheel, tmp_path):
+    run(
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path, native_wheel, cwd=tmp_path
+    )
+    program = """
+import json
+from fastattn import images, info
+report = info.gather(info.detect())
+image = images.image("f16", (8, 6))
+assert image[:4] == b"\\x7fELF" and image[48] == 80
+print(json.dumps([report["kernels"], report["launcher_problem"], images.sources().digest]))
+"""
+    said = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    kernels, launcher_problem, sources = json.loads(said)
+    assert kernels["reason"] is None and len(kernels["architectures"]) == 7
+    assert launcher_problem is None
+    assert kernels["sources"] == sources
 
 
 # ---- import ----

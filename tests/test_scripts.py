@@ -143,12 +143,14 @@ case "$*" in
 "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
 -c*) ;;
 *" list "*) cat packages ;;
+"scripts/build_native.py") [[ "$1" != "$(cat stop_at)" ]] || exit 1; echo "$1" >>pip.log ;;
 "-m pip "*) [[ "$*" != *"$(cat stop_at)"* ]] || exit 1; echo "${*:4}" >>pip.log ;;
 esac
 """
 TORCH, TRITON = "install --quiet torch==2.13.0", "install --quiet triton==3.7.1"
-TOOLS, EDITABLE = (
+TOOLS, KERNELS, EDITABLE = (
     "install --quiet -r requirements-dev.txt",
+    "scripts/build_native.py",
     "install --quiet --no-deps --no-build-isolation --editable .",
 )
 
@@ -159,15 +161,18 @@ class Repository:
     def __init__(self, machine: Machine, folder: Path):
         self.machine, self.folder = machine, folder
         shutil.copytree(ROOT / "scripts", folder / "scripts")
-        for name in ("requirements-dev.txt", "pyproject.toml", "setup.py"):
-            shutil.copy(ROOT / name, folder)
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        (folder / "fastattn").mkdir()
+        compilation = ("fastattn/nvrtc.py", "fastattn/kernel_sources.py")
+        for name in ("requirements-dev.txt", "pyproject.toml", "setup.py", *compilation):
+            shutil.copy(ROOT / name, folder / name)
         (folder / "stop_at").write_text("nothing like this")
         (folder / "packages").write_text("torch==2.13.0+cpu\n")
         machine.command("python3", STAND_IN)
         machine.command("nvidia-smi", "exit 9")
 
     def setup(self, **environment: str) -> list[str]:
-        """What pip was asked for; "failed" at the end if the set-up did."""
+        """What pip and the kernels' build were asked for; "failed" at the end if the set-up did."""
         (self.folder / "pip.log").write_text("")
         command = ("bash", "-c", f"cd {self.folder} && scripts/setup.sh")
         result = self.machine.run(*command, **environment)
@@ -182,15 +187,36 @@ def repository(machine, tmp_path):
 
 
 def test_setup_installs_everything_once(repository):
-    assert repository.setup() == [TORCH, TRITON, TOOLS, EDITABLE]
+    assert repository.setup() == [TORCH, TRITON, TOOLS, KERNELS, EDITABLE]
     assert repository.setup() == []
+
+
+@pytest.mark.parametrize(
+    "file", ["csrc/attention.cu", "fastattn/nvrtc.py", "fastattn/kernel_sources.py", "scripts/build_native.py"]
+)
+def test_setup_after_a_change_of_the_kernels_compiles_only(repository, file):
+    repository.setup()
+    with (repository.folder / file).open("a") as target:
+        target.write("\n")
+    (repository.folder / "stop_at").write_text(KERNELS)
+    assert repository.setup() == ["failed"]
+    (repository.folder / "stop_at").write_text("nothing like this")
+    assert repository.setup() == [KERNELS]
+    assert repository.setup() == []
+
+
+def test_setup_for_other_architectures_compiles_only(repository):
+    repository.setup()
+    assert repository.setup(FASTATTN_CUDA_ARCHS="60") == [KERNELS]
+    assert repository.setup(FASTATTN_CUDA_ARCHS="60") == []
+    assert repository.setup() == [KERNELS]
 
 
 def test_setup_after_a_change_of_the_tools_keeps_torch(repository):
     repository.setup()
     with (repository.folder / "requirements-dev.txt").open("a") as file:
         file.write("# changed\n")
-    assert repository.setup() == [TOOLS, EDITABLE]
+    assert repository.setup() == [TOOLS, KERNELS, EDITABLE]
     assert repository.setup() == []
 
 
@@ -198,13 +224,13 @@ def test_setup_for_another_torch_starts_over(repository):
     repository.setup()
     (repository.folder / ".venv" / "leftover").touch()
     (repository.folder / "packages").write_text("torch==2.7.1\ntriton==3.3.1\n")
-    assert repository.setup(TORCH="torch==2.7.1") == ["install --quiet torch==2.7.1", TOOLS, EDITABLE]
+    assert repository.setup(TORCH="torch==2.7.1") == ["install --quiet torch==2.7.1", TOOLS, KERNELS, EDITABLE]
     assert not (repository.folder / ".venv" / "leftover").exists()
 
 
-@pytest.mark.parametrize("step", [TORCH, TRITON, TOOLS, EDITABLE])
+@pytest.mark.parametrize("step", [TORCH, TRITON, TOOLS, KERNELS, EDITABLE])
 def test_setup_that_was_stopped_starts_over(repository, step):
-    everything = [TORCH, TRITON, TOOLS, EDITABLE]
+    everything = [TORCH, TRITON, TOOLS, KERNELS, EDITABLE]
     (repository.folder / "stop_at").write_text(step)
     assert repository.setup() == [*everything[: everything.index(step)], "failed"]
     (repository.folder / "stop_at").write_text("nothing like this")
@@ -217,15 +243,15 @@ def test_update_of_the_tools_that_was_stopped_starts_over(repository):
     with (repository.folder / "requirements-dev.txt").open("a") as file:
         file.write("# changed\n")
     (repository.folder / "stop_at").write_text(EDITABLE)
-    assert repository.setup() == [TOOLS, "failed"]
+    assert repository.setup() == [TOOLS, KERNELS, "failed"]
     (repository.folder / "stop_at").write_text("nothing like this")
-    assert repository.setup() == [TORCH, TRITON, TOOLS, EDITABLE]
+    assert repository.setup() == [TORCH, TRITON, TOOLS, KERNELS, EDITABLE]
 
 
 @pytest.mark.parametrize("packages", ["torch==2.13.0\ntriton==3.7.1\n", "torch==2.14.1+cpu\n"])
 def test_triton_is_added_only_to_the_torch_it_fits(repository, packages):
     (repository.folder / "packages").write_text(packages)
-    assert repository.setup() == [TORCH, TOOLS, EDITABLE]
+    assert repository.setup() == [TORCH, TOOLS, KERNELS, EDITABLE]
 
 
 # ---- the targets ----

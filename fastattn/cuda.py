@@ -1,0 +1,142 @@
+"""The CUDA C++ kernels of csrc: which of them run for a call, on what grid, with what workspace."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _launcher, images
+from .params import AttentionParams
+
+ELEMENTS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+MAX_BIAS_COPIES = 64
+# Up to this many queries, small tiles: more blocks, whose loading and computing overlap.
+SHORT = 128
+# With fewer blocks than this per multiprocessor, five products on a part of the card lose to seven on all of it.
+FULL = 2
+
+_launcher.set_image_source(images.image)
+
+
+class Buffers(NamedTuple):
+    """What kernels fill or read besides the call's own tensors; a pass leaves out what it does not know."""
+
+    out: Tensor  # (batch, nheads, seqlen_q, head_dim_v)    packed: (total_q, nheads, head_dim_v)
+    lse: Tensor  # (batch, nheads, seqlen_q) float32        packed: (nheads, total_q)
+    dout: Tensor | None = None
+    dlse: Tensor | None = None
+    delta: Tensor | None = None  # as lse
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+    dq_sum: Tensor | None = None  # (*lse.shape, head_dim) float32
+    dbias_partial: Tensor | None = None  # (copies, *bias.shape) float32
+    dbias: Tensor | None = None  # the bias's own shape
+
+
+# ---- forward ----
+
+
+def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
+    """Fill out and lse."""
+    batch, nheads = _batch(p), p.q.size(1)
+    if batch * nheads == 0:
+        out.zero_()
+        lse.fill_(-torch.inf)
+        return
+    kernel = _kernel("attention_fwd", p)
+    grid = (batch * nheads, _tiles(p.max_seqlen_q, kernel.block_m), 1)
+    launch(kernel.name, ELEMENTS[p.q.dtype], grid, p, Buffers(out, lse))
+
+
+# ---- backward ----
+
+
+def attention_bwd(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    p: AttentionParams,
+) -> None:
+    """Fill dq, dk, dv and, unless it is None, dbias, in the bias's own shape."""
+    batch, nheads, nheads_k = _batch(p), p.q.size(1), p.k.size(1)
+    if batch * nheads == 0:
+        for grad in (dq, dk, dv, dbias):
+            if grad is not None:
+                grad.zero_()
+        return
+    element = ELEMENTS[p.q.dtype]
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    buffers = Buffers(out, lse, dout, dlse, torch.empty_like(lse), dq, dk, dv)
+
+    kernel, kernel_dq = _kernel("attention_bwd", p), _kernel("attention_bwd_dq", p)
+    key_tiles = _tiles(p.max_seqlen_k, kernel.block_n)
+    if key_tiles > 1 and batch * nheads_k < FULL * multiprocessors(p.q.device):
+        grid_dq = (batch * nheads, _tiles(p.max_seqlen_q, kernel_dq.block_m), 1)
+        launch(kernel_dq.name, element, grid_dq, p, buffers)
+        launch(kernel.name, element, (batch * nheads_k, key_tiles, 1), p, buffers)
+    else:
+        if key_tiles > 1 and dq.dtype != torch.float32:
+            buffers = buffers._replace(dq_sum=lse.new_empty(*lse.shape, dq.size(-1)))
+        launch(kernel.name, element, (batch * nheads_k, 1, 1), p, buffers)
+    if dbias is not None and dbias.numel():
+        _bias_grad(dbias, buffers, p)
+
+
+def _bias_grad(dbias: Tensor, buffers: Buffers, p: AttentionParams) -> None:
+    """Fill dbias: partial sums in copies of the bias, as many as fill the card, then their sum."""
+    kernel, sizes = _kernel("attention_bwd_dbias", p), dbias.shape
+    bias_tiles = sizes[0] * sizes[1] * _tiles(sizes[2], kernel.block_m) * _tiles(sizes[3], kernel.block_n)
+    scores = (_batch(p), p.q.size(1), p.max_seqlen_q, p.max_seqlen_k)
+    blocks = (1, 1, kernel.block_m, kernel.block_n)
+    broadcast = [
+        _tiles(n, block) for n, size, block in zip(scores, sizes, blocks, strict=True) if size == 1
+    ]
+    wanted = _tiles(FULL * multiprocessors(p.q.device), bias_tiles)
+    copies = min(MAX_BIAS_COPIES, torch.Size(broadcast).numel(), wanted)
+    buffers = buffers._replace(dbias=dbias, dbias_partial=buffers.lse.new_empty(copies, *sizes))
+    launch(kernel.name, ELEMENTS[p.q.dtype], (bias_tiles, copies, 1), p, buffers)
+    grid = (_tiles(dbias.numel(), SUM_THREADS), 1, 1)
+    launch("attention_dbias_sum", ELEMENTS[dbias.dtype], grid, p, buffers)
+
+
+# ---- choice and launch ----
+
+_KERNELS = {pass_: [k for k in _launcher.KERNELS if k.pass_ == pass_] for pass_ in {k.pass_ for k in _launcher.KERNELS}}
+SUM_THREADS = next(k.threads for k in _launcher.KERNELS if k.name == "attention_dbias_sum")
+
+
+def _kernel(pass_: str, p: AttentionParams) -> _launcher.Kernel:
+    """The pass's kernel for the call's head dimension and, where there is a choice, its length."""
+    head_dim = max(p.q.size(-1), p.v.size(-1))
+    fitting = [k for k in _KERNELS[pass_] if k.head_dim >= head_dim]
+    candidates = [k for k in fitting if k.head_dim == fitting[0].head_dim]
+    return candidates[0] if p.max_seqlen_q <= SHORT else candidates[-1]
+
+
+def _batch(p: AttentionParams) -> int:
+    return p.q.size(0) if p.cu_seqlens_q is None else p.cu_seqlens_q.numel() - 1
+
+
+def _tiles(n: int, block: int) -> int:
+    """How many blocks n takes; at least 1, because tokens of no sequence are somebody's work."""
+    return max(1, -(-n // block))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has."""
+    return _launcher.multiprocessors(device.index)
+
+
+def launch(kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, buffers: Buffers) -> None:
+    """Run a kernel on the current stream of the call's device."""
+    device = p.q.device.index
+    _launcher.launch(kernel, element, device, torch._C._cuda_getCurrentRawStream(device), grid, p, buffers)

@@ -1,0 +1,126 @@
+"""The CUDA sources and how they are compiled: attention.cu, once per element type and architecture, each an image.
+
+Only the standard library and nvrtc.py are imported, so that the installation of fastattn can use this file, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from .nvrtc import Compiled, Nvrtc, Resources, resources
+
+ELEMENTS = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}  # torch's name: the type in C++
+MIN_CAPABILITY = 60  # 10 * major + minor
+
+# Constexpr functions without __device__ are for every compiler (-default-device). Subnormals are kept and products are
+# fused into sums, which are NVRTC's defaults; the fast exponential is named where it is meant, so no --use_fast_math.
+OPTIONS = ("--std=c++17", "-default-device")
+MACHINE_CODE_OPTIONS = ("--ptxas-options=-v",)  # so that the log has every kernel's resources
+
+
+class Arch(NamedTuple):
+    """What an image is compiled for: "sm_XY", machine code, or "compute_XY", PTX that the driver compiles."""
+
+    kind: str
+    number: int  # the compute capability, 10 * major + minor
+
+    @classmethod
+    def parse(cls, text: str) -> Arch:
+        """From "compute_60", "sm_60" or "60", which means the same.
+
+        Raises:
+            ValueError: it is none of these, or the kernels need a higher compute capability.
+        """
+        match = re.fullmatch(r"(?:(sm|compute)_)?(\d{2,3})", text)
+        if match is None or int(match[2]) < MIN_CAPABILITY:
+            raise ValueError(f"must be like 60, sm_60 or compute_60, and at least {MIN_CAPABILITY}, got {text!r}")
+        return cls(match[1] or "sm", int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.kind}_{self.number}"
+
+
+# Machine code for each architecture that compiles differently; PTX for those to come, and to run the first kernels on
+# any newer GPU.
+DEFAULT_ARCHS = tuple(map(Arch.parse, ("sm_60", "sm_70", "sm_75", "sm_80", "sm_90", "compute_60", "compute_90")))
+
+
+def choose(archs: Iterable[Arch], capability: int) -> Arch | None:
+    """The best of the architectures that run on a GPU: machine code of its own major version, else PTX.
+
+    Args:
+        archs: what there is.
+        capability: the GPU's compute capability, 10 * major + minor.
+    """
+    runs = [arch for arch in archs if arch.number <= capability]
+    machine_code = [arch for arch in runs if arch.kind == "sm" and arch.number // 10 == capability // 10]
+    return max(machine_code or [arch for arch in runs if arch.kind == "compute"], default=None)
+
+
+def image_name(element: str, arch: Arch) -> str:
+    """The file of an image, such as "attention_float32.sm_60.cubin"."""
+    return f"attention_{element}.{arch}.{'cubin' if arch.kind == 'sm' else 'ptx'}"
+
+
+@dataclass(frozen=True)
+class KernelSources:
+    """attention.cu and every header of its folder that it includes, by name."""
+
+    files: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> KernelSources:
+        """Reads them from csrc/ or a copy of it."""
+        files: dict[str, str] = {}
+        names = ["attention.cu"]
+        while names:
+            name = names.pop()
+            if name not in files and (folder / name).is_file():  # what only other compilers include is elsewhere
+                files[name] = (folder / name).read_text(encoding="utf-8")
+                names += re.findall(r'^\s*#\s*include\s+"([^"]+)"', files[name], re.MULTILINE)
+        if not files:
+            raise FileNotFoundError(f"no attention.cu in {folder}")
+        return cls(dict(sorted(files.items())))
+
+    @property
+    def digest(self) -> str:
+        """Tells two versions of the sources apart."""
+        return hashlib.sha256(repr(self.files).encode()).hexdigest()[:16]
+
+    def compile(self, nvrtc: Nvrtc, element: str, arch: Arch) -> Compiled:
+        """The image for one element type and architecture.
+
+        Args:
+            nvrtc: the compiler.
+            element: one of ELEMENTS.
+            arch: the architecture.
+
+        Raises:
+            CompileError: the sources do not compile.
+        """
+        headers = {name: text for name, text in self.files.items() if name != "attention.cu"}
+        return nvrtc.compile(
+            self.files["attention.cu"],
+            str(arch),
+            name="attention.cu",
+            headers=headers,
+            defines={"FASTATTN_ELEMENT": ELEMENTS[element]},
+            options=options(arch),
+        )
+
+
+def options(arch: Arch) -> tuple[str, ...]:
+    """NVRTC's options for an architecture, besides the architecture itself."""
+    return OPTIONS + (MACHINE_CODE_OPTIONS if arch.kind == "sm" else ())
+
+
+def kernels(compiled: Compiled) -> dict[str, Resources | None]:
+    """The kernels of an image; those of machine code with their resources."""
+    if compiled.image.startswith(b"\x7fELF"):
+        return {**resources(compiled.log)}
+    return dict.fromkeys(re.findall(r"\.entry (\w+)", compiled.image.decode()))
