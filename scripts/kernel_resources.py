@@ -1,7 +1,7 @@
 """What every CUDA kernel takes of a GPU, by architecture: docs/kernel_resources.csv, from the installed build.
 
-    python scripts/kernel_resources.py            compares the file with the build and prints what differs
-    python scripts/kernel_resources.py --write    writes it
+python scripts/kernel_resources.py            compares the file with the build and prints what differs
+python scripts/kernel_resources.py --write    writes it
 """
 
 from __future__ import annotations

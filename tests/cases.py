@@ -25,7 +25,19 @@ AXES: dict[str, list[Any]] = {
     "layout": ["heads-outer", "heads-inner", "expanded", "strided", "odd-rows"],
     "scale": [None, 0.3, -0.5, 0.0],
     "seqlens": [(17, 63), (64, 65), (63, 17), (128, 127), (1, 129), (129, 1), (0, 5), (5, 0), (1, 1), (150, 200)],
-    "dims": [(8, 8), (16, 16), (32, 32), (40, 40), (64, 64), (128, 128), (24, 8), (8, 40), (1, 1), (72, 200), (256, 256)],
+    "dims": [
+        (8, 8),
+        (16, 16),
+        (32, 32),
+        (40, 40),
+        (64, 64),
+        (128, 128),
+        (24, 8),
+        (8, 40),
+        (1, 1),
+        (72, 200),
+        (256, 256),
+    ],
 }
 # What the full table multiplies out; the other axes are drawn for every case.
 CROSSED = ("dtype", "mask", "bias", "band", "dropout_p", "heads", "packed", "return_lse")

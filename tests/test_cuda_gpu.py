@@ -20,9 +20,7 @@ VARIED = Case(
 
 
 @pytest.mark.parametrize("multiprocessors", [1, MANY], ids=["whole", "split"])
-def test_contract(
-    attention_case: Case, multiprocessors: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contract(attention_case: Case, multiprocessors: int, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = pytest.importorskip("fastattn.cuda")
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: multiprocessors)
     with fastattn.use_backend("cuda"):

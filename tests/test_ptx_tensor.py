@@ -90,9 +90,7 @@ def positions_8x8(part: str, by_rows: bool, is_half: bool):
     def position(lane: int, i: int) -> tuple[int, int]:
         upper, member = 4 * (lane // 16), lane % 4
         if part == "c":
-            return (
-                (member + upper, i) if is_half else (lane % 2 + (i & 2) + upper, (i & 4) + (lane & 2) + i % 2)
-            )
+            return (member + upper, i) if is_half else (lane % 2 + (i & 2) + upper, (i & 4) + (lane & 2) + i % 2)
         if part == "a":
             return (member + upper, i) if by_rows else (i + upper, member)
         return (member, i + upper) if by_rows else (i, member + upper)

@@ -190,7 +190,7 @@ def test_local_memory_and_generic_addresses():
 
 
 def test_constants_and_packed_registers():
-    before = '.const .align 4 .u32 table[3] = {7, 0x10, 4294967295};\n.global .align 1 .b8 bytes[5] = {1, 2, 3, 255};\n'
+    before = ".const .align 4 .u32 table[3] = {7, 0x10, 4294967295};\n.global .align 1 .b8 bytes[5] = {1, 2, 3, 255};\n"
     code = """
     mov.u64 %rd1, table;
     ld.const.u32 %r2, [%rd1+4];
