@@ -59,7 +59,7 @@ __device__ __forceinline__ void tile_gradients(float (&weights)[T::kRows][T::kKe
                                                float* right, const Lane<T>& lane) {
     multiply_rows(weights, tile_rows<E>(p.q, s.b, h, s.first_q, i0, s.seqlen_q, p.head_dim),
                   tile_rows<E>(p.k, s.b, h_k, s.first_k, j0, s.seqlen_k, p.head_dim), left, right, lane);
-    finish_scores(weights, p, s, h, i0, j0, lane);
+    finish_scores<E>(weights, p, s, h, i0, j0, lane);
     float row[T::kRows];
     load_per_row(row, p.lse, s, h, i0, INFINITY, lane);
 #pragma unroll

@@ -76,7 +76,7 @@ __device__ __forceinline__ void attention_fwd(const AttentionParams& p) {
         const TileRows<E> v = tile_rows<E>(p.v, s.b, h_k, s.first_k, j0, s.seqlen_k, p.head_dim_v);
         float scores[T::kRows][T::kKeys];
         multiply_rows(scores, q, k, left, right, lane, T::kOneSlice && j0 > keys.begin);
-        finish_scores(scores, p, s, h, i0, j0, lane);
+        finish_scores<E>(scores, p, s, h, i0, j0, lane);
         softmax.update(scores, out);
         if (dropout.is_on) drop(scores, dropout, i0, j0, lane);
         add_weighted(out, scores, v, weights, right, lane);

@@ -86,17 +86,16 @@ __device__ __forceinline__ void add_bias(float (&scores)[T::kRows][T::kKeys], co
 }
 
 // q k^T  ->  scale * q k^T + bias, and -inf where the query must not attend to the key.
-template <class T>
+template <class E, class T>
 __device__ __forceinline__ void finish_scores(float (&scores)[T::kRows][T::kKeys], const AttentionParams& p,
                                               const Sequence& s, int h, int i0, int j0, const Lane<T>& lane) {
     for_each_score<T>(lane, i0, j0, [&](int i, int j, int, int) { scores[i][j] *= p.scale; });
     if (p.bias.data != nullptr) {
-        if (p.bias_type == kBiasFloat32)
+        // A bias is in float or in the call's own type.
+        if (sizeof(E) == sizeof(float) || p.bias_type == kBiasFloat32)
             add_bias<float>(scores, p.bias, s, h, i0, j0, lane);
-        else if (p.bias_type == kBiasFloat16)
-            add_bias<__half>(scores, p.bias, s, h, i0, j0, lane);
         else
-            add_bias<__nv_bfloat16>(scores, p.bias, s, h, i0, j0, lane);
+            add_bias<E>(scores, p.bias, s, h, i0, j0, lane);
     }
     const index_t first = static_cast<index_t>(i0) + s.shift, last = first + T::kBlockM - 1;
     const bool is_inside =

@@ -7,4 +7,14 @@ nvidia-smi --list-gpus >/dev/null 2>&1 || {
 source "$(dirname "$0")/env.sh"
 python -m fastattn.info || echo "make gpu: see the problems above; the tests say what works" >&2
 pytest -m gpu
+# The kernels of a P100 on whatever GPU this is: the driver compiles their PTX.
+FASTATTN_CUDA_IMAGE=compute_60 pytest -m gpu tests/test_cuda_gpu.py
+if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck synccheck initcheck; do
+        compute-sanitizer --tool "$tool" --error-exitcode 1 \
+            python -m pytest -q -m gpu tests/test_cuda_gpu.py -k "test_long_rows or test_threads"
+    done
+else
+    echo "make gpu: no compute-sanitizer here; that part was left out" >&2
+fi
 python -m benchmarks.torch_backends

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 # A module or subpackage of fastattn imports only from rows above its own. A new one has to be placed here.
 LAYERS = (
-    ("nvrtc", "_launcher"),
+    ("nvrtc",),
     ("kernel_sources",),
-    ("params", "philox", "config", "losses", "schedule", "images"),
+    ("params", "philox", "config", "losses", "schedule", "images", "_launcher"),
     ("reference", "cuda", "triton_kernels"),
     ("backends", "checks", "machine"),
     ("autograd", "info"),

@@ -20,6 +20,7 @@ from fastattn.kernel_sources import ELEMENTS
 from fastattn.params import AttentionParams
 from simt.build import ROOT
 from simt.executor import Library, load
+from simt.ptx.library import PtxLibrary, load_ptx
 
 ATTENTION = ROOT / "csrc" / "attention.cu"
 
@@ -27,7 +28,7 @@ ATTENTION = ROOT / "csrc" / "attention.cu"
 class Kernels(Protocol):
     """Where a launch finds its kernel."""
 
-    def library(self, kernel: str, element: str) -> Library: ...
+    def library(self, kernel: str, element: str) -> Library | PtxLibrary: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,22 @@ class SourceKernels:
 @functools.cache
 def _source_library(element: str, checked: bool) -> Library:
     return load(ATTENTION, checked=checked, defines=(f"FASTATTN_ELEMENT={ELEMENTS[element]}",))
+
+
+@dataclasses.dataclass(frozen=True)
+class PtxKernels:
+    """The kernels as NVRTC compiles them, run from the PTX it emits; each is built at its first launch."""
+
+    arch: str = "compute_60"
+    checked: bool = False
+
+    def library(self, kernel: str, element: str) -> PtxLibrary:
+        return _ptx_library(element, self.arch, self.checked)
+
+
+@functools.cache
+def _ptx_library(element: str, arch: str, checked: bool) -> PtxLibrary:
+    return load_ptx(ATTENTION, arch=arch, checked=checked, defines=(f"FASTATTN_ELEMENT={ELEMENTS[element]}",))
 
 
 @contextmanager

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <string>
 
-#include "simt.h"
+#include "checks.h"
 
 namespace simt {
 
@@ -30,39 +30,17 @@ struct Fiber : Thread {
     uint32_t seen[kWarpSize];
 };
 
-// The block that is running.
-struct RunningBlock {
-    uint32_t serial;  // counts blocks over all launches, from 1
-    uint32_t epoch;   // counts block barriers, from 1: accesses of different epochs are ordered
-    size_t dynamic_shared;
-};
-extern RunningBlock running;
 extern bool checked;
 inline Fiber& current() { return *static_cast<Fiber*>(self); }
 
-// An address range.
-struct Range {
-    uintptr_t begin, end;
-    bool contains(uintptr_t address) const { return address - begin < end - begin; }
-};
-extern Range stacks;         // of all fibers: local variables
-extern Range shared_memory;  // this library's thread-local block: all __shared__ arrays
-extern Range image;          // this library's code, constants and the runtime's own state
-extern Range params;         // the argument struct on the host
+extern Range stacks;  // of all fibers: local variables
+extern Range image;   // this library's code, constants and the runtime's own state
+extern Range params;  // the argument struct on the host
 uintptr_t dynamic_shared_begin();
 void prepare_memory(unsigned num_threads);  // finds all of these; at every launch
 void release_stacks();
 void poison_shared_memory(size_t dynamic_shared);  // NaN everywhere, whatever the last block left
 char* stack_top(unsigned thread);
-
-// What code without the compiler's instrumentation calls before an access of its own: one that is aligned to its size,
-// a read without alignment, an alignment alone; and one of local memory, which is judged by its bounds.
-void check_access(const void* address, size_t bytes, bool is_write);
-void check_read(const void* address, size_t bytes);
-void check_alignment(const void* address, size_t alignment);
-void check_local(const void* address, size_t bytes, const void* array, size_t array_bytes);
-// Shared memory that is as if nobody had written it yet.
-void forget_writes(const void* address, size_t bytes);
 
 // Keeps a report, one for all threads that do the same: its kind, the address it is about, and two places in the source
 // (either may be empty).

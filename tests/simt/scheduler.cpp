@@ -234,6 +234,8 @@ void fail_missing_lane(const char* name, unsigned lane, int source) {
          format("lane %u reads at %s from lane %d, which is not in the mask", lane, name, source));
 }
 
+void trap(Site site) { fail("trap", place(site), "", format("thread %u", self->linear)); }
+
 BarrierResult block_barrier(const char* name, bool predicate, Site site) {
     Fiber& me = current();
     me.state = State::kAtBarrier;

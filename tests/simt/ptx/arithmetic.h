@@ -3,7 +3,7 @@
 // are not modelled.
 #pragma once
 
-#include <algorithm>
+#include <cfenv>
 
 #include "registers.h"
 
@@ -108,7 +108,7 @@ T extract_bits(T a, u32 position, u32 length) {
     position &= 0xff;
     length &= 0xff;
     if (length == 0) return 0;
-    const u32 last = std::min(position + length - 1, kBits - 1);
+    const u32 last = position + length < kBits ? position + length - 1 : kBits - 1;
     const bool sign = std::is_signed<T>::value && (a >> last & 1);
     Bits<T> result = 0;
     for (u32 i = 0; i < kBits; ++i) {
@@ -249,12 +249,23 @@ To narrow(From from) {
         return static_cast<To>(static_cast<f32>(from));
     }
 }
+// In the given direction; a 16-bit result is the nearest one or its neighbour.
 template <class To, class From>
 To rounded(From from, int mode) {
-    const Rounding rounding(mode);
-    volatile From before = from;
-    volatile To after = static_cast<To>(before);
-    return after;
+    if constexpr (sizeof(To) == 2) {
+        const f64 exact = static_cast<f64>(from);
+        const To nearest = To::from_double(exact);
+        if (is_nan(nearest) || f64(nearest) == exact) return nearest;
+        const bool is_larger = std::fabs(f64(nearest)) > std::fabs(exact);
+        const bool must_be_larger = mode == FE_UPWARD ? exact > 0 : mode == FE_DOWNWARD && exact < 0;
+        const int step = is_larger == must_be_larger ? 0 : must_be_larger ? 1 : -1;
+        return as<To>(static_cast<u16>(as<u16>(nearest) + step));
+    } else {
+        const Rounding rounding(mode);
+        volatile From before = from;
+        volatile To after = static_cast<To>(before);
+        return after;
+    }
 }
 // 10 bits of fraction, to nearest, ties away from zero.
 inline b32 to_tf32(f32 x) { return is_nan(x) ? 0x7fffffffu : (as<u32>(x) + 0x1000u) & ~0x1fffu; }

@@ -20,7 +20,7 @@ def branch_to_index(match: re.Match, instruction: Instruction, scope: Scope) -> 
     if name not in scope.branch_targets:
         raise ValueError(f"{name} lists no targets")
     cases = [f"case {i}: goto {label(target)};" for i, target in enumerate(scope.branch_targets[name])]
-    return f"switch ({scope.value(index, 'u32')}) {{ {' '.join(cases)} default: trap(simt::Site::here()); }}"
+    return f"switch ({scope.value(index, 'u32')}) {{ {' '.join(cases)} default: simt::trap(simt::Site::here()); }}"
 
 
 @instruction("ret[.uni]", operands=0)
@@ -37,7 +37,7 @@ def exit_(match: re.Match, instruction: Instruction, scope: Scope) -> str:
 
 @instruction("trap", operands=0)
 def trap(match: re.Match, instruction: Instruction, scope: Scope) -> str:
-    return "trap(simt::Site::here());"
+    return "simt::trap(simt::Site::here());"
 
 
 @instruction("call[.uni]", operands=(1, 2, 3))

@@ -45,8 +45,6 @@ def _rounded_value(match: re.Match, result: str, source: str, value: str) -> str
         return f"{result}({whole})" if result in FLOATS else f"to_integer<{result}, {source}>({whole})"
     if match["rounding"] not in DIRECTED:
         return f"{result}({value})" if {result, source} & {"f16", "bf16"} == set() else f"narrow<{result}>({value})"
-    if result not in ("f32", "f64"):
-        raise ValueError(f"only rn is known for {result}")
     return f"rounded<{result}>({value}, {DIRECTED[match['rounding']]})"
 
 

@@ -26,6 +26,15 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(wheel_folder("cuda_nvrtc") / "lib" / "libnvrtc.so.12"))
 
 
+def why_not() -> str:
+    """Why PTX cannot be compiled here; empty if it can."""
+    try:
+        library()
+    except (NvrtcError, OSError) as error:
+        return str(error)
+    return ""
+
+
 def version() -> tuple[int, int]:
     major, minor = ctypes.c_int(), ctypes.c_int()
     library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
@@ -37,6 +46,7 @@ def compile_ptx(source: Path, arch: str, include_dirs: Sequence[Path], options: 
     nvrtc, program = library(), ctypes.c_void_p()
     folders = [*include_dirs, wheel_folder("cuda_runtime") / "include"]
     arguments = [f"--gpu-architecture={arch}", "-std=c++17", "-default-device", *(f"-I{f}" for f in folders), *options]
+    encoded = map(str.encode, arguments)
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), str(source).encode(), 0, None, None)
     failed = nvrtc.nvrtcCompileProgram(
         program, len(arguments), (ctypes.c_char_p * len(arguments))(*map(str.encode, arguments))

@@ -2,10 +2,9 @@
 // writes as the type it names.
 #pragma once
 
-#include <cfenv>
 #include <limits>
 
-#include "runtime.h"
+#include "checks.h"
 
 namespace ptx {
 
@@ -80,11 +79,6 @@ __forceinline__ Whole joined(const Part (&parts)[count], Part) {
     Bits<Whole> bits = 0;
     for (size_t i = 0; i < count; ++i) bits |= Bits<Whole>{parts[i]} << (8 * sizeof(Part) * i);
     return __builtin_bit_cast(Whole, bits);
-}
-
-[[noreturn]] inline void trap(simt::Site site) {
-    simt::report("trap", "", simt::place(site), "", simt::format("thread %u", simt::self->linear));
-    simt::give_up();
 }
 
 }  // namespace ptx

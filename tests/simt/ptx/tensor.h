@@ -155,7 +155,7 @@ class Copies {
             simt::forget_writes(to, bytes);
         }
         std::memset(to, 0xff, bytes);
-        if (started_ == kCapacity) trap(simt::Site::here());
+        if (started_ == kCapacity) simt::trap(simt::Site::here());
         copies_[started_++] = {to, from, bytes, used, group_};
     }
     void commit() { ++group_; }
