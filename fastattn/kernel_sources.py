@@ -19,9 +19,9 @@ MIN_CAPABILITY = 60  # 10 * major + minor
 
 # Constexpr functions without __device__ are for every compiler (-default-device). Subnormals are kept and products are
 # fused into sums, which are NVRTC's defaults; the fast exponential is named where it is meant, so no --use_fast_math.
+# Nor -lineinfo, which would be two thirds of an image.
 OPTIONS = ("--std=c++17", "-default-device")
 MACHINE_CODE_OPTIONS = ("--ptxas-options=-v",)  # so that the log has every kernel's resources
-PTX_OPTIONS = ("-lineinfo",)  # in machine code, it would be two thirds of the file
 
 
 class Arch(NamedTuple):
@@ -117,7 +117,7 @@ class KernelSources:
 
 def options(arch: Arch) -> tuple[str, ...]:
     """NVRTC's options for an architecture, besides the architecture itself."""
-    return OPTIONS + (MACHINE_CODE_OPTIONS if arch.kind == "sm" else PTX_OPTIONS)
+    return OPTIONS + (MACHINE_CODE_OPTIONS if arch.kind == "sm" else ())
 
 
 def kernels(compiled: Compiled) -> dict[str, Resources | None]:
