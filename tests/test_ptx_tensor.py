@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from simt.executor import SCHEDULES, SimtError
-from simt.ptx import load_ptx, load_ptx_text, nvrtc
-from simt.selftest import KERNELS, launch
+from simt.ptx import load_ptx, load_ptx_text
+from simt.selftest import KERNELS, launch, needs_nvrtc
 
-needs_nvrtc = pytest.mark.skipif(bool(nvrtc.why_not()), reason=nvrtc.why_not() or "-")
 DTYPES = {"f16": ("__half", torch.float16), "bf16": ("__nv_bfloat16", torch.bfloat16)}
 
 
@@ -90,9 +89,7 @@ def positions_8x8(part: str, by_rows: bool, is_half: bool):
     def position(lane: int, i: int) -> tuple[int, int]:
         upper, member = 4 * (lane // 16), lane % 4
         if part == "c":
-            return (
-                (member + upper, i) if is_half else (lane % 2 + (i & 2) + upper, (i & 4) + (lane & 2) + i % 2)
-            )
+            return (member + upper, i) if is_half else (lane % 2 + (i & 2) + upper, (i & 4) + (lane & 2) + i % 2)
         if part == "a":
             return (member + upper, i) if by_rows else (i + upper, member)
         return (member, i + upper) if by_rows else (i, member + upper)

@@ -1,7 +1,7 @@
 """Runs the launches of fastattn.cuda on the CPU: the executor in the place of the driver.
 
-    with on_the_cpu(SourceKernels(checked=True)):
-        fastattn.scaled_dot_product_attention(q, k, v)  # CPU tensors, the CUDA kernels
+with on_the_cpu(SourceKernels(checked=True)):
+    fastattn.scaled_dot_product_attention(q, k, v)  # CPU tensors, the CUDA kernels
 """
 
 from __future__ import annotations
