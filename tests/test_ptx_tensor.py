@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from simt.executor import SCHEDULES, SimtError
-from simt.ptx import load_ptx, load_ptx_text, nvrtc
-from simt.selftest import KERNELS, launch
+from simt.ptx import load_ptx, load_ptx_text
+from simt.selftest import KERNELS, launch, needs_nvrtc
 
-needs_nvrtc = pytest.mark.skipif(bool(nvrtc.why_not()), reason=nvrtc.why_not() or "-")
 DTYPES = {"f16": ("__half", torch.float16), "bf16": ("__nv_bfloat16", torch.bfloat16)}
 
 

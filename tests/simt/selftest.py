@@ -7,11 +7,25 @@ import ctypes
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
+from fastattn import nvrtc
 from simt.executor import SimtError, guarded
+from simt.ptx.library import compiler
 
 KERNELS = Path(__file__).parent / "kernels"
+
+
+def why_no_nvrtc() -> str:
+    try:
+        compiler()
+    except nvrtc.NotFound as error:
+        return str(error)
+    return ""
+
+
+needs_nvrtc = pytest.mark.skipif(bool(why_no_nvrtc()), reason=why_no_nvrtc() or "-")
 
 
 def struct(**fields: torch.Tensor | int) -> ctypes.Structure:

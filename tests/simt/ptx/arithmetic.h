@@ -152,7 +152,6 @@ template <class T>
 bool is_nan(T x) {
     return x != x;
 }
-inline f32 fma(f32 a, f32 b, f32 c) { return std::fma(a, b, c); }
 inline f64 fma(f64 a, f64 b, f64 c) { return std::fma(a, b, c); }
 inline f32 divide_approx(f32 a, f32 b) {
     const f32 size = std::fabs(b);

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from simt.ptx.forms import register
-from simt.ptx.operands import Scope
+from simt.ptx.operands import Scope, block
 from simt.ptx.parser import Instruction
 
 TABLE = """
@@ -68,9 +68,9 @@ sub[.<rounding>][.ftz][.sat].f32      f32 <- f32 f32    a - b
 sub[.<rounding>].f64                  f64 <- f64 f64    a - b
 mul[.<rounding>][.ftz][.sat].f32      f32 <- f32 f32    a * b
 mul[.<rounding>].f64                  f64 <- f64 f64    a * b
-fma.<rounding>[.ftz][.sat].f32        f32 <- f32 f32 f32  fma(a, b, c)
+fma.<rounding>[.ftz][.sat].f32        f32 <- f32 f32 f32  fmaf(a, b, c)
 fma.<rounding>.f64                    f64 <- f64 f64 f64  fma(a, b, c)
-mad.<rounding>[.ftz][.sat].f32        f32 <- f32 f32 f32  fma(a, b, c)
+mad.<rounding>[.ftz][.sat].f32        f32 <- f32 f32 f32  fmaf(a, b, c)
 mad.<rounding>.f64                    f64 <- f64 f64 f64  fma(a, b, c)
 div.<rounding>[.ftz].f32              f32 <- f32 f32    a / b
 div.<rounding>.f64                    f64 <- f64 f64    a / b
@@ -161,25 +161,30 @@ def add_row(row: str) -> None:
 def emit_expression(
     match: re.Match, instruction: Instruction, scope: Scope, result: str, types: list[str], value: str
 ) -> str:
-    """C++ that names the operands a, b, c, d, computes the value and stores it."""
+    """C++ that computes the value, its operands put in the places of a, b, c, d, and stores it."""
     modifiers = instruction.opcode.split(".")
-    flushes, mode = "ftz" in modifiers, DIRECTED.get(match.groupdict().get("rounding") or "rn")
+    flushes = "ftz" in modifiers
     sources = instruction.operands if result == "-" else instruction.operands[1:]
-    # volatile: nothing is computed before the rounding mode is set, or after it is restored
-    lines = [f"const Rounding mode({mode});"] if mode else []
+    operands = {}
     for name, type_, source in zip("abcd", types, sources, strict=False):
         operand = scope.value(source, type_)
-        operand = f"flush({operand})" if flushes and type_ == "f32" else operand
-        lines.append(f"{'volatile' if mode else 'const'} {type_} {name} = {operand};")
-    if result == "-":
-        return " ".join([*lines, f"{value};"])
-    value = f"{result}({value})"
-    if mode:
+        operands[name] = f"flush({operand})" if flushes and type_ == "f32" else operand
+    mode = DIRECTED.get(match.groupdict().get("rounding") or "rn")
+    lines = []
+    if mode:  # volatile: nothing is computed before the mode is set, or after it is restored
+        lines.append(f"const Rounding mode({mode});")
+        lines += [f"volatile {type_} {name} = {operands[name]};" for name, type_ in zip("abcd", types, strict=False)]
         lines.append(f"volatile {result} rounded = {value};")
-        value = f"{result}(rounded)"
+        value = "rounded"
+    else:
+        value = re.sub(r"\b[abcd]\b", lambda name: operands[name[0]], value)
+    if result == "-":
+        return f"{value};"
+    value = f"{result}({value})"
     value = f"flush({value})" if flushes and result == "f32" else value
     value = f"saturate({value})" if "sat" in modifiers and result == "f32" else value
-    return " ".join([*lines, scope.assign(instruction.operands[0], value)])
+    lines.append(scope.assign(instruction.operands[0], result, value))
+    return block(*lines) if mode else lines[0]
 
 
 for _row in TABLE.splitlines():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from simt.ptx.forms import instruction
-from simt.ptx.operands import Scope, label
+from simt.ptx.operands import Scope, block, label
 from simt.ptx.parser import Instruction, split_operands
 
 
@@ -66,7 +66,8 @@ def reducing_barrier(match: re.Match, instruction: Instruction, scope: Scope) ->
     results = {"popc": "u32(met.count)", "and": "pred(met.all)", "or": "pred(met.count)"}
     operation = match.groupdict().get("bool") or "popc"
     met = f'simt::block_barrier("bar.red.{operation}", {scope.value(predicate, "pred")}, simt::Site::here())'
-    return f"const auto met = {met}; {scope.assign(target, results[operation])}"
+    type_ = "u32" if operation == "popc" else "pred"
+    return block(f"const auto met = {met};", scope.assign(target, type_, results[operation]))
 
 
 def check_barrier(operand: str) -> None:
@@ -80,8 +81,8 @@ def shuffle(match: re.Match, instruction: Instruction, scope: Scope) -> str:
     targets, value, *controls = instruction.operands
     target, _, predicate = targets.partition("|")
     operands = ", ".join(scope.value(operand, "b32") for operand in (value, *controls))
-    stores = scope.assign(target, "shuffled.value")
+    stores = [scope.assign(target, "b32", "shuffled.value")]
     if predicate:
-        stores += " " + scope.assign(predicate, "shuffled.in_range")
-    name = f'"shfl.sync.{mode}"'
-    return f"const auto shuffled = shuffle_{mode}({name}, {operands}, simt::Site::here()); {stores}"
+        stores.append(scope.assign(predicate, "pred", "shuffled.in_range"))
+    call = f'shuffle_{mode}("shfl.sync.{mode}", {operands}, simt::Site::here())'
+    return block(f"const auto shuffled = {call};", *stores)

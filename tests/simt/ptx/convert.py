@@ -36,7 +36,7 @@ def convert(match: re.Match, instruction: Instruction, scope: Scope) -> str:
         value = f"saturate({value})"
     elif saturates and source not in FLOATS:
         value = f"clamp<{result}>({scope.value(instruction.operands[1], source)})"
-    return scope.assign(instruction.operands[0], value)
+    return scope.assign(instruction.operands[0], result, value)
 
 
 def _rounded_value(match: re.Match, result: str, source: str, value: str) -> str:
@@ -53,13 +53,13 @@ def convert_pair(match: re.Match, instruction: Instruction, scope: Scope) -> str
     """The first operand goes to the upper half."""
     target, upper, lower = instruction.operands
     pair = match[0].split(".")[2]
-    return scope.assign(target, f"{pair}({scope.value(lower, 'f32')}, {scope.value(upper, 'f32')})")
+    return scope.assign(target, pair, f"{pair}({scope.value(lower, 'f32')}, {scope.value(upper, 'f32')})")
 
 
 @instruction("cvt.rna.tf32.f32", operands=2)
 def convert_tf32(match: re.Match, instruction: Instruction, scope: Scope) -> str:
     target, source = instruction.operands
-    return scope.assign(target, f"to_tf32({scope.value(source, 'f32')})")
+    return scope.assign(target, "b32", f"to_tf32({scope.value(source, 'f32')})")
 
 
 @instruction("setp.<compare>[.ftz].<any>", operands=3)
@@ -72,13 +72,12 @@ def set_predicate(match: re.Match, instruction: Instruction, scope: Scope) -> st
         if type_ != "f32":
             raise ValueError("ftz is known for f32 alone")
         a, b = f"flush({a})", f"flush({b})"
-    result = compare(match["compare"], type_)
-    names = ["result", "!result"]
+    result = re.sub(r"\b[ab]\b", lambda name: a if name[0] == "a" else b, compare(match["compare"], type_))
+    values = [f"({result})", f"!({result})"]
     if other:
-        combined = f"{COMBINE[match['bool']]} {scope.value(other[0], 'pred')}"
-        names = [f"{name} {combined}" for name in names]
-    stores = [scope.assign(target, f"pred({name})") for target, name in zip(targets.split("|"), names, strict=False)]
-    return f"const {type_} a = {a}, b = {b}; const bool result = {result}; {' '.join(stores)}"
+        values = [f"({value} {COMBINE[match['bool']]} {scope.value(other[0], 'pred')})" for value in values]
+    stores = (scope.assign(target, "pred", value) for target, value in zip(targets.split("|"), values, strict=False))
+    return " ".join(stores)
 
 
 def compare(name: str, type_: str) -> str:

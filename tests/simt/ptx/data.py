@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from simt.ptx.forms import instruction
-from simt.ptx.operands import ADDRESS, SPECIAL_REGISTERS, Scope
+from simt.ptx.operands import ADDRESS, SPECIAL_REGISTERS, Scope, block
 from simt.ptx.parser import BYTES, Instruction
 
 ATOMIC_VALUES = {
@@ -29,32 +29,35 @@ def state_space(match: re.Match) -> str:
 )
 def load(match: re.Match, instruction: Instruction, scope: Scope) -> str:
     space, type_, targets = state_space(match), match["T"], scope.elements(instruction.operands[0])
-    vector = f"Vector<{type_}, {len(targets)}>"
     check_vector(match, len(targets))
+    value_type = type_ if len(targets) == 1 else f"Vector<{type_}, {len(targets)}>"
     mask, scope.used_bytes_mask = scope.used_bytes_mask, 0
     if space == "param":
-        value = f"load_param<{vector}>({scope.param(instruction.operands[1], len(targets) * BYTES[type_])})"
+        value = f"copy_of<{value_type}>({scope.param(instruction.operands[1], len(targets) * BYTES[type_])})"
     elif space == "local":
-        value = f"load_local<{vector}>({scope.address(instruction.operands[1], space)}, {scope.depot or 'no_depot'})"
+        value = f"load_local<{value_type}>({scope.address(instruction.operands[1], space)}, {scope.depot})"
     elif space == "const":
-        value = f"load_param<{vector}>({scope.address(instruction.operands[1], space)})"
+        value = f"copy_of<{value_type}>({scope.address(instruction.operands[1], space)})"
     else:
         used = f", {mask:#x}u" if mask else ""
-        value = f"load<{vector}>({scope.address(instruction.operands[1], space)}{used})"
-    parts = [scope.assign(target, f"loaded[{i}]") for i, target in enumerate(targets) if target != "_"]
-    return f"const auto loaded = {value}; {' '.join(parts)}"
+        value = f"load<{value_type}>({scope.address(instruction.operands[1], space)}{used})"
+    if len(targets) == 1:
+        return scope.assign(targets[0], type_, value)
+    parts = [scope.assign(target, type_, f"loaded[{i}]") for i, target in enumerate(targets) if target != "_"]
+    return block(f"const auto loaded = {value};", *parts)
 
 
 @instruction("st[.<order>][.<scope>][.<space>][.<cache>][.<evict>][.<vector>].<any>", operands=2)
 def store(match: re.Match, instruction: Instruction, scope: Scope) -> str:
     space, type_, sources = state_space(match), match["T"], scope.elements(instruction.operands[1])
     check_vector(match, len(sources))
-    value = f"Vector<{type_}, {len(sources)}>{{{', '.join(scope.value(source, type_) for source in sources)}}}"
+    values = [scope.value(source, type_) for source in sources]
+    value = f"Vector<{type_}, {len(values)}>{{{', '.join(values)}}}" if len(values) > 1 else values[0]
     if space == "param":
         return f"store_param({scope.param(instruction.operands[0], len(sources) * BYTES[type_])}, {value});"
     address = scope.address(instruction.operands[0], space)
     if space == "local":
-        return f"store_local({address}, {value}, {scope.depot or 'no_depot'});"
+        return f"store_local({address}, {value}, {scope.depot});"
     if space == "const":
         raise ValueError("constant memory is not written")
     return f"store({address}, {value});"
@@ -79,7 +82,7 @@ def atomic(match: re.Match, instruction: Instruction, scope: Scope) -> str:
     values = [f"const {type_} {n} = {scope.value(s, type_)};" for n, s in zip("bc", sources, strict=False)]
     update = f"[&]({type_} old) {{ return {type_}({ATOMIC_VALUES[operation]}); }}"
     before = f"update_atomically<{type_}>({scope.address(place, state_space(match))}, {update})"
-    return f"{' '.join(values)} {scope.assign(target, before)}"
+    return block(*values, scope.assign(target, type_, before))
 
 
 @instruction("mov.<any>", "mov.pred", operands=2)
@@ -89,21 +92,22 @@ def move(match: re.Match, instruction: Instruction, scope: Scope) -> str:
     if target.startswith("{"):
         parts = scope.elements(target)
         part_type = f"b{8 * BYTES[type_] // len(parts)}"
-        moves = [
-            scope.assign(part, f"part<{part_type}>(whole, {i})") for i, part in enumerate(parts) if part.strip() != "_"
-        ]
-        return f"const auto whole = {scope.value(source, type_)}; {' '.join(moves)}"
+        whole = f"const {type_} whole = {scope.value(source, type_)};"
+        moves = [scope.assign(part, part_type, f"part<{part_type}>(whole, {i})") for i, part in enumerate(parts)]
+        return block(whole, *moves)
     if source.startswith("{"):
         parts = scope.elements(source)
         part_type = f"b{8 * BYTES[type_] // len(parts)}"
         values = ", ".join(scope.value(part, part_type) for part in parts)
-        return scope.assign(target, f"joined<{type_}>({{{values}}}, {part_type}())")
+        return block(
+            f"const {part_type} parts[] = {{{values}}};", scope.assign(target, type_, f"joined<{type_}>(parts)")
+        )
     base = ADDRESS.fullmatch(f"[{source}]")
     if source in SPECIAL_REGISTERS or source in scope.registers or base is None or base[1] not in scope.variables:
-        return scope.assign(target, scope.value(source, type_))
+        return scope.assign(target, type_, scope.value(source, type_))
     pointer = scope.address(f"[{source}]", "")
     is_shared = scope.variable(base[1]).space == "shared"
-    return scope.assign(target, f"{type_}({'shared_address' if is_shared else 'address_of'}({pointer}))")
+    return scope.assign(target, type_, f"{type_}({'shared_address' if is_shared else 'address_of'}({pointer}))")
 
 
 @instruction("cvta.<space>.<word>", "cvta.<space>.u64", "cvta.to.<space>.u64", operands=2)
@@ -111,18 +115,18 @@ def convert_address(match: re.Match, instruction: Instruction, scope: Scope) -> 
     """A generic address is one of the machine that runs this, and so are all but the addresses of shared memory."""
     target, source = instruction.operands
     if source in scope.variables:
-        return scope.assign(target, f"u64(address_of({scope.pointer(source)}))")
+        return scope.assign(target, "u64", f"address_of({scope.pointer(source)})")
     value = scope.value(source, "u64")
     if state_space(match) == "shared":
         to_shared = match[0].startswith("cvta.to.")
-        value = f"shared_address(memory({value}, 0))" if to_shared else f"address_of(shared({value}, 0))"
-    return scope.assign(target, f"u64({value})")
+        value = f"shared_address(memory({value}, 0))" if to_shared else f"address_of(shared(u32({value}), 0))"
+    return scope.assign(target, "u64", f"u64({value})")
 
 
 @instruction("isspacep.shared", "isspacep.shared::cta", operands=2)
 def is_shared(match: re.Match, instruction: Instruction, scope: Scope) -> str:
     target, source = instruction.operands
-    return scope.assign(target, f"simt::shared_memory.contains({scope.value(source, 'u64')})")
+    return scope.assign(target, "pred", f"simt::shared_memory.contains({scope.value(source, 'u64')})")
 
 
 @instruction("prefetch.global.L1", "prefetch.global.L2", "prefetch.L1", "prefetch.L2", operands=1)

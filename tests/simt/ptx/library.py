@@ -12,15 +12,16 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from simt.build import INCLUDE, build_library, cached, with_headers
+from fastattn import nvrtc
+from fastattn.kernel_sources import MIN_CAPABILITY, OPTIONS
+from simt.build import ROOT, build_library, cached, with_headers
 from simt.executor import Buffer, Library
-from simt.ptx import nvrtc
 from simt.ptx.parser import parse_module
 from simt.ptx.translate import translate
 
 # Integers wrap around; multiplications and additions are joined only where the PTX says so. What a thread reads before
 # it writes is a pattern, and not what another thread left there.
-FLAGS = ("-O1", "-g1", "-fwrapv", "-ffp-contract=off", "-ftrivial-auto-var-init=pattern", "-w")
+FLAGS = ("-O1", "-g1", "-fwrapv", "-ffp-contract=off", "-ftrivial-auto-var-init=pattern", "-w", "-fira-region=one")
 TRANSLATOR = tuple(sorted(Path(__file__).parent.glob("*.py")))
 
 
@@ -68,35 +69,38 @@ class PtxLibrary:
         return build_library(source, (*FLAGS, *(("-DPTX_CHECKED",) if self.checked else ())))
 
 
+@functools.cache
+def compiler() -> nvrtc.Nvrtc:
+    """The NVRTC that still compiles for the oldest GPU; nvrtc.NotFound if there is none."""
+    return nvrtc.find(MIN_CAPABILITY)
+
+
 def load_ptx(
-    source: Path | str,
-    *,
-    arch: str = "compute_60",
-    checked: bool = False,
-    defines: tuple[str, ...] = (),
-    include: tuple[Path | str, ...] = (),
+    source: Path | str, *, arch: str = "compute_60", checked: bool = False, defines: tuple[str, ...] = ()
 ) -> PtxLibrary:
-    """Compile a CUDA file (or look it up) to the PTX that NVRTC makes of it, with the lines of the source.
+    """Compile a CUDA file (or look it up) to PTX, as the package's own are, with the lines of the source.
 
     Args:
         source: a CUDA file whose kernels are extern "C" and take one struct by value.
         arch: "compute_60" and later.
         checked: judge every memory access.
         defines: preprocessor definitions, such as ("TILE=16",).
-        include: further folders of headers.
 
     Raises:
-        nvrtc.NvrtcError: NVRTC is missing, or refuses the file.
+        nvrtc.NotFound: there is no NVRTC.
+        nvrtc.CompileError: it refuses the file.
     """
     source = Path(source).resolve()
-    folders = (source.parent, *INCLUDE[:1], *map(Path, include))
-    options = ["-lineinfo", *(f"-D{define}" for define in defines)]
+    options = [*OPTIONS, "--generate-line-info", *(f"--define-macro={define}" for define in defines)]
+    folders = (source.parent, ROOT / "csrc")
 
     def make(target: Path) -> None:
-        target.write_text(nvrtc.compile_ptx(source, arch, folders, options))
+        text = source.read_text()
+        compiled = compiler().compile(text, arch, name=str(source), include_dirs=folders, options=options)
+        target.write_bytes(compiled.image)
 
-    version = ".".join(map(str, nvrtc.version()))
-    ptx = cached(f"{source.stem}.ptx", with_headers(source), [arch, version, str(folders), *options], make)
+    flags = [arch, compiler().version, str(source), *options]
+    ptx = cached(f"{source.stem}.ptx", with_headers(source), flags, make)
     return PtxLibrary(ptx, source.with_suffix(".ptx").name, checked)
 
 

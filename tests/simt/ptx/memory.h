@@ -15,16 +15,10 @@ inline u32 shared_address(const Byte* pointer) {
     return static_cast<u32>(reinterpret_cast<uintptr_t>(pointer) - shared_window());
 }
 inline u64 address_of(const Byte* pointer) { return reinterpret_cast<u64>(pointer); }
-template <class Register>
-__forceinline__ Byte* shared(Register address, s64 offset) {  // a bit before the window is still seen as that
-    const s32 in_window = static_cast<s32>(static_cast<u32>(as<Bits<Register>>(address)) + static_cast<u32>(offset));
-    return reinterpret_cast<Byte*>(shared_window() + in_window);
+__forceinline__ Byte* shared(u32 address, s32 offset) {  // a little before the window is still seen as that
+    return reinterpret_cast<Byte*>(shared_window() + static_cast<s32>(address + offset));
 }
-template <class Register>
-__forceinline__ Byte* memory(Register address, s64 offset) {
-    static_assert(sizeof(Register) == 8, "an address has 64 bits");
-    return reinterpret_cast<Byte*>(as<u64>(address) + offset);
-}
+__forceinline__ Byte* memory(u64 address, s64 offset) { return reinterpret_cast<Byte*>(address + offset); }
 
 #ifdef PTX_CHECKED
 constexpr bool kChecked = true;
@@ -92,12 +86,8 @@ __forceinline__ void store_local(Byte* address, T value, const Depot& depot) {
     std::memcpy(address, &value, sizeof value);
 }
 
-// ---- parameters and constants: addresses are known when the code is translated
+// ---- parameters, whose addresses are known when the code is translated
 
-template <class T>
-__forceinline__ T load_param(const Byte* address) {
-    return copy_of<T>(address);
-}
 template <class T>
 __forceinline__ void store_param(Byte* address, T value) {
     std::memcpy(address, &value, sizeof value);

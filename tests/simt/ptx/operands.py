@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from dataclasses import dataclass, field
 
 from simt.ptx.parser import BYTES, Variable, parse_integer, split_operands
@@ -33,24 +34,27 @@ class Scope:
     variables: dict[str, Variable]
     param_offsets: dict[str, int] | None  # of a kernel's parameters in its one block; None in a device function
     params_bytes: int = 0
-    registers: dict[str, str] = field(default_factory=dict)  # name: type
+    registers: ChainMap[str, str] = field(default_factory=ChainMap)  # name: type, one map for each open brace
     branch_targets: dict[str, tuple[str, ...]] = field(default_factory=dict)
     functions: frozenset[str] = frozenset()
     used_bytes_mask: int = 0  # of the next load; 0 stands for all
-    depot: str = ""  # the function's local memory
+    depot: str = "no_depot"  # the function's local memory
     called: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)  # variables of the module
 
     # ---- registers and values
 
     def value(self, text: str, type_: str) -> str:
-        """A C++ expression of that type: a register, a special register or a literal."""
+        """A C++ expression of that type, without effects: a register, a special register or a literal."""
         if text.startswith("!") and type_ == "pred":
             return f"!{self.value(text[1:], type_)}"
         if text in self.registers:
-            return f"as<{type_}>({register(text)})"
+            own = self.registers[text]
+            if BYTES[type_] > BYTES[own] or (type_ == "pred") != (own == "pred"):
+                raise ValueError(f"{text}, a register of type {own}, holds no {type_}")
+            return converted(register(text), own, type_)
         if text in SPECIAL_REGISTERS:
-            return f"as<{type_}>(u32({SPECIAL_REGISTERS[text]}))"
+            return converted(f"u32({SPECIAL_REGISTERS[text]})", "u32", type_)
         if literal := FLOAT.fullmatch(text):
             digits = literal[1] or literal[2]
             if 2 * BYTES[type_] != len(digits):
@@ -72,12 +76,17 @@ class Scope:
         pattern = number & ((1 << bits) - 1)
         return f"{type_}({pattern})" if pattern < 1 << 31 else f"{type_}({pattern:#x}ull)"
 
-    def assign(self, text: str, expression: str) -> str:
-        """A C++ statement that puts the expression's value, in its own type, into a register."""
+    def assign(self, text: str, type_: str, expression: str) -> str:
+        """A C++ statement that puts an expression of that type into a register."""
         if text == "_":
             return f"(void)({expression});"
         if text not in self.registers:
             raise ValueError(f"{text} is no register")
+        own = self.registers[text]
+        if BYTES[type_] > BYTES[own] or (type_ == "pred") != (own == "pred"):
+            raise ValueError(f"{text}, a register of type {own}, takes no {type_}")
+        if own == type_ or (is_integer(own) and is_integer(type_)):
+            return f"{register(text)} = {expression};"
         return f"set({register(text)}, {expression});"
 
     def elements(self, text: str) -> tuple[str, ...]:
@@ -100,7 +109,9 @@ class Scope:
             raise ValueError(f"{text} is no address")
         base, offset = match[1], parse_integer(match[2] or "0")
         if base in self.registers:
-            return f"{'shared' if space == 'shared' else 'memory'}({register(base)}, {offset})"
+            if space == "shared":
+                return f"shared({self.value(base, 'u32')}, {offset})"
+            return f"memory({self.value(base, 'u64')}, {offset})"
         if self.variable(base).space != (space or self.variable(base).space):
             raise ValueError(f"{base} does not lie in {space} memory")
         return f"({self.pointer(base)} + {offset})"
@@ -109,10 +120,10 @@ class Scope:
         """A C++ pointer to the first byte of a variable."""
         variable = self.variable(name)
         if variable.space == "shared":
-            return "::smem" if variable.bytes == 0 else f"::{name}"
+            return "::smem" if variable.bytes == 0 else memory_name(name)
         if variable.space == "param" and self.param_offsets is not None and name in self.param_offsets:
             return f"(params + {self.param_offsets[name]})"
-        return name
+        return memory_name(name)
 
     def param(self, text: str, num_bytes: int) -> str:
         """address() of a parameter, whose bounds are known."""
@@ -124,8 +135,27 @@ class Scope:
         return self.address(text, "param")
 
 
+def is_integer(type_: str) -> bool:
+    return type_[0] in "bus" and type_[1:].isdigit()
+
+
+def converted(expression: str, own: str, type_: str) -> str:
+    """The expression's low bits as a value of another type; `b` types and `u` types are the same in C++."""
+    if own.replace("b", "u", 1) == type_.replace("b", "u", 1):
+        return expression
+    return f"{type_}({expression})" if is_integer(own) and is_integer(type_) else f"as<{type_}>({expression})"
+
+
+def block(*statements: str) -> str:
+    return f"{{ {' '.join(statements)} }}"
+
+
 def register(name: str) -> str:
-    return "v_" + name.lstrip("%").replace("%", "_").replace(".", "_")
+    return "v_" + name.lstrip("%")
+
+
+def memory_name(name: str) -> str:
+    return "m_" + name.replace("%", "_")
 
 
 def label(name: str) -> str:

@@ -74,7 +74,7 @@ __forceinline__ Part part(Whole whole, int i) {
     return static_cast<Part>(__builtin_bit_cast(Bits<Whole>, whole) >> (8 * sizeof(Part) * i));
 }
 template <class Whole, class Part, size_t count>
-__forceinline__ Whole joined(const Part (&parts)[count], Part) {
+__forceinline__ Whole joined(const Part (&parts)[count]) {
     static_assert(count * sizeof(Part) == sizeof(Whole), "the parts fill the whole");
     Bits<Whole> bits = 0;
     for (size_t i = 0; i < count; ++i) bits |= Bits<Whole>{parts[i]} << (8 * sizeof(Part) * i);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from simt.ptx.forms import instruction
-from simt.ptx.operands import Scope
+from simt.ptx.operands import Scope, block
 from simt.ptx.parser import Instruction, parse_integer
 
 ELEMENTS = {"m16n8k16": ("f16", "bf16"), "m16n8k8": ("f16", "bf16", "tf32"), "m16n8k4": ("tf32",), "m8n8k4": ("f16",)}
@@ -37,9 +37,9 @@ def multiply(match: re.Match, instruction: Instruction, scope: Scope) -> str:
         f"Vector<{type_}, {len(parts)}>{{{', '.join(scope.value(part, type_) for part in parts)}}}"
         for type_, parts in zip(types, sources, strict=True)
     ]
-    stores = [scope.assign(target, f"sums[{i}]") for i, target in enumerate(targets)]
+    stores = [scope.assign(target, types[2], f"sums[{i}]") for i, target in enumerate(targets)]
     call = f"mma<{layout}, {element}, {total}>({', '.join(vectors)}, simt::Site::here())"
-    return f"const auto sums = {call}; {' '.join(stores)}"
+    return block(f"const auto sums = {call};", *stores)
 
 
 @instruction(
@@ -53,10 +53,9 @@ def load_matrix(match: re.Match, instruction: Instruction, scope: Scope) -> str:
         raise ValueError(f"{count} matrices are loaded, {len(targets)} registers are named")
     transposed = str(".trans" in instruction.opcode).lower()
     address = scope.address(instruction.operands[1], "shared")
-    stores = [scope.assign(target, f"loaded[{i}]") for i, target in enumerate(targets)]
-    return (
-        f"const auto loaded = load_matrices<{count}, {transposed}>({address}, simt::Site::here()); {' '.join(stores)}"
-    )
+    stores = [scope.assign(target, "b32", f"loaded[{i}]") for i, target in enumerate(targets)]
+    call = f"load_matrices<{count}, {transposed}>({address}, simt::Site::here())"
+    return block(f"const auto loaded = {call};", *stores)
 
 
 @instruction("cp.async.<caching>.shared.global[.<prefetch>]", operands=(3, 4))

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Iterator
 
 from simt.ptx import arithmetic, control, convert, data, forms, tensor
-from simt.ptx.operands import Scope, label, register
+from simt.ptx.operands import Scope, block, label, memory_name, register
 from simt.ptx.parser import (
     BYTES,
     Brace,
@@ -89,7 +89,7 @@ def prototype(function: Function) -> str:
     if function.is_entry:
         return "static void run_kernel(const void* params_struct)"
     names = [variable.name for variable in (*function.results, *function.params)]
-    return f"static void f_{function.name}({', '.join(f'Byte* {name}' for name in names)})"
+    return f"static void f_{function.name}({', '.join(f'Byte* {memory_name(name)}' for name in names)})"
 
 
 # ---- functions
@@ -130,24 +130,25 @@ def declare(scope: Scope, statements: list[tuple[Statement, Place]]) -> None:
         elif isinstance(statement, Variable):
             scope.variables[statement.name] = statement
             if statement.space == "local":
-                scope.depot = statement.name
+                scope.depot = memory_name(statement.name)
 
 
 def emit(statement: Statement, scope: Scope) -> str:
     match statement:
         case Registers(type_, names):
-            scope.registers |= dict.fromkeys(names, type_)
+            scope.registers.update(dict.fromkeys(names, type_))
             return f"{type_} {', '.join(map(register, names))};"
         case Label(name):
             return f"{label(name)}:;"
         case Brace(text):
+            scope.registers = scope.registers.new_child() if text == "{" else scope.registers.parents
             return text
         case Pragma(text):
             if text.startswith("used_bytes_mask"):
                 scope.used_bytes_mask = int(text.split()[1], 0)
         case Variable(name, "local" | "param", num_bytes, alignment):
             scope.variables[name] = statement
-            return f"alignas({alignment}) Byte {name}[{num_bytes}];"
+            return f"alignas({alignment}) Byte {memory_name(name)}[{num_bytes}];"
         case Instruction():
             return emit_instruction(statement, scope)
     return ""
@@ -158,8 +159,8 @@ def emit_instruction(instruction: Instruction, scope: Scope) -> str:
     code = form.emit(match, instruction, scope)
     if instruction.guard:
         negation = "!" if instruction.negated else ""
-        return f"if ({negation}{scope.value(instruction.guard, 'pred')}) {{ {code} }}"
-    return f"{{ {code} }}"
+        return f"if ({negation}{scope.value(instruction.guard, 'pred')}) {block(code)}"
+    return code
 
 
 # ---- memory
@@ -173,7 +174,7 @@ def shared_arrays(variables: list[Variable]) -> Iterator[str]:
         yield (
             f'asm(".hidden {variable.name}\\n.globl {variable.name}\\n.type {variable.name}, STT_TLS\\n"\n'
             f'    ".set {variable.name}, simt_static_storage + {offset}\\n.size {variable.name}, {variable.bytes}");\n'
-            f"extern thread_local unsigned char {variable.name}[];"
+            f'extern thread_local unsigned char {memory_name(variable.name)}[] asm("{variable.name}");'
         )
         offset += variable.bytes + SHARED_GAP
     if variables:
@@ -187,4 +188,4 @@ def constant(variable: Variable) -> str:
         raise PtxError(f"{variable.name}: only integers are known as initial values")
     data = b"".join((value % (1 << 8 * size)).to_bytes(size, "little") for value in variable.values)
     values = ", ".join(map(str, data.ljust(variable.bytes, b"\0")))
-    return f"alignas({variable.alignment}) static Byte {variable.name}[] = {{{values}}};"
+    return f"alignas({variable.alignment}) static Byte {memory_name(variable.name)}[] = {{{values}}};"
