@@ -120,9 +120,9 @@ def test_source_distribution_holds_everything(sources, archive):
     python = {str(file.relative_to(sources)) for folder in folders for file in (sources / folder).rglob("*.py")}
     others = {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "setup.py", "requirements-dev.txt"}
     hidden = {".ci/run", ".clang-format", ".pre-commit-config.yaml", "scripts/setup.sh", "fastattn/py.typed"}
-    native = {f"csrc/{file.name}" for file in (sources / "csrc").iterdir()}
-    assert python | others | hidden | native <= names
-    assert not [name for name in names if "_kernels" in name or name.endswith(".so")]
+    files = {f"{folder}/{file.name}" for folder in ("csrc", "docs") for file in (sources / folder).iterdir()}
+    assert python | others | hidden | files <= names
+    assert not [name for name in names if "/_kernels/" in name or name.endswith(".so")]
 
 
 # ---- with the CUDA kernels ----
