@@ -12,14 +12,6 @@ struct Range {
 };
 extern Range shared_memory;  // this library's thread-local block: all __shared__ arrays
 
-// The block that is running.
-struct RunningBlock {
-    uint32_t serial;  // counts blocks over all launches, from 1
-    uint32_t epoch;   // counts block barriers, from 1: accesses of different epochs are ordered
-    size_t dynamic_shared;
-};
-extern RunningBlock running;
-
 // An access that is aligned to its size; a read without alignment; an alignment alone; and an access to local memory,
 // which is judged by its bounds.
 void check_access(const void* address, size_t bytes, bool is_write);

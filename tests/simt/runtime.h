@@ -30,6 +30,13 @@ struct Fiber : Thread {
     uint32_t seen[kWarpSize];
 };
 
+// The block that is running.
+struct RunningBlock {
+    uint32_t serial;  // counts blocks over all launches, from 1
+    uint32_t epoch;   // counts block barriers, from 1: accesses of different epochs are ordered
+    size_t dynamic_shared;
+};
+extern RunningBlock running;
 extern bool checked;
 inline Fiber& current() { return *static_cast<Fiber*>(self); }
 

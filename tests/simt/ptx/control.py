@@ -42,14 +42,13 @@ def trap(match: re.Match, instruction: Instruction, scope: Scope) -> str:
 
 @instruction("call[.uni]", operands=(1, 2, 3))
 def call(match: re.Match, instruction: Instruction, scope: Scope) -> str:
-    *results, name, arguments = instruction.operands if len(instruction.operands) > 1 else (*instruction.operands, "()")
-    if not arguments.startswith("("):
-        results, name, arguments = [name], arguments, "()"
+    """Results and arguments are variables in parameter space, which the function gets pointers to."""
+    lists = [operand[1:-1] for operand in instruction.operands if operand.startswith("(")]
+    (name,) = (operand for operand in instruction.operands if not operand.startswith("("))
     if name not in scope.functions:
         raise ValueError(f"{name} has no body in this module")
-    passed = [scope.pointer(operand) for list_ in (*results, arguments) for operand in split_operands(list_[1:-1])]
     scope.called.add(name)
-    return f"f_{name}({', '.join(passed)});"
+    return f"f_{name}({', '.join(scope.pointer(passed) for names in lists for passed in split_operands(names))});"
 
 
 @instruction("bar.sync", "barrier.sync[.aligned]", operands=1)

@@ -6,12 +6,12 @@ import re
 
 from simt.ptx.arithmetic import DIRECTED
 from simt.ptx.forms import instruction
-from simt.ptx.operands import Scope
+from simt.ptx.operands import Scope, block
 from simt.ptx.parser import BYTES, Instruction
 
 FLOATS = ("f16", "bf16", "f32", "f64")
 INTEGRAL = {"rni": "std::rint", "rzi": "std::trunc", "rmi": "std::floor", "rpi": "std::ceil"}
-SIGNED_COMPARES = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+COMPARES = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 UNSIGNED_COMPARES = {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 COMBINE = {"and": "&&", "or": "||", "xor": "!="}
 
@@ -24,10 +24,9 @@ def convert(match: re.Match, instruction: Instruction, scope: Scope) -> str:
     flushes, saturates = "ftz" in modifiers, "sat" in modifiers
     if flushes and source == "f32":
         value = f"flush({value})"
-    needs_rounding = result in FLOATS and (source not in FLOATS or BYTES[result] < BYTES[source])
-    if needs_rounding != (rounding is not None) or (source in FLOATS and result not in FLOATS) > bool(
-        match["to_integer"]
-    ):
+    inexact = result in FLOATS and (source not in FLOATS or BYTES[result] < BYTES[source])
+    to_integer = source in FLOATS and result not in FLOATS
+    if inexact != bool(rounding) or (to_integer and not match["to_integer"]):
         raise ValueError("the rounding does not fit the types")
     value = _rounded_value(match, result, source, value)
     if result == "f32" and flushes:
@@ -72,26 +71,29 @@ def set_predicate(match: re.Match, instruction: Instruction, scope: Scope) -> st
         if type_ != "f32":
             raise ValueError("ftz is known for f32 alone")
         a, b = f"flush({a})", f"flush({b})"
-    result = re.sub(r"\b[ab]\b", lambda name: a if name[0] == "a" else b, compare(match["compare"], type_))
-    values = [f"({result})", f"!({result})"]
+    compared = re.sub(r"\b[ab]\b", lambda name: a if name[0] == "a" else b, compare(match["compare"], type_))
+    values = [f"({compared})", f"!({compared})"]
     if other:
-        values = [f"({value} {COMBINE[match['bool']]} {scope.value(other[0], 'pred')})" for value in values]
-    stores = (scope.assign(target, "pred", value) for target, value in zip(targets.split("|"), values, strict=False))
-    return " ".join(stores)
+        values = [f"{value} {COMBINE[match['bool']]} {scope.value(other[0], 'pred')}" for value in values]
+    first, _, second = targets.partition("|")
+    if not second:
+        return scope.assign(first, "pred", values[0])
+    both = f"const bool is_so = {values[0]}, is_not_so = {values[1]};"
+    return block(both, scope.assign(first, "pred", "is_so"), scope.assign(second, "pred", "is_not_so"))
 
 
 def compare(name: str, type_: str) -> str:
     """C++ that compares a and b. Of floats, the ordered comparisons are false of a NaN and the others (...u) true."""
     is_float = type_ in FLOATS
     unordered = "(is_nan(a) || is_nan(b))"
-    if name in ("nan", "num") and is_float:
+    if is_float and name in ("nan", "num"):
         return unordered if name == "nan" else f"!{unordered}"
-    if name == "ne" and is_float:
+    if is_float and name == "ne":
         return f"!{unordered} && a != b"
-    if name in SIGNED_COMPARES and not (type_[0] == "b" and not is_float and name not in ("eq", "ne")):
-        return f"a {SIGNED_COMPARES[name]} b"
-    if name in UNSIGNED_COMPARES and type_[0] in "u":
+    if is_float and name[:-1] in COMPARES and name.endswith("u"):
+        return f"{unordered} || a {COMPARES[name[:-1]]} b"
+    if name in COMPARES and (name in ("eq", "ne") or is_float or type_[0] in "us"):
+        return f"a {COMPARES[name]} b"
+    if name in UNSIGNED_COMPARES and type_[0] == "u":
         return f"a {UNSIGNED_COMPARES[name]} b"
-    if name.endswith("u") and name[:-1] in SIGNED_COMPARES and is_float:
-        return f"{unordered} || a {SIGNED_COMPARES[name[:-1]]} b"
     raise ValueError(f"{name} is no comparison of {type_}")

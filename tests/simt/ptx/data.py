@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from simt.ptx.forms import instruction
-from simt.ptx.operands import ADDRESS, SPECIAL_REGISTERS, Scope, block
+from simt.ptx.operands import ADDRESS, Scope, block, is_integer
 from simt.ptx.parser import BYTES, Instruction
 
 ATOMIC_VALUES = {
@@ -22,11 +22,7 @@ def state_space(match: re.Match) -> str:
     return (match["space"] or "").split("::")[0]
 
 
-@instruction(
-    f"ld[.<order>][.<scope>][.<space>]{CACHING}[.<vector>].<any>",
-    f"ldu[.<order>][.<scope>][.<space>]{CACHING}[.<vector>].<any>",
-    operands=2,
-)
+@instruction(f"ld[.<order>][.<scope>][.<space>]{CACHING}[.<vector>].<any>", operands=2)
 def load(match: re.Match, instruction: Instruction, scope: Scope) -> str:
     space, type_, targets = state_space(match), match["T"], scope.elements(instruction.operands[0])
     check_vector(match, len(targets))
@@ -73,8 +69,8 @@ def check_vector(match: re.Match, length: int) -> None:
 @instruction("red[.<order>][.<scope>][.<space>].<atomic>[.noftz].<any>", operands=2)
 def atomic(match: re.Match, instruction: Instruction, scope: Scope) -> str:
     operation, type_ = match["atomic"], match["T"]
-    is_bitwise = type_[0] == "b" and type_[1:].isdigit()
-    if is_bitwise != (operation in BITWISE) or (operation in ("inc", "dec") and type_ != "u32"):
+    is_bits = type_[0] == "b" and is_integer(type_)
+    if is_bits != (operation in BITWISE) or (operation in ("inc", "dec") and type_ != "u32"):
         raise ValueError(f"{operation} of {type_} is unknown")
     target, place, *sources = ("_", *instruction.operands) if match[0].startswith("red") else instruction.operands
     if len(sources) != (2 if operation == "cas" else 1):
@@ -102,11 +98,11 @@ def move(match: re.Match, instruction: Instruction, scope: Scope) -> str:
         return block(
             f"const {part_type} parts[] = {{{values}}};", scope.assign(target, type_, f"joined<{type_}>(parts)")
         )
-    base = ADDRESS.fullmatch(f"[{source}]")
-    if source in SPECIAL_REGISTERS or source in scope.registers or base is None or base[1] not in scope.variables:
+    place = ADDRESS.fullmatch(f"[{source}]")
+    if place is None or place[1] in scope.registers or place[1] not in scope.variables:
         return scope.assign(target, type_, scope.value(source, type_))
     pointer = scope.address(f"[{source}]", "")
-    is_shared = scope.variable(base[1]).space == "shared"
+    is_shared = scope.variable(place[1]).space == "shared"
     return scope.assign(target, type_, f"{type_}({'shared_address' if is_shared else 'address_of'}({pointer}))")
 
 
@@ -121,12 +117,6 @@ def convert_address(match: re.Match, instruction: Instruction, scope: Scope) -> 
         to_shared = match[0].startswith("cvta.to.")
         value = f"shared_address(memory({value}, 0))" if to_shared else f"address_of(shared(u32({value}), 0))"
     return scope.assign(target, "u64", f"u64({value})")
-
-
-@instruction("isspacep.shared", "isspacep.shared::cta", operands=2)
-def is_shared(match: re.Match, instruction: Instruction, scope: Scope) -> str:
-    target, source = instruction.operands
-    return scope.assign(target, "pred", f"simt::shared_memory.contains({scope.value(source, 'u64')})")
 
 
 @instruction("prefetch.global.L1", "prefetch.global.L2", "prefetch.L1", "prefetch.L2", operands=1)

@@ -34,7 +34,7 @@ class PtxLibrary:
 
     @functools.cached_property
     def kernels(self) -> tuple[str, ...]:
-        functions = parse_module(self.ptx.read_text()).functions.values()
+        functions = parse_module(self.ptx.read_text(), self.name).functions.values()
         return tuple(function.name for function in functions if function.is_entry)
 
     def launch(
@@ -63,7 +63,7 @@ class PtxLibrary:
         """The shared library of one kernel."""
 
         def make(target: Path) -> None:
-            target.write_text(translate(parse_module(self.ptx.read_text()), kernel, self.name))
+            target.write_text(translate(parse_module(self.ptx.read_text(), self.name), kernel))
 
         source = cached(f"{kernel[:100]}.cpp", [self.ptx, *TRANSLATOR], [kernel, self.name], make)
         return build_library(source, (*FLAGS, *(("-DPTX_CHECKED",) if self.checked else ())))

@@ -19,7 +19,6 @@ SPECIAL_REGISTERS = {
     "%lanemask_le": "((2u << simt::self->lane) - 1)",
     "%lanemask_gt": "~((2u << simt::self->lane) - 1)",
     "%lanemask_ge": "~((1u << simt::self->lane) - 1)",
-    "%dynamic_smem_size": "static_cast<u32>(simt::running.dynamic_shared)",
     "WARP_SZ": "simt::kWarpSize",
 }
 ADDRESS = re.compile(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\w+))?\s*\]")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 BYTES = {
     **{kind + str(bits): bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)},
-    **{"b128": 16, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "pred": 1},
+    **{"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "pred": 1},
 }
 
 
@@ -71,7 +71,6 @@ class Instruction:
     negated: bool
     opcode: str  # with all its modifiers
     operands: tuple[str, ...]
-    text: str
 
 
 Statement = Variable | Registers | Label | BranchTargets | Brace | Pragma | Instruction
@@ -90,6 +89,7 @@ class Function:
 
 @dataclass
 class Module:
+    name: str  # of its file
     text: str  # without comments
     files: dict[int, str]
     variables: dict[str, Variable] = field(default_factory=dict)
@@ -101,9 +101,8 @@ class Module:
     def line_of(self, position: int) -> int:
         return bisect.bisect_left(self._newlines, position) + 1
 
-    def error(self, position: int, why: str) -> PtxError:
-        line = self.line_of(position)
-        return PtxError(f"PTX line {line}: {why}: {self.text.splitlines()[line - 1].strip()}")
+    def error(self, line: int, why: object) -> PtxError:
+        return PtxError(f"{self.name} line {line}: {why}: {self.text.splitlines()[line - 1].strip()}")
 
     def statements(self, function: Function) -> Iterator[tuple[Statement, Place]]:
         """The body's statements in order, its outer braces left out."""
@@ -119,10 +118,10 @@ class Module:
                 try:
                     statement = parse_statement(text)
                 except ValueError as error:
-                    raise self.error(start, str(error)) from None
+                    raise self.error(self.line_of(start), error) from None
                 yield statement, Place(self.line_of(start), file, line)
-        if self.text[position:end].strip():
-            raise self.error(position, "not a statement")
+        if rest := self.text[position:end].lstrip():
+            raise self.error(self.line_of(end - len(rest)), "not a statement")
 
 
 COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
@@ -154,8 +153,11 @@ INSTRUCTION = re.compile(
 )
 
 
-def parse_module(text: str) -> Module:
+def parse_module(text: str, name: str) -> Module:
     """The outline of a PTX module; the bodies of functions are read by Module.statements().
+
+    Args:
+        name: what errors and reports call the text.
 
     Raises:
         PtxError: a declaration that is not understood.
@@ -163,23 +165,30 @@ def parse_module(text: str) -> Module:
     files = {int(number): name for number, name in FILE.findall(text)}
     text = COMMENT.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
     text = SECTION.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
-    module = Module(text, files)
+    module = Module(name, text, files)
     position = 0
     while rest := re.compile(r"\s*\S").match(text, position):
         position = rest.end() - 1
-        if ignored := IGNORED_LINE.match(text, position):
-            position = ignored.end()
-        elif header := HEADER.match(text, position):
-            position = _add_function(module, header)
-        else:
-            end = text.find(";", position)
-            match = VARIABLE.match(text[position:end].strip()) if end >= 0 else None
-            if match is None:
-                raise module.error(position, "not a declaration")
-            variable = _variable(match)
-            module.variables[variable.name] = variable
-            position = end + 1
+        try:
+            position = _add_declaration(module, position)
+        except ValueError as error:
+            raise module.error(module.line_of(position), error) from None
     return module
+
+
+def _add_declaration(module: Module, position: int) -> int:
+    """Enters what stands there; where the text goes on."""
+    if ignored := IGNORED_LINE.match(module.text, position):
+        return ignored.end()
+    if header := HEADER.match(module.text, position):
+        return _add_function(module, header)
+    end = module.text.find(";", position)
+    match = VARIABLE.match(module.text[position : max(position, end)].strip())
+    if match is None:
+        raise ValueError("not a declaration")
+    variable = _variable(match)
+    module.variables[variable.name] = variable
+    return end + 1
 
 
 def _add_function(module: Module, header: re.Match) -> int:
@@ -187,31 +196,34 @@ def _add_function(module: Module, header: re.Match) -> int:
     if header["end"] == ";":
         return header.end()
     begin = header.end() - 1
-    end, depth = begin, 0
+    depth = 0
     for brace in re.compile(r"[{}]").finditer(module.text, begin):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            end = brace.end()
             break
+    else:
+        raise ValueError("no end of the function")
     results, params = (_parameters(header[group] or "") for group in ("results", "params"))
-    function = Function(header["name"], header["kind"] == "entry", results, params, (begin, end))
+    function = Function(header["name"], header["kind"] == "entry", results, params, (begin, brace.end()))
     module.functions[function.name] = function
-    return end
+    return brace.end()
 
 
 def _parameters(text: str) -> tuple[Variable, ...]:
     matches = [VARIABLE.match(part.strip()) for part in text.split(",") if part.strip()]
     if None in matches:
-        raise PtxError(f"parameters: not understood: {text.strip()}")
+        raise ValueError("not a list of parameters")
     return tuple(_variable(match) for match in matches)
 
 
 def _variable(match: re.Match) -> Variable:
     element = match["type"]
+    if element not in BYTES:
+        raise ValueError(f"variables of type {element} are unknown")
     count = 1
     for size in re.findall(r"\[\s*(\d*)\s*\]", match["sizes"]):
         count *= int(size or 0)
-    values = tuple(parse_integer(value.strip()) for value in (match["values"] or "").strip(" {}\n").split(",") if value)
+    values = tuple(parse_literal(value.strip()) for value in (match["values"] or "").strip(" {}\n").split(",") if value)
     alignment = int(match["align"] or BYTES[element])
     return Variable(match["name"], match["space"], count * BYTES[element], alignment, element, values)
 
@@ -232,7 +244,7 @@ def parse_statement(text: str) -> Statement:
         return _variable(variable)
     if match := INSTRUCTION.match(text):
         operands = split_operands(match["operands"])
-        return Instruction(match["guard"] or "", match["not"] == "!", match["opcode"], operands, " ".join(text.split()))
+        return Instruction(match["guard"] or "", match["not"] == "!", match["opcode"], operands)
     raise ValueError("not a statement")
 
 
@@ -252,6 +264,11 @@ def split_operands(text: str) -> tuple[str, ...]:
             begin = i + 1
     parts.append(text[begin:].strip())
     return tuple(part for part in parts if part)
+
+
+def parse_literal(text: str) -> int:
+    """An integer, or the bits of a floating-point number, which PTX writes as 0f... or 0d... in hexadecimal."""
+    return int(text[2:], 16) if text[:2].lower() in ("0f", "0d") else parse_integer(text)
 
 
 def parse_integer(text: str) -> int:

@@ -8,22 +8,19 @@ from simt.ptx.forms import instruction
 from simt.ptx.operands import Scope, block
 from simt.ptx.parser import Instruction, parse_integer
 
-ELEMENTS = {"m16n8k16": ("f16", "bf16"), "m16n8k8": ("f16", "bf16", "tf32"), "m16n8k4": ("tf32",), "m8n8k4": ("f16",)}
+# (type of the elements, type of the sums) for each shape
+TYPES = {
+    "m16n8k16": (("f16", "f32"), ("f16", "f16"), ("bf16", "f32")),
+    "m16n8k8": (("f16", "f32"), ("f16", "f16"), ("bf16", "f32"), ("tf32", "f32")),
+    "m16n8k4": (("tf32", "f32"),),
+    "m8n8k4": (("f16", "f32"), ("f16", "f16")),
+}
 
 
 @instruction("mma.sync.aligned.<shape>.<A=layout>.<B=layout>.<D=sum>.<E=element>.<F=element>.<C=sum>", operands=4)
 def multiply(match: re.Match, instruction: Instruction, scope: Scope) -> str:
     shape, element, total = match["shape"], match["E"], match["D"]
-    if (
-        match["F"] != element
-        or element not in ELEMENTS[shape]
-        or match["C"] != total
-        or (element, total)
-        in (
-            ("bf16", "f16"),
-            ("tf32", "f16"),
-        )
-    ):
+    if (match["F"], match["C"]) != (element, total) or (element, total) not in TYPES[shape]:
         raise ValueError("these types do not go together")
     if shape == "m8n8k4":
         layout = "M8N8K4<{}, {}>".format(*(str(match[m] == "row").lower() for m in "AB"))

@@ -23,7 +23,6 @@ from simt.ptx.parser import (
     Module,
     Place,
     Pragma,
-    PtxError,
     Registers,
     Statement,
     Variable,
@@ -33,11 +32,8 @@ INSTRUCTIONS = (arithmetic, control, convert, data, tensor)  # each registers it
 SHARED_GAP = 256  # bytes between static arrays of shared memory that belong to none, so that an overrun is seen
 
 
-def translate(module: Module, kernel: str, name: str) -> str:
+def translate(module: Module, kernel: str) -> str:
     """C++ with that kernel, and the device functions it calls.
-
-    Args:
-        name: what reports call the PTX itself, where it does not name a source line.
 
     Raises:
         PtxError: an instruction, modifier or operand that is unknown; says where.
@@ -45,11 +41,11 @@ def translate(module: Module, kernel: str, name: str) -> str:
     """
     entry = module.functions.get(kernel)
     if entry is None or not entry.is_entry:
-        raise ValueError(f"kernel: {name} has no kernel {kernel!r}")
+        raise ValueError(f"kernel: {module.name} has no kernel {kernel!r}")
     bodies, scopes, waiting = {}, {}, [kernel]
     for function in waiting:  # grows while it is walked
         scopes[function] = scope = new_scope(module, module.functions[function])
-        bodies[function] = list(body(module, module.functions[function], scope, name))
+        bodies[function] = list(body(module, module.functions[function], scope))
         waiting += sorted(scope.called - set(waiting))
     variables = [scope.variables[used] for scope in scopes.values() for used in sorted(scope.used)]
     prototypes = [prototype(module.functions[function]) + ";" for function in waiting]
@@ -95,7 +91,7 @@ def prototype(function: Function) -> str:
 # ---- functions
 
 
-def body(module: Module, function: Function, scope: Scope, name: str) -> Iterator[str]:
+def body(module: Module, function: Function, scope: Scope) -> Iterator[str]:
     statements = list(module.statements(function))
     declare(scope, statements)
     yield prototype(function) + " {"
@@ -103,23 +99,23 @@ def body(module: Module, function: Function, scope: Scope, name: str) -> Iterato
         yield "const Byte* const params = static_cast<const Byte*>(params_struct);"
     if any(isinstance(s, Instruction) and s.opcode.startswith("cp.async.") for s, _ in statements):
         yield "Copies copies;"
-    for where, code in itertools.groupby(placed_code(statements, scope, name), key=operator.itemgetter(0)):
-        yield f'#line {where[1]} "{where[0]}"\n{" ".join(text for _, text in code)}'
+    # The lines behind a #line directive count on from it, so code of one place has to stay on one line.
+    for (file, line), code in itertools.groupby(placed_code(module, statements, scope), key=operator.itemgetter(0)):
+        yield f'#line {line} "{file}"\n{" ".join(text for _, text in code)}'
     yield "}"
 
 
 def placed_code(
-    statements: list[tuple[Statement, Place]], scope: Scope, name: str
+    module: Module, statements: list[tuple[Statement, Place]], scope: Scope
 ) -> Iterator[tuple[tuple[str, int], str]]:
     """The C++ of each statement, with the file and the line that it stands for."""
     for statement, place in statements:
         try:
             code = emit(statement, scope)
-        except (ValueError, KeyError) as error:
-            text = statement.text if isinstance(statement, Instruction) else str(statement)
-            raise PtxError(f"{name} line {place.ptx_line}: {error}: {text}") from None
+        except ValueError as error:
+            raise module.error(place.ptx_line, error) from None
         if code:
-            yield ((place.file, place.line) if place.file else (name, place.ptx_line)), code
+            yield ((place.file, place.line) if place.file else (module.name, place.ptx_line)), code
 
 
 def declare(scope: Scope, statements: list[tuple[Statement, Place]]) -> None:
@@ -136,6 +132,8 @@ def declare(scope: Scope, statements: list[tuple[Statement, Place]]) -> None:
 def emit(statement: Statement, scope: Scope) -> str:
     match statement:
         case Registers(type_, names):
+            if type_ not in BYTES:
+                raise ValueError(f"registers of type {type_} are unknown")
             scope.registers.update(dict.fromkeys(names, type_))
             return f"{type_} {', '.join(map(register, names))};"
         case Label(name):
@@ -147,6 +145,8 @@ def emit(statement: Statement, scope: Scope) -> str:
             if text.startswith("used_bytes_mask"):
                 scope.used_bytes_mask = int(text.split()[1], 0)
         case Variable(name, "local" | "param", num_bytes, alignment):
+            if statement.space == "local" and memory_name(name) != scope.depot:
+                raise ValueError("only one array of local memory is known")
             scope.variables[name] = statement
             return f"alignas({alignment}) Byte {memory_name(name)}[{num_bytes}];"
         case Instruction():
@@ -184,8 +184,6 @@ def shared_arrays(variables: list[Variable]) -> Iterator[str]:
 def constant(variable: Variable) -> str:
     """A table in the module's memory, as bytes."""
     size = BYTES[variable.element]
-    if variable.values and variable.element[0] not in "bus":
-        raise PtxError(f"{variable.name}: only integers are known as initial values")
     data = b"".join((value % (1 << 8 * size)).to_bytes(size, "little") for value in variable.values)
     values = ", ".join(map(str, data.ljust(variable.bytes, b"\0")))
     return f"alignas({variable.alignment}) static Byte {memory_name(variable.name)}[] = {{{values}}};"
