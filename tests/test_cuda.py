@@ -32,7 +32,7 @@ def test_contract(attention_case: Case, multiprocessors: int, poisoned: None) ->
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """What takes more time per case gets fewer of them: judged runs cost twenty plain ones, a kernel from PTX seconds."""
+    """Dearer runs get fewer cases: a judged one costs twenty plain ones, a kernel from PTX seconds."""
     everything = metafunc.config.getoption("full")
     if "judged_case" in metafunc.fixturenames:
         metafunc.parametrize("judged_case", full()[::20] if everything else pairwise(), ids=str)
