@@ -89,7 +89,9 @@ def test_local_memory_and_generic_addresses():
 
 
 def test_constants_and_packed_registers():
-    before = ".const .f32 one = 0f3F800000;\n.const .align 4 .u32 table[3] = {7, 0x10, 4294967295};\n.global .align 1 .b8 bytes[5] = {1, 2, 3, 255};\n"
+    before = """.const .f32 one = 0f3F800000;
+    .const .align 4 .u32 table[3] = {7, 0x10, 4294967295};
+    .global .align 1 .b8 bytes[5] = {1, 2, 3, 255};"""
     code = """
     mov.u64 %rd1, table;
     ld.const.u32 %r2, [%rd1+4];
