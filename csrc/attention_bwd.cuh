@@ -3,12 +3,11 @@
 // f is the factor of dropout and delta = rowsum(out dout) - dlse. Every element of every gradient is summed up by one
 // thread in a fixed order: two runs give the same bits, and nothing is atomic.
 //
-// attention_bwd: a block computes dK and dV of one (batch, key head), and walks over key tiles, the query heads of the
-//   group, and query tiles. With gridDim.y = 1 it has all key tiles; then it also computes dQ, each tile of which is
-//   read and written again for the next key tile by the thread that owns it: five products, S and dP once.
-// attention_bwd_dq: where there are too few (batch, head) pairs to fill the card, attention_bwd runs with a block per
-// key
-//   tile and leaves dQ to this kernel, a block per query tile. It goes first, because it writes delta.
+// attention_bwd: a block computes dK and dV of one (batch, key head). It walks over key tiles, over the query heads of
+//   the group and over query tiles. With gridDim.y = 1 it has all key tiles and computes dQ, too: each tile of it is
+//   read and written again for the next key tile by the thread that owns it. Five products, S and dP once.
+// attention_bwd_dq: where there are too few (batch, head) pairs to fill the card, attention_bwd runs with a block for
+//   each key tile and leaves dQ to this kernel, a block for each query tile. It goes first, because it writes delta.
 // attention_bwd_dbias: a block sums up dS over all that its tile of the bias is broadcast to.
 //
 // shared memory: the two operands of one product at a time. registers: P and dS of a tile, and the sums.

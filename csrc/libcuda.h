@@ -81,7 +81,7 @@ class Libcuda {
     // Opens libcuda.so.1, or what FASTATTN_LIBCUDA names, and looks every function up.
     void open() {
         const char* named = std::getenv("FASTATTN_LIBCUDA");
-        const char* path = named != nullptr ? named : "libcuda.so.1";
+        const char* path = named != nullptr && *named != '\0' ? named : "libcuda.so.1";
         void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
         if (library == nullptr) throw DriverError(std::string("cannot load the CUDA driver: ") + dlerror());
 #define FASTATTN_LOOK_UP(name, symbol, arguments) look_up(name, library, path, #symbol);

@@ -34,18 +34,17 @@ _library.define(
 
 def _empty_results(p: AttentionParams) -> tuple[Tensor, Tensor]:
     """out and lse, not filled; out holds heads and rows in q's order, so that merging heads stays a view."""
-    lse_dtype = torch.float64 if p.q.dtype == torch.float64 else torch.float32
-    *rows, _ = p.q.shape
-    head_dim_v = p.v.size(-1)
+    q, head_dim_v = p.q, p.v.shape[-1]
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if p.is_packed():
-        total, nheads = rows
-        return p.q.new_empty(total, nheads, head_dim_v), p.q.new_empty(nheads, total, dtype=lse_dtype)
-    batch, nheads, seqlen_q = rows
-    if p.q.stride(1) < p.q.stride(2):
-        out = p.q.new_empty(batch, seqlen_q, nheads, head_dim_v).transpose(1, 2)
+        total, nheads, _ = q.shape
+        return q.new_empty(total, nheads, head_dim_v), q.new_empty(nheads, total, dtype=lse_dtype)
+    batch, nheads, seqlen_q, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        out = q.new_empty(batch, seqlen_q, nheads, head_dim_v).transpose(1, 2)
     else:
-        out = p.q.new_empty(batch, nheads, seqlen_q, head_dim_v)
-    return out, p.q.new_empty(batch, nheads, seqlen_q, dtype=lse_dtype)
+        out = q.new_empty(batch, nheads, seqlen_q, head_dim_v)
+    return out, q.new_empty(batch, nheads, seqlen_q, dtype=lse_dtype)
 
 
 def _empty_grads(p: AttentionParams, needs_dbias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -55,13 +54,16 @@ def _empty_grads(p: AttentionParams, needs_dbias: bool) -> tuple[Tensor, Tensor,
     return torch.empty_like(p.q), torch.empty_like(p.k), torch.empty_like(p.v), dbias
 
 
-@torch.library.impl(_library, "attention_fwd", "CompositeExplicitAutograd")
-def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    *params, backend = args
-    p = AttentionParams(*params)
+def _run(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
     out, lse = _empty_results(p)
     backends.get(backend).kernels().attention_fwd(out, lse, p)
     return out, lse
+
+
+@torch.library.impl(_library, "attention_fwd", "CompositeExplicitAutograd")
+def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    *params, backend = args
+    return _run(backend, AttentionParams(*params))
 
 
 @torch.library.impl(_library, "attention_bwd", "CompositeExplicitAutograd")
@@ -84,6 +86,25 @@ def _attention_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
 def _attention_bwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *params, _out, _lse, _dout, _dlse, needs_dbias, _backend = args
     return _empty_grads(AttentionParams(*params), needs_dbias)
+
+
+def forward(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
+    """out and lse of the named backend; differentiable where something requires a gradient."""
+    if torch.is_grad_enabled() and _requires_grad(p):
+        return AttentionFunction.apply(backend, *p)
+    if _is_traced(p):
+        return torch.ops.fastattn.attention_fwd(*p, backend)
+    return _run(backend, p)  # the way through torch's dispatcher costs as much as the launch
+
+
+def _requires_grad(p: AttentionParams) -> bool:
+    bias = p.bias is not None and p.bias.requires_grad
+    return bias or p.q.requires_grad or p.k.requires_grad or p.v.requires_grad
+
+
+def _is_traced(p: AttentionParams) -> bool:
+    """Whether somebody wants to see the operator and not what it does."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(p.q) is not Tensor
 
 
 class AttentionFunction(torch.autograd.Function):

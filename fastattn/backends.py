@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import threading
 import warnings
@@ -72,7 +73,7 @@ class Backend:
 
     def kernels(self) -> ModuleType:
         """The module that runs it."""
-        return importlib.import_module(self.module, __package__)
+        return _module(self.module)
 
     def why_not(self, p: Problem) -> list[str]:
         """Every reason for which it cannot take the call; empty if it can."""
@@ -91,6 +92,11 @@ class Backend:
         if not reasons and (missing := _why_missing(self.module)):
             reasons.append(missing)
         return reasons
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(name, __package__)
 
 
 def _dotted(capability: tuple[int, int]) -> str:

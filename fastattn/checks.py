@@ -25,30 +25,31 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def check_query_key_value(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, is_packed: bool) -> None:
     """Dtypes, devices, batch dimensions, heads and head dimensions agree."""
-    if is_packed and query.dim() != 3:
-        raise ValueError(f"query: must be (total_tokens, heads, head_dim), got shape {tuple(query.shape)}")
-    if query.dim() < 2:
-        raise ValueError(f"query: must be (..., heads, seqlen, head_dim), got shape {tuple(query.shape)}")
+    q, k, v = query.shape, key.shape, value.shape
+    if is_packed and len(q) != 3:
+        raise ValueError(f"query: must be (total_tokens, heads, head_dim), got shape {tuple(q)}")
+    if len(q) < 2:
+        raise ValueError(f"query: must be (..., heads, seqlen, head_dim), got shape {tuple(q)}")
     if query.dtype not in DTYPES:
         raise ValueError(f"query: dtype must be float32, float16, bfloat16 or float64, got {query.dtype}")
     _check_like_query("key", key, query)
     _check_like_query("value", value, query)
-    if query.size(-1) == 0:
+    if q[-1] == 0:
         raise ValueError("query: head_dim must be at least 1, got 0")
-    if key.size(-1) != query.size(-1):
-        raise ValueError(f"key: head_dim {key.size(-1)} differs from query's {query.size(-1)}")
-    if value.shape[:-1] != key.shape[:-1]:
-        shapes = f"shape {tuple(value.shape)} differs from key's {tuple(key.shape)}"
+    if k[-1] != q[-1]:
+        raise ValueError(f"key: head_dim {k[-1]} differs from query's {q[-1]}")
+    if v[:-1] != k[:-1]:
+        shapes = f"shape {tuple(v)} differs from key's {tuple(k)}"
         raise ValueError(f"value: {shapes} before the last dimension")
-    if query.dim() > 2:
-        _check_heads(query.size(-2 if is_packed else -3), key.size(-2 if is_packed else -3), enable_gqa)
-    if not is_packed and key.shape[:-3] != query.shape[:-3]:
-        batches = tuple(key.shape[:-3]), tuple(query.shape[:-3])
-        raise ValueError(f"key: batch dimensions {batches[0]} differ from query's {batches[1]}")
+    if len(q) > 2:
+        heads = -2 if is_packed else -3
+        _check_heads(q[heads], k[heads], enable_gqa)
+    if not is_packed and len(q) > 3 and k[:-3] != q[:-3]:
+        raise ValueError(f"key: batch dimensions {tuple(k[:-3])} differ from query's {tuple(q[:-3])}")
 
 
 def _check_like_query(name: str, x: Tensor, query: Tensor) -> None:
-    if x.dim() != query.dim():
+    if x.ndim != query.ndim:
         raise ValueError(f"{name}: has {x.dim()} dimensions, query has {query.dim()}")
     if x.dtype != query.dtype:
         raise ValueError(f"{name}: dtype {x.dtype} differs from query's {query.dtype}")

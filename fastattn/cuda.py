@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -97,9 +98,7 @@ def _bias_grad(dbias: Tensor, buffers: Buffers, p: AttentionParams) -> None:
     bias_tiles = sizes[0] * sizes[1] * _tiles(sizes[2], kernel.block_m) * _tiles(sizes[3], kernel.block_n)
     scores = (_batch(p), p.q.size(1), p.max_seqlen_q, p.max_seqlen_k)
     blocks = (1, 1, kernel.block_m, kernel.block_n)
-    broadcast = [
-        _tiles(n, block) for n, size, block in zip(scores, sizes, blocks, strict=True) if size == 1
-    ]
+    broadcast = [_tiles(n, block) for n, size, block in zip(scores, sizes, blocks, strict=True) if size == 1]
     wanted = _tiles(FULL * multiprocessors(p.q.device), bias_tiles)
     copies = min(MAX_BIAS_COPIES, torch.Size(broadcast).numel(), wanted)
     buffers = buffers._replace(dbias=dbias, dbias_partial=buffers.lse.new_empty(copies, *sizes))
@@ -110,16 +109,19 @@ def _bias_grad(dbias: Tensor, buffers: Buffers, p: AttentionParams) -> None:
 
 # ---- choice and launch ----
 
-_KERNELS = {pass_: [k for k in _launcher.KERNELS if k.pass_ == pass_] for pass_ in {k.pass_ for k in _launcher.KERNELS}}
 SUM_THREADS = next(k.threads for k in _launcher.KERNELS if k.name == "attention_dbias_sum")
 
 
 def _kernel(pass_: str, p: AttentionParams) -> _launcher.Kernel:
     """The pass's kernel for the call's head dimension and, where there is a choice, its length."""
-    head_dim = max(p.q.size(-1), p.v.size(-1))
-    fitting = [k for k in _KERNELS[pass_] if k.head_dim >= head_dim]
+    return _fitting(pass_, max(p.q.size(-1), p.v.size(-1)), p.max_seqlen_q <= SHORT)
+
+
+@functools.cache
+def _fitting(pass_: str, head_dim: int, is_short: bool) -> _launcher.Kernel:
+    fitting = [k for k in _launcher.KERNELS if k.pass_ == pass_ and k.head_dim >= head_dim]
     candidates = [k for k in fitting if k.head_dim == fitting[0].head_dim]
-    return candidates[0] if p.max_seqlen_q <= SHORT else candidates[-1]
+    return candidates[0 if is_short else -1]
 
 
 def _batch(p: AttentionParams) -> int:

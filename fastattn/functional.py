@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, checks, reference
-from .autograd import AttentionFunction
+from . import autograd, backends, checks, reference
 from .backends import Backend, Explanation, Problem
 from .params import UNBOUNDED, AttentionParams
 
@@ -91,6 +91,8 @@ def scaled_dot_product_attention(
         attn_bias=attn_bias, window=window, causal_align=causal_align,
     )  # fmt: skip
     out, lse = attend(draw_seed(p), return_lse)
+    if query.dim() == 4:
+        return out if lse is None else (out, lse)
     batch_and_heads = query.shape[:-2]
     out = out.reshape(*batch_and_heads, *out.shape[-2:])
     return out if lse is None else (out, lse.reshape(*batch_and_heads, lse.shape[-1]))
@@ -261,7 +263,7 @@ def attend(p: AttentionParams, return_lse: bool = False) -> tuple[Tensor, Tensor
     if backend.name == "reference":
         out, lse = reference.attention(p)
     elif _is_fused(backend, problem):
-        out, lse = AttentionFunction.apply(backend.name, *_operands(p))
+        out, lse = autograd.forward(backend.name, _operands(p))
     else:
         return _torch_attention(p), None
     return out, lse if return_lse else None
@@ -299,18 +301,28 @@ def _torch_attention(p: AttentionParams) -> Tensor:
 
 
 def _problem(p: AttentionParams, return_lse: bool) -> Problem:
+    q, bias = p.q, p.bias
     return Problem(
-        device_type=p.q.device.type,
-        capability=torch.cuda.get_device_capability(p.q.device) if p.q.is_cuda else None,
-        dtype=p.q.dtype,
-        head_dim=p.q.size(-1),
-        head_dim_v=p.v.size(-1),
-        is_packed=p.is_packed(),
-        bias_dtype=None if p.bias is None else p.bias.dtype,
-        dropout_p=p.dropout_p,
-        return_lse=return_lse,
-        is_empty=p.q.numel() == 0 or p.k.numel() == 0,
+        q.device.type,
+        _capability(q.device) if q.is_cuda else None,
+        q.dtype,
+        q.size(-1),
+        p.v.size(-1),
+        p.is_packed(),
+        None if bias is None else bias.dtype,
+        p.dropout_p,
+        return_lse,
+        q.numel() == 0 or p.k.numel() == 0,
     )
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    if torch.compiler.is_compiling():  # which warns of any cache it meets
+        return torch.cuda.get_device_capability(device)
+    return _cached_capability(device)
+
+
+_cached_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def _scale(scale: float | None, query: Tensor) -> float:
@@ -319,10 +331,13 @@ def _scale(scale: float | None, query: Tensor) -> float:
 
 def _operands(p: AttentionParams) -> AttentionParams:
     """The call as the operator takes it: last dimensions contiguous, no tensor twice (torch.compile forbids it)."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (p.q, p.k, p.v))
+    q, k, v, cu_seqlens_k = p.q, p.k, p.v, p.cu_seqlens_k
+    is_plain = q is not k and q is not v and k is not v and (cu_seqlens_k is None or cu_seqlens_k is not p.cu_seqlens_q)
+    if is_plain and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        return p
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     k = k.view_as(k) if k is q else k
     v = v.view_as(v) if v is q or v is p.k else v
-    cu_seqlens_k = p.cu_seqlens_k
     if cu_seqlens_k is not None and cu_seqlens_k is p.cu_seqlens_q:
         cu_seqlens_k = cu_seqlens_k.view_as(cu_seqlens_k)
     return p.replace(q=q, k=k, v=v, cu_seqlens_k=cu_seqlens_k)

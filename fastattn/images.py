@@ -97,7 +97,7 @@ def image(element: str, capability: tuple[int, int]) -> bytes:
     newest PTX, which the driver compiles, else what NVRTC makes of the sources now, kept for the next time.
 
     Args:
-        element: "f32", "f16" or "bf16".
+        element: "float32", "float16" or "bfloat16".
         capability: the GPU's compute capability.
 
     Raises:

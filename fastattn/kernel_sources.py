@@ -19,6 +19,7 @@ MIN_CAPABILITY = 60  # 10 * major + minor
 
 # Constexpr functions without __device__ are for every compiler (-default-device). Subnormals are kept and products are
 # fused into sums, which are NVRTC's defaults; the fast exponential is named where it is meant, so no --use_fast_math.
+# Nor -lineinfo, which would be two thirds of an image.
 OPTIONS = ("--std=c++17", "-default-device")
 MACHINE_CODE_OPTIONS = ("--ptxas-options=-v",)  # so that the log has every kernel's resources
 

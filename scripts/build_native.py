@@ -155,7 +155,7 @@ def _compile(settings: Settings, sources: kernel_sources.KernelSources) -> dict:
         "sources": sources.digest,
         "commit": _commit(),
         "nvrtc": compiler.version,
-        "options": [*kernel_sources.OPTIONS, *kernel_sources.MACHINE_CODE_OPTIONS],
+        "options": {str(arch): " ".join(kernel_sources.options(arch)) for arch in settings.archs},
         "architectures": list(map(str, settings.archs)),
         "images": {name: json.loads((WORK / f"{name}.json").read_text()) for name in settings.image_names()},
     }
@@ -298,8 +298,9 @@ def launcher(compiler: str, pybind11_version: str) -> None:
     if pybind11.__version__ != pybind11_version:
         raise RuntimeError(f"this is pybind11 {pybind11.__version__}, but the build has begun with {pybind11_version}")
     includes = [f"-isystem{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
-    command = [*shlex.split(compiler), "-std=c++17", "-O2", "-DNDEBUG", "-fPIC", "-shared", "-fvisibility=hidden", *includes]
-    command += ["../../csrc/launcher.cpp", "-o", LAUNCHER, "-s", "-ldl", "-MMD", "-MF", f"{LAUNCHER}.d"]
+    options = ["-std=c++17", "-O2", "-DNDEBUG", "-fPIC", "-shared", "-fvisibility=hidden", "-s"]
+    files = ["../../csrc/launcher.cpp", "-o", LAUNCHER, "-MMD", "-MF", f"{LAUNCHER}.d"]
+    command = [*shlex.split(compiler), *options, *includes, *files, "-ldl"]
     sys.exit(subprocess.run(command).returncode)
 
 

@@ -25,7 +25,19 @@ AXES: dict[str, list[Any]] = {
     "layout": ["heads-outer", "heads-inner", "expanded", "strided", "odd-rows"],
     "scale": [None, 0.3, -0.5, 0.0],
     "seqlens": [(17, 63), (64, 65), (63, 17), (128, 127), (1, 129), (129, 1), (0, 5), (5, 0), (1, 1), (150, 200)],
-    "dims": [(8, 8), (16, 16), (32, 32), (40, 40), (64, 64), (128, 128), (24, 8), (8, 40), (1, 1), (72, 200), (256, 256)],
+    "dims": [
+        (8, 8),
+        (16, 16),
+        (32, 32),
+        (40, 40),
+        (64, 64),
+        (128, 128),
+        (24, 8),
+        (8, 40),
+        (1, 1),
+        (72, 200),
+        (256, 256),
+    ],
 }
 # What the full table multiplies out; the other axes are drawn for every case.
 CROSSED = ("dtype", "mask", "bias", "band", "dropout_p", "heads", "packed", "return_lse")
@@ -59,12 +71,24 @@ class Case:
     batch: int = 3
 
     def __str__(self) -> str:
-        def text(value: Any) -> str:
-            return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
-
         default = Case()
         changed = [f for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)]
-        return ",".join(f"{f.name}={text(getattr(self, f.name))}" for f in changed) or "default"
+        return ",".join(f"{f.name}={_text(getattr(self, f.name))}" for f in changed) or "default"
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """The case that prints as this text, as in a test's name.
+
+        Raises:
+            ValueError: there is no such field, or no such value of it.
+        """
+        changes = {}
+        for part in () if text == "default" else text.split(","):
+            name, _, value = part.partition("=")
+            if name not in AXES and name != "batch":
+                raise ValueError(f"case: fields are {', '.join((*AXES, 'batch'))}, got {name!r}")
+            changes[name] = _value(name, value)
+        return cls(**changes)
 
     def make(self, device: str = "cpu") -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """Tensors (q, k, v, bias or None) in the case's dtype, and the other arguments of the public function."""
@@ -137,6 +161,23 @@ class Case:
             bias = bias.masked_fill(torch.rand(bias.shape, generator=generator) < 0.3, -torch.inf)
             bias[:, :, 1::4] = -torch.inf
         return bias.to(self.dtype)
+
+
+def _text(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+
+
+def _value(name: str, text: str) -> Any:
+    """A value of the table, or else a number or a tuple of whole numbers."""
+    for value in AXES.get(name, ()):
+        if _text(value) == text:
+            return value
+    if isinstance(getattr(Case(), name), tuple):
+        return tuple(map(int, text.split("x")))
+    try:
+        return int(text) if name == "batch" else float(text)
+    except ValueError:
+        raise ValueError(f"{name}: must be one of {', '.join(map(_text, AXES[name]))}, got {text!r}") from None
 
 
 def cumulative(lengths: list[int]) -> Tensor:

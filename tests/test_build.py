@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ARCHS = "60;compute_80"
-IMAGES = {f"attention_{e}.{a}" for e in ("f32", "f16", "bf16") for a in ("sm_60.cubin", "compute_80.ptx")}
+IMAGES = {f"attention_{e}.{a}" for e in ("float32", "float16", "bfloat16") for a in ("sm_60.cubin", "compute_80.ptx")}
 
 KERNELS = """
 #include "table.h"
@@ -31,7 +31,7 @@ TABLE = """
 #else
 #include "elsewhere.h"
 #endif
-constexpr float kFactor = 2.0f;
+constexpr float kFactor = 3.0f;
 """
 LAUNCHER = '#include "driver.h"\nextern "C" int answer() { return kAnswer; }\n'
 
@@ -142,14 +142,16 @@ def test_build_json_describes_it(finished):
     manifest = finished.manifest
     assert manifest["architectures"] == ["sm_60", "compute_80"]
     assert manifest["nvrtc"] == build_native.nvrtc.find().version
-    assert "-lineinfo" in manifest["options"] and manifest["commit"] is None
+    options = {"sm_60": "--std=c++17 -default-device --ptxas-options=-v", "compute_80": "--std=c++17 -default-device"}
+    assert manifest["options"] == options
+    assert manifest["commit"] is None  # the tree is no repository
     sources = build_native.kernel_sources.KernelSources.read(finished.folder / "csrc")
     assert (set(sources.files), manifest["sources"]) == ({"attention.cu", "table.h"}, sources.digest)
     assert set(manifest["images"]) == IMAGES
-    machine_code = manifest["images"]["attention_f32.sm_60.cubin"]["kernels"]
+    machine_code = manifest["images"]["attention_float32.sm_60.cubin"]["kernels"]
     assert set(machine_code) == {"first", "second"}
     assert machine_code["first"]["registers"] > 0 and machine_code["first"]["spill_bytes"] == 0
-    assert manifest["images"]["attention_f32.compute_80.ptx"]["kernels"] == {"first": None, "second": None}
+    assert manifest["images"]["attention_float32.compute_80.ptx"]["kernels"] == {"first": None, "second": None}
 
 
 @needs_tools
@@ -215,7 +217,7 @@ def test_the_graph_names_no_place():
 def test_other_architectures_replace_the_images(tree):
     assert edges(tree.build(FASTATTN_CUDA_ARCHS="75")) == {"3 NVRTC"}
     assert tree.manifest["architectures"] == ["sm_75"]
-    images = {f"attention_{element}.sm_75.cubin" for element in ("f32", "f16", "bf16")}
+    images = {f"attention_{element}.sm_75.cubin" for element in ("float32", "float16", "bfloat16")}
     assert tree.built == images | {"build.json", LAUNCHER_FILE}
     assert edges(tree.build()) == set()  # the others are still in build/
     assert tree.built == IMAGES | {"build.json", LAUNCHER_FILE}
@@ -368,11 +370,11 @@ def test_a_part_of_the_prebuilt_images(tree, prebuilt):
 
 @needs_tools
 def test_lacking_prebuilt_images_are_named(tree, prebuilt):
-    (prebuilt / "attention_f16.sm_60.cubin").unlink()
+    (prebuilt / "attention_float16.sm_60.cubin").unlink()
     said = tree.failure(FASTATTN_PREBUILT_KERNELS=str(prebuilt))
-    assert f"FASTATTN_PREBUILT_KERNELS: {prebuilt} lacks attention_f16.sm_60.cubin\n" in said
+    assert f"FASTATTN_PREBUILT_KERNELS: {prebuilt} lacks attention_float16.sm_60.cubin\n" in said
     said = tree.failure(FASTATTN_PREBUILT_KERNELS="/nonexistent", FASTATTN_CUDA_ARCHS="60")
-    assert "/nonexistent lacks build.json, attention_f32.sm_60.cubin, attention_f16.sm_60.cubin" in said
+    assert "/nonexistent lacks build.json, attention_float32.sm_60.cubin, attention_float16.sm_60.cubin" in said
 
 
 @needs_tools

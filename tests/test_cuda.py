@@ -31,20 +31,22 @@ def test_contract(attention_case: Case, multiprocessors: int, poisoned: None) ->
         check(attention_case)
 
 
-def test_contract_with_every_access_judged(attention_case: Case, poisoned: None) -> None:
-    with on_the_cpu(SourceKernels(checked=True), multiprocessors=MANY if attention_case.heads[0] > 2 else 1):
-        check(attention_case)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What takes more time per case gets fewer of them: judged runs cost twenty plain ones, a kernel from PTX seconds."""
+    everything = metafunc.config.getoption("full")
+    if "judged_case" in metafunc.fixturenames:
+        metafunc.parametrize("judged_case", full()[::20] if everything else pairwise(), ids=str)
+    if "ptx_case" in metafunc.fixturenames:
+        small = [case for case in pairwise() if max(case.dims) <= 32]
+        metafunc.parametrize("ptx_case", pairwise() + full()[::50] if everything else small, ids=str)
+
+
+def test_contract_with_every_access_judged(judged_case: Case, poisoned: None) -> None:
+    with on_the_cpu(SourceKernels(checked=True), multiprocessors=MANY if judged_case.heads[0] > 2 else 1):
+        check(judged_case)
 
 
 # ---- from PTX ----
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each kernel costs seconds to build from PTX, so short runs take those of small head dimensions."""
-    if "ptx_case" in metafunc.fixturenames:
-        everything = metafunc.config.getoption("full")
-        cases = [c for c in (full()[::97] if everything else []) + pairwise() if everything or max(c.dims) <= 32]
-        metafunc.parametrize("ptx_case", cases, ids=str)
 
 
 def test_contract_from_ptx(ptx_case: Case, poisoned: None) -> None:

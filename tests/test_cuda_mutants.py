@@ -81,34 +81,60 @@ MUTANTS = {
         "attention_bwd.cuh", "if (row[i] == -INFINITY) row[i] = INFINITY;", "", replace(PLAIN, mask="empty-rows")
     ),
     "dropout not rescaled": Mutant("philox.cuh", "? rescale : 0.0f", "? 1.0f : 0.0f", DROPPED),
-    "dropout bits of the first head": Mutant("philox.cuh", "i, head, batch)", "i, 0, batch)", replace(DROPPED, heads=(2, 2))),
+    "dropout bits of the first head": Mutant(
+        "philox.cuh", "i, head, batch)", "i, 0, batch)", replace(DROPPED, heads=(2, 2))
+    ),
     "nine rounds of Philox": Mutant("philox.cuh", "round < 10", "round < 9", DROPPED),
     "dropout missing in dv": Mutant("attention_bwd.cuh", "weights[i][j + e] *= factor[e];", "", DROPPED),
     "dropout missing in dP": Mutant("attention_bwd.cuh", "dscores[i][j + e] * factor[e]", "dscores[i][j + e]", DROPPED),
     "delta ignored": Mutant("attention_bwd.cuh", "factor[e] - row[i])", "factor[e])"),
     "gradient of lse ignored": Mutant("attention_bwd.cuh", "delta[row] = sum - dlse", "delta[row] = sum"),
-    "dk of the first head of a group": Mutant("attention_bwd.cuh", "h < (h_k + 1) * group; ++h) {\n#pragma unroll 1\n", "h < h_k * group + 1; ++h) {\n#pragma unroll 1\n", GROUPED),
+    "dk of the first head of a group": Mutant(
+        "attention_bwd.cuh",
+        "h < (h_k + 1) * group; ++h) {\n#pragma unroll 1\n",
+        "h < h_k * group + 1; ++h) {\n#pragma unroll 1\n",
+        GROUPED,
+    ),
     "keys of another head": Mutant("attention_fwd.cuh", "h_k = h / (p.nheads / p.nheads_k)", "h_k = 0", GROUPED),
     "dq begins anew at every key tile": Mutant("attention_bwd.cuh", "if (!is_first) sum", "if (false) sum"),
     "dq never begins": Mutant("attention_bwd.cuh", "if (!is_first) sum", "if (true) sum"),
     "dq rounded between key tiles": Mutant("attention_bwd.cuh", "if (is_last)\n", "if (true)\n", HALF),
     "a key tile of dq lost in the split": Mutant(
-        "attention_bwd.cuh", "int j0 = keys.begin; j0 < keys.end", "int j0 = keys.begin + 32; j0 < keys.end", is_split=True
+        "attention_bwd.cuh",
+        "int j0 = keys.begin; j0 < keys.end",
+        "int j0 = keys.begin + 32; j0 < keys.end",
+        is_split=True,
     ),
     "tokens of no sequence not cleared": Mutant("mask.cuh", "row[d] = from_float<E>(0.0f);", ";", PACKED),
-    "the neighbour's tokens": Mutant("mask.cuh", "first_k = clamp(p.cu_seqlens_k[b],", "first_k = clamp(p.cu_seqlens_k[b] + 1,", PACKED),
-    "the first copy of the bias gradient lost": Mutant("attention_bwd.cuh", "int copy = 0; copy < dbias", "int copy = 1; copy < dbias", BIASED),
-    "bias gradient of one tile for all": Mutant("attention_bwd.cuh", "+ n % all.keys * T::kBlockN", "", replace(BIASED, bias="per-head")),
+    "the neighbour's tokens": Mutant(
+        "mask.cuh", "first_k = clamp(p.cu_seqlens_k[b],", "first_k = clamp(p.cu_seqlens_k[b] + 1,", PACKED
+    ),
+    "the first copy of the bias gradient lost": Mutant(
+        "attention_bwd.cuh", "int copy = 0; copy < dbias", "int copy = 1; copy < dbias", BIASED
+    ),
+    "bias gradient of one tile for all": Mutant(
+        "attention_bwd.cuh", "+ n % all.keys * T::kBlockN", "", replace(BIASED, bias="per-head")
+    ),
     "bias gradient not summed over keys": Mutant(
-        "attention_bwd.cuh", "if (keys_broadcast && threadIdx", "if (false && threadIdx", replace(BIASED, bias="per-head")
+        "attention_bwd.cuh",
+        "if (keys_broadcast && threadIdx",
+        "if (false && threadIdx",
+        replace(BIASED, bias="per-head"),
     ),
     "bias gradient not summed over rows": Mutant(
-        "attention_bwd.cuh", "if (rows_broadcast && threadIdx", "if (false && threadIdx", replace(BIASED, bias="per-key")
+        "attention_bwd.cuh",
+        "if (rows_broadcast && threadIdx",
+        "if (false && threadIdx",
+        replace(BIASED, bias="per-key"),
     ),
     "too narrow shared memory": Mutant(
-        "tile_mma.cuh", "own + (j * T::kLanesX + lane.x) * T::kWarpRows", "own + (j * T::kLanesX + lane.x) * 4", PLAIN, "race"
+        "tile_mma.cuh",
+        "own + (j * T::kLanesX + lane.x) * T::kWarpRows",
+        "own + (j * T::kLanesX + lane.x) * 4",
+        PLAIN,
+        "race",
     ),
-}  # fmt: skip
+}
 BARRIER = "__syncthreads();"
 BARRIERS = [(f.name, n) for f in sorted(CSRC.glob("*.cuh")) for n in range(f.read_text().count(BARRIER))]
 
@@ -118,9 +144,9 @@ def sources(folder: Path) -> None:
     for file in (*CSRC.glob("*.cu"), *CSRC.glob("*.cuh"), *CSRC.glob("*.h")):
         (folder / file.name).write_text(file.read_text())
     table = folder / "tiles.cuh"
-    rows = re.compile(r"    KERNEL\(\w+, +\w+, +(?!32,)\d+.*\n")
-    small = rows.sub("", table.read_text())
-    table.write_text(re.sub(r"\\\n(?=\n)", "\n", small))
+    others = re.compile(r"    KERNEL\(\w+, +\w+, +(?!32,)\d+.*\n")
+    small = others.sub("", table.read_text())
+    table.write_text(re.sub(r"\\\n(?=\n)", "\n", small))  # the last row continues no more
 
 
 def machine_code(library: Library, folder: Path) -> bytes:

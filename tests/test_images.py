@@ -127,13 +127,13 @@ def test_the_installed_image_is_returned(install, element):
 def test_old_gpus_are_refused(install, capability):
     install("sm_60", "compute_60")
     with pytest.raises(images.ImageError, match=r"need compute capability >= 6.0, got {}\.{}$".format(*capability)):
-        images.image("f32", capability)
+        images.image("float32", capability)
 
 
 def test_wrong_element(install):
     install("sm_60")
-    with pytest.raises(ValueError, match="^element: must be one of f32, f16, bf16, got 'f64'$"):
-        images.image("f64", (6, 0))
+    with pytest.raises(ValueError, match="^element: must be one of float32, float16, bfloat16, got 'float64'$"):
+        images.image("float64", (6, 0))
 
 
 # ---- by the user ----
@@ -142,9 +142,9 @@ def test_wrong_element(install):
 def test_the_variable_selects_the_image(install, monkeypatch):
     install("sm_60", "sm_90", "compute_60")
     monkeypatch.setenv("FASTATTN_CUDA_IMAGE", "compute_60")
-    assert images.image("f32", (9, 0)) == b"attention_f32.compute_60.ptx"
+    assert images.image("float32", (9, 0)) == b"attention_float32.compute_60.ptx"
     monkeypatch.setenv("FASTATTN_CUDA_IMAGE", "")
-    assert images.image("f32", (9, 0)) == b"attention_f32.sm_90.cubin"
+    assert images.image("float32", (9, 0)) == b"attention_float32.sm_90.cubin"
 
 
 @pytest.mark.parametrize(
@@ -159,14 +159,14 @@ def test_the_variable_is_checked(install, monkeypatch, value, message):
     install("sm_60", "sm_90")
     monkeypatch.setenv("FASTATTN_CUDA_IMAGE", value)
     with pytest.raises(ValueError, match=f"^FASTATTN_CUDA_IMAGE: {message}$"):
-        images.image("f32", (9, 0))
+        images.image("float32", (9, 0))
 
 
 def test_an_image_that_is_named_but_not_installed_is_compiled(install, monkeypatch, compiler, compiled):
     install("sm_90")
     monkeypatch.setenv("FASTATTN_CUDA_IMAGE", "compute_75")
-    assert b".target sm_75" in images.image("f32", (9, 0))
-    assert compiled == ["attention_f32.compute_75.ptx"]
+    assert b".target sm_75" in images.image("float32", (9, 0))
+    assert compiled == ["attention_float32.compute_75.ptx"]
 
 
 # ---- installations ----
@@ -176,7 +176,7 @@ def test_changed_sources_are_an_error(install, monkeypatch):
     install("sm_60")
     monkeypatch.setattr(images, "sources", lambda: KernelSources({"attention.cu": "// changed"}))
     with pytest.raises(images.ImageError, match="csrc has changed since .*python scripts/build_native.py"):
-        images.image("f32", (6, 0))
+        images.image("float32", (6, 0))
 
 
 def test_sources_are_those_installed_or_those_of_the_tree(install, monkeypatch, tmp_path):
@@ -219,7 +219,7 @@ def test_what_lacks_and_what_to_do(install, monkeypatch):
     install("sm_80", "compute_80")
     monkeypatch.setattr(nvrtc, "_libraries", lambda: iter(()))
     with pytest.raises(images.ImageError) as raised:
-        images.image("f32", (6, 1))
+        images.image("float32", (6, 1))
     message = str(raised.value)
     assert message.startswith(
         "no compiled CUDA kernels for compute capability 6.1: there are sm_80, compute_80; no usable"
@@ -231,7 +231,7 @@ def test_what_lacks_in_an_installation_without_kernels(install, monkeypatch):
     install(reason="no C++ compiler")
     monkeypatch.setattr(nvrtc, "_libraries", lambda: iter(()))
     with pytest.raises(images.ImageError, match=r"there are none \(no C\+\+ compiler\); no usable NVRTC"):
-        images.image("f32", (6, 1))
+        images.image("float32", (6, 1))
 
 
 # ---- compiled at run time ----
@@ -239,13 +239,13 @@ def test_what_lacks_in_an_installation_without_kernels(install, monkeypatch):
 
 def test_compiled_for_the_gpu_itself_and_kept(install, compiler, compiled, tmp_path):
     install("sm_80")
-    first = images.image("f16", (6, 1))
-    assert architecture(first) == 61 and compiled == ["attention_f16.sm_61.cubin"]
-    assert images.image("f16", (6, 1)) == first
+    first = images.image("float16", (6, 1))
+    assert architecture(first) == 61 and compiled == ["attention_float16.sm_61.cubin"]
+    assert images.image("float16", (6, 1)) == first
     assert len(compiled) == 1
     (kept,) = (tmp_path / "cache").iterdir()
-    assert kept.name.endswith(".attention_f16.sm_61.cubin")
-    assert images.image("f32", (6, 1)) != first  # another element type is another image
+    assert kept.name.endswith(".attention_float16.sm_61.cubin")
+    assert images.image("float32", (6, 1)) != first  # another element type is another image
     assert len(compiled) == 2
 
 
@@ -253,60 +253,60 @@ def test_ptx_for_a_gpu_that_nvrtc_does_not_know(install, monkeypatch, compiler):
     install("sm_60")
     known = tuple(number for number in compiler.architectures if number <= 90)
     monkeypatch.setattr(nvrtc.Nvrtc, "architectures", known)
-    assert b".target sm_90" in images.image("f32", (12, 0))
+    assert b".target sm_90" in images.image("float32", (12, 0))
     monkeypatch.setattr(nvrtc.Nvrtc, "architectures", (75, 80, 90))
     with pytest.raises(
         images.ImageError, match=r"no compiled .* capability 7.0: there are sm_60; NVRTC .* nothing that"
     ):
-        images.image("f32", (7, 0))
+        images.image("float32", (7, 0))
 
 
 @pytest.mark.parametrize("damage", ["", "shorter", "changed", "something else"])
 def test_a_damaged_file_is_replaced(install, compiler, compiled, tmp_path, damage):
     install("sm_80")
-    image = images.image("f32", (6, 0))
+    image = images.image("float32", (6, 0))
     (kept,) = (tmp_path / "cache").iterdir()
     stored = kept.read_bytes()
     changed = {"": b"", "shorter": stored[:-1], "changed": stored[:-1] + b"\xff", "something else": b"x" * 100}
     kept.write_bytes(changed[damage])
-    assert images.image("f32", (6, 0)) == image and len(compiled) == 2
+    assert images.image("float32", (6, 0)) == image and len(compiled) == 2
     assert kept.read_bytes() == stored
-    assert images.image("f32", (6, 0)) == image and len(compiled) == 2
+    assert images.image("float32", (6, 0)) == image and len(compiled) == 2
 
 
 def test_without_a_writable_cache_it_is_compiled_each_time(install, monkeypatch, compiler, compiled, tmp_path):
     install("sm_80")
     (tmp_path / "file").touch()
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert images.image("f32", (6, 0)) == images.image("f32", (6, 0))
+    assert images.image("float32", (6, 0)) == images.image("float32", (6, 0))
     assert len(compiled) == 2
 
 
 def test_what_is_kept_belongs_to_sources_options_and_compiler(install, monkeypatch, compiler, compiled):
     install("sm_80")
-    images.image("f32", (6, 0))
+    images.image("float32", (6, 0))
     with monkeypatch.context() as changed:
         changed.setattr(images, "sources", lambda: KernelSources({"attention.cu": "// changed\n"}))
-        images.image("f32", (6, 0))
+        images.image("float32", (6, 0))
     assert len(compiled) == 2
     with monkeypatch.context() as changed:
         changed.setattr(images, "options", lambda arch: ("--std=c++17", "-default-device"))
-        images.image("f32", (6, 0))
+        images.image("float32", (6, 0))
     assert len(compiled) == 3
     other = nvrtc.Nvrtc(compiler.library, compiler.include)
     other.version = "12.99"
     with monkeypatch.context() as changed:
         changed.setattr(nvrtc, "find", lambda capability=None: other)
-        images.image("f32", (6, 0))
+        images.image("float32", (6, 0))
     assert len(compiled) == 4
-    images.image("f32", (6, 0))
+    images.image("float32", (6, 0))
     assert len(compiled) == 4
 
 
 def _image_in_a_process(kernels: Path, start) -> bytes:
     images._KERNELS = kernels
     start.wait()
-    return images.image("f32", (6, 0))
+    return images.image("float32", (6, 0))
 
 
 def test_processes_may_compile_the_same_image_at_once(install, compiler, tmp_path):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("nvrtc",),
     ("kernel_sources",),
-    ("params", "philox", "config", "losses", "schedule", "images"),
+    ("params", "philox", "config", "losses", "schedule", "images", "_launcher"),
     ("reference", "cuda", "triton_kernels"),
     ("backends", "checks", "machine"),
     ("autograd", "info"),
@@ -30,7 +30,10 @@ LAYERS = (
 )
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 
-# What may be imported besides the standard library, torch and fastattn.
+# The installation loads them where there is no torch.
+STANDARD_LIBRARY_ONLY = {"nvrtc", "kernel_sources", "images"}
+
+# What the others may import besides the standard library, torch and fastattn.
 EXTERNAL = {"triton_kernels": {"triton"}, "integrations": {"flash_attn", "transformers"}}
 
 
@@ -46,7 +49,7 @@ def imports_of(file: Path, package_root: Path) -> set[str]:
             source = ".".join([*base, *(node.module.split(".") if node.module else [])])
             folder = package_root.joinpath(*source.split("."))
             for alias in node.names:
-                is_module = (folder / f"{alias.name}.py").exists() or (folder / alias.name).is_dir()
+                is_module = any((folder / f"{alias.name}{end}").exists() for end in ("", ".py", ".pyi"))
                 names.add(f"{source}.{alias.name}" if is_module else source)
     return names
 
@@ -66,13 +69,14 @@ def violations(root: Path) -> list[str]:
         if importer not in LAYER_OF:
             found.append(f"{where}: {importer} has no layer")
             continue
+        allowed = set() if importer in STANDARD_LIBRARY_ONLY else {"torch", *EXTERNAL.get(importer, ())}
         for name in imports_of(file, root):
             top = name.split(".")[0]
             if top == "fastattn":
                 imported = unit(name)
                 if imported != importer and LAYER_OF.get(imported, len(LAYERS)) >= LAYER_OF[importer]:
                     found.append(f"{where}: imports {name}, which is not below {importer}")
-            elif top not in sys.stdlib_module_names and top not in {"torch", *EXTERNAL.get(importer, ())}:
+            elif top not in sys.stdlib_module_names and top not in allowed:
                 found.append(f"{where}: imports {name}")
     return found
 
@@ -91,6 +95,8 @@ def test_fastattn_imports_downwards():
         ("integrations/torch.py", "from ..generation import translate", "imports fastattn.generation, which is not"),
         ("functional.py", "def late():\n    import triton", "imports triton"),
         ("functional.py", "import benchmarks", "imports benchmarks"),
+        ("nvrtc.py", "import torch", "imports torch"),
+        ("nvrtc.py", "from . import kernel_sources", "imports fastattn.kernel_sources, which is not below nvrtc"),
         ("helpers.py", "import math", "helpers has no layer"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import re
 import subprocess
 import sys
@@ -315,7 +316,15 @@ def test_autograd_thread(launcher, stub):
 # ---- threads ----
 
 
-def test_threads_share_modules_and_keep_their_arguments_apart(launcher, stub):
+@pytest.fixture
+def watchdog():
+    """Ends the process after a minute: where a thread waits with the GIL, nothing else can end the test."""
+    faulthandler.dump_traceback_later(60, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def test_threads_share_modules_and_keep_their_arguments_apart(launcher, stub, watchdog):
     stub.library.stub_set_device_count(2)
     asked = []
 
@@ -411,10 +420,12 @@ def test_library_too_old(launcher, monkeypatch):
         launch(launcher)
 
 
-def test_default_library(launcher, monkeypatch):
-    monkeypatch.delenv("FASTATTN_LIBCUDA")
-    driver = launcher.driver()
-    assert driver.problem is None or "libcuda.so.1" in driver.problem or "cuInit" in driver.problem
+@pytest.mark.parametrize("named", [None, ""])
+def test_default_library(launcher, stub, monkeypatch, named):
+    monkeypatch.delenv("FASTATTN_LIBCUDA") if named is None else monkeypatch.setenv("FASTATTN_LIBCUDA", named)
+    problem = launcher.driver().problem
+    assert problem is None or "libcuda.so.1" in problem or "cuInit" in problem
+    assert stub.names() == []
 
 
 CALLS = [

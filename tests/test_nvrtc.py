@@ -208,10 +208,18 @@ def test_a_file_that_is_no_library_is_named(nowhere, monkeypatch, compiler, tmp_
 
 
 def test_a_capability_that_it_does_not_know_is_named(nowhere, monkeypatch, compiler):
-    monkeypatch.setenv("FASTATTN_NVRTC_LIB", str(compiler.library))
+    monkeypatch.setattr(sys, "path", [str(compiler.library.parents[3])])
     assert nvrtc.find(60).library == compiler.library
     with pytest.raises(nvrtc.NotFound, match=r"libnvrtc\S* does not compile for 99.9"):
         nvrtc.find(999)
+
+
+def test_nothing_replaces_the_one_that_the_variable_names(nowhere, monkeypatch, compiler, tmp_path):
+    monkeypatch.setattr(sys, "path", [str(compiler.library.parents[3])])
+    (tmp_path / "libnvrtc.so").write_text("not a library")
+    monkeypatch.setenv("FASTATTN_NVRTC_LIB", str(tmp_path / "libnvrtc.so"))
+    with pytest.raises(nvrtc.NotFound, match=str(tmp_path)):
+        nvrtc.find()
 
 
 @pytest.mark.parametrize(

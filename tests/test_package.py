@@ -72,7 +72,7 @@ def test_build_needs_no_torch():
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {str(file.relative_to(ROOT)) for file in (ROOT / "fastattn").rglob("*.py")}
+    modules = {str(file.relative_to(ROOT)) for kind in ("*.py", "*.pyi") for file in (ROOT / "fastattn").rglob(kind)}
     info = f"fastattn-{VERSION}.dist-info"
     others = {"fastattn/py.typed", "fastattn/_kernels/build.json"}  # which says why there are no kernels
     assert {name for name in names if not name.startswith(info)} == modules | others
@@ -120,9 +120,9 @@ def test_source_distribution_holds_everything(sources, archive):
     python = {str(file.relative_to(sources)) for folder in folders for file in (sources / folder).rglob("*.py")}
     others = {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "setup.py", "requirements-dev.txt"}
     hidden = {".ci/run", ".clang-format", ".pre-commit-config.yaml", "scripts/setup.sh", "fastattn/py.typed"}
-    native = {f"csrc/{file.name}" for file in (sources / "csrc").iterdir()}
-    assert python | others | hidden | native <= names
-    assert not [name for name in names if "_kernels" in name or name.endswith(".so")]
+    files = {f"{folder}/{file.name}" for folder in ("csrc", "docs") for file in (sources / folder).iterdir()}
+    assert python | others | hidden | files <= names
+    assert not [name for name in names if "/_kernels/" in name or name.endswith(".so")]
 
 
 # ---- with the CUDA kernels ----
@@ -165,7 +165,7 @@ def test_wheel_with_kernels_works_away_from_the_sources(native_wheel, tmp_path):
 import json
 from fastattn import images, info
 report = info.gather(info.detect())
-image = images.image("f16", (8, 6))
+image = images.image("float16", (8, 6))
 assert image[:4] == b"\\x7fELF" and image[48] == 80
 print(json.dumps([report["kernels"], report["launcher_problem"], images.sources().digest]))
 """

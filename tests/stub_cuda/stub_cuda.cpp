@@ -183,6 +183,7 @@ Result cuDevicePrimaryCtxRetain(Context** context, int device) {
     STUB_ENTER({static_cast<std::uint64_t>(device)})
     const int ordinal = device - 100;
     if (ordinal < 0 || ordinal >= device_count) return kInvalidDevice;
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));  // time for another thread to come and ask, too
     *context = primary_context(ordinal);
     return kSuccess;
 }
