@@ -37,8 +37,14 @@ def kernel(code: str, declarations: str = "", before: str = "") -> str:
 
 
 def run(
-    text: str, values: Iterable[int] = range(32), *, threads: int = 32, schedule="in-order", dynamic_smem: int = 0
+    text: str,
+    values: Iterable[int] = range(32),
+    *,
+    threads: int = 32,
+    schedule: str | int = "in-order",
+    dynamic_smem: int = 0,
 ) -> list[int]:
+    """What the threads wrote, each given one of the values, in a checked launch of one block."""
     x = torch.tensor([*values], dtype=torch.int32)
     library = load_ptx_text(text, checked=True)
     (out,) = selftest.launch(

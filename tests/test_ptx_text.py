@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import operator
+import struct
 
 import pytest
+import torch
 
-from ptx_kernel import kernel, run
+from ptx_kernel import HEADER, kernel, run
 from simt.executor import SCHEDULES, SimtError
+from simt.ptx import load_ptx_text
 
 
 def test_branches_and_predicated_instructions():
@@ -68,6 +71,30 @@ def test_call_of_a_device_function():
     assert run(kernel(code, before=functions)) == [2 * (n + 5) for n in range(32)]
 
 
+def test_registers_of_a_block_are_its_own():
+    code = """
+    mov.u32 %r1, 100000;
+    { .reg .b16 %r1; mov.u16 %r1, 7; { .reg .pred %r1; setp.eq.u32 %r1, %r0, 3; @%r1 add.s32 %r0, %r0, 50; } }
+    add.s32 %r1, %r1, %r0;"""
+    assert run(kernel(code)) == [100000 + (53 if n == 3 else n) for n in range(32)]
+
+
+def test_several_parameters_lie_as_in_a_struct():
+    text = (
+        HEADER
+        + """.visible .entry several(.param .u8 a, .param .u64 out, .param .u16 b, .param .align 4 .b8 c[4]) {
+    .reg .b32 %r<4>; .reg .b64 %rd; .reg .b16 %rs<2>;
+    ld.param.u8 %rs0, [a]; ld.param.u64 %rd, [out]; ld.param.u16 %rs1, [b]; ld.param.u32 %r2, [c];
+    cvt.u32.u16 %r0, %rs0; cvt.u32.u16 %r1, %rs1;
+    mad.lo.s32 %r3, %r0, 1000, %r1; mad.lo.s32 %r3, %r3, 1000, %r2;
+    st.global.u32 [%rd], %r3; ret; }"""
+    )
+    out = torch.zeros(1, dtype=torch.int32)
+    params = struct.pack("@BQHI", 7, out.data_ptr(), 8, 9)
+    load_ptx_text(text, checked=True).launch("several", (1,), (1,), params, buffers=[(out, "out", True)])
+    assert out.item() == 7008009
+
+
 def test_local_memory_and_generic_addresses():
     code = """
     mov.u64 %rd1, depot;
@@ -89,7 +116,9 @@ def test_local_memory_and_generic_addresses():
 
 
 def test_constants_and_packed_registers():
-    before = ".const .f32 one = 0f3F800000;\n.const .align 4 .u32 table[3] = {7, 0x10, 4294967295};\n.global .align 1 .b8 bytes[5] = {1, 2, 3, 255};\n"
+    before = """.const .f32 one = 0f3F800000;
+    .const .align 4 .u32 table[3] = {7, 0x10, 4294967295};
+    .global .align 1 .b8 bytes[5] = {1, 2, 3, 255};"""
     code = """
     mov.u64 %rd1, table;
     ld.const.u32 %r2, [%rd1+4];
@@ -106,6 +135,20 @@ def test_constants_and_packed_registers():
     ld.const.f32 %r2, [one];
     add.s32 %r1, %r1, %r2;"""
     assert run(kernel(code, before=before)) == [((0x10 + 7) ^ 0x1FFFF) + 0x3F800000] * 32
+
+
+@pytest.mark.parametrize(("addend", "expected"), [(-(2.0**-60), 193), (0.0, 194), (2.0**-60, 194)])
+def test_fused_bfloat16_is_rounded_once(addend, expected):
+    """(1 + 2^-7) * 1.5 lies half-way between 193 and 194 units of 2^-7; what is added is lost in float64."""
+    bits = torch.tensor([1 + 2**-7, 1.5, addend, expected / 128], dtype=torch.bfloat16).view(torch.int16).tolist()
+    a, b, c, result = (x & 0xFFFF for x in bits)
+    code = f"""
+    mov.b16 %rs1, {a};
+    mov.b16 %rs2, {b};
+    mov.b16 %rs3, {c};
+    fma.rn.bf16 %rs1, %rs1, %rs2, %rs3;
+    cvt.u32.u16 %r1, %rs1;"""
+    assert run(kernel(code), [0], threads=1) == [result]
 
 
 REDUCTIONS = {
