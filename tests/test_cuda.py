@@ -11,10 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from cases import Case, full, pairwise
 from contract import call, check, run
+from fastattn import autograd, cuda, functional
 from simt.attention import PtxKernels, SourceKernels, on_the_cpu
 from simt.executor import SCHEDULES
 
@@ -158,3 +160,54 @@ def test_no_problem_is_too_small() -> None:
         packed = fastattn.varlen_attention(*(torch.randn(4, 2, 8) for _ in range(3)), edges, edges, 4, 4)
     assert out.shape == (0, 2, 5, 8)
     assert torch.equal(packed, torch.zeros(4, 2, 8))
+
+
+# ---- in torch ----
+
+
+class HostReads(TorchDispatchMode):
+    """Fails where a value is read by the host: on a GPU that waits, and a CUDA graph would keep the value."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor's value is read"
+        return func(*args, **(kwargs or {}))
+
+
+@MODES
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_is_read_by_the_host(multiprocessors: int, packed: bool) -> None:
+    (q, k, v, bias), arguments = replace(VARIED, packed=packed).make()
+    params = functional.varlen_attention_params if packed else functional.attention_params
+    arguments.pop("return_lse")
+    p = functional.draw_seed(params(q, k, v, attn_bias=bias, **arguments))
+    out, lse = autograd._empty_results(p)
+    grads = autograd._empty_grads(p, needs_dbias=True)
+    with on_the_cpu(SourceKernels(), multiprocessors=multiprocessors), HostReads():
+        cuda.attention_fwd(out, lse, p)
+        cuda.attention_bwd(*grads, out, lse, torch.ones_like(out), torch.ones_like(lse), p)
+    assert all(x.isfinite().all() for x in (out, *grads))
+
+
+def test_operators_are_registered_as_torch_wants_them() -> None:
+    p = functional.attention_params(*(torch.randn(2, 2, 9, 16) for _ in range(3)), is_causal=True)
+    with on_the_cpu(SourceKernels()):
+        torch.library.opcheck(torch.ops.fastattn.attention_fwd.default, (*p, "cuda"))
+        out, lse = torch.ops.fastattn.attention_fwd(*p, "cuda")
+        results = (out, lse, torch.randn_like(out), None, False, "cuda")
+        torch.library.opcheck(torch.ops.fastattn.attention_bwd.default, (*p, *results))
+
+
+def test_one_graph_when_compiled() -> None:
+    q, k, v = (torch.randn(2, 2, 9, 16, requires_grad=True) for _ in range(3))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fastattn.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    with on_the_cpu(SourceKernels()):
+        compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+        for x, expected in zip(
+            torch.autograd.grad(compiled(q, k, v).square().sum(), (q, k, v)),
+            torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v)),
+            strict=True,
+        ):
+            assert torch.equal(x, expected)
