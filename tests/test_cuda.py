@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "judged_case" in metafunc.fixturenames:
         metafunc.parametrize("judged_case", full()[::20] if everything else pairwise(), ids=str)
     if "ptx_case" in metafunc.fixturenames:
-        small = [case for case in pairwise() if max(case.dims) <= 32]
+        small = [case for case in pairwise() if max(case.dims) <= 64]
         metafunc.parametrize("ptx_case", pairwise() + full()[::50] if everything else small, ids=str)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -15,12 +16,12 @@ from unittest import mock
 
 import torch
 
-from fastattn import _launcher, backends, cuda
+from fastattn import _launcher, backends, cuda, images
 from fastattn.kernel_sources import ELEMENTS
 from fastattn.params import AttentionParams
-from simt.build import ROOT
+from simt.build import CACHE, ROOT
 from simt.executor import Library, load
-from simt.ptx.library import PtxLibrary, load_ptx
+from simt.ptx import PtxLibrary, load_ptx, load_ptx_text
 
 ATTENTION = ROOT / "csrc" / "attention.cu"
 
@@ -48,7 +49,7 @@ def _source_library(element: str, checked: bool) -> Library:
 
 @dataclasses.dataclass(frozen=True)
 class PtxKernels:
-    """The kernels as NVRTC compiles them, run from the PTX it emits; each is built at its first launch."""
+    """The kernels as NVRTC compiles them, run from the PTX; each is built at its first launch."""
 
     arch: str = "compute_60"
     checked: bool = False
@@ -59,7 +60,11 @@ class PtxKernels:
 
 @functools.cache
 def _ptx_library(element: str, arch: str, checked: bool) -> PtxLibrary:
-    return load_ptx(ATTENTION, arch=arch, checked=checked, defines=(f"FASTATTN_ELEMENT={ELEMENTS[element]}",))
+    if checked:  # compiled here, with the lines of the sources for the reports
+        return load_ptx(ATTENTION, arch=arch, checked=True, defines=(f"FASTATTN_ELEMENT={ELEMENTS[element]}",))
+    with mock.patch.dict(os.environ, FASTATTN_CUDA_IMAGE=arch, FASTATTN_CACHE_DIR=str(CACHE)):
+        image = images.image(element, (9, 0))  # what a GPU gets
+    return load_ptx_text(image.decode().rstrip("\0"), name=f"attention_{element}.{arch}.ptx")
 
 
 @contextmanager
