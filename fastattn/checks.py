@@ -11,9 +11,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ALIGNS = ("top-left", "bottom-right")
 
 
+def device_type(x: Tensor) -> str:
+    """x.device.type, for a CUDA tensor without the making of a device."""
+    return "cuda" if x.is_cuda else x.device.type
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on, as torch's own attention does; float64 stays."""
-    device = tensors[0].device.type
+    device = device_type(tensors[0])
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -89,6 +94,8 @@ def mask_and_bias(
     Args:
         shape: what both broadcast to, (..., nheads, seqlen_q, seqlen_k).
     """
+    if attn_mask is None and attn_bias is None:
+        return None, None
     mask, bias, bias_name = attn_mask, attn_bias, "attn_bias"
     if attn_mask is not None and attn_mask.dtype.is_floating_point:
         if attn_bias is not None:

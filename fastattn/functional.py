@@ -303,7 +303,7 @@ def _torch_attention(p: AttentionParams) -> Tensor:
 def _problem(p: AttentionParams, return_lse: bool) -> Problem:
     q, bias = p.q, p.bias
     return Problem(
-        q.device.type,
+        checks.device_type(q),
         _capability(q.device) if q.is_cuda else None,
         q.dtype,
         q.size(-1),
