@@ -7,6 +7,7 @@ kind: that is the cheapest arrangement torch offers, and torch.compile traces th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,16 +55,13 @@ def _empty_grads(p: AttentionParams, needs_dbias: bool) -> tuple[Tensor, Tensor,
     return torch.empty_like(p.q), torch.empty_like(p.k), torch.empty_like(p.v), dbias
 
 
-def _run(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_results(p)
-    backends.get(backend).kernels().attention_fwd(out, lse, p)
-    return out, lse
-
-
 @torch.library.impl(_library, "attention_fwd", "CompositeExplicitAutograd")
 def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     *params, backend = args
-    return _run(backend, AttentionParams(*params))
+    p = AttentionParams(*params)
+    out, lse = _empty_results(p)
+    backends.get(backend).kernels().attention_fwd(out, lse, p)
+    return out, lse
 
 
 @torch.library.impl(_library, "attention_bwd", "CompositeExplicitAutograd")
@@ -92,9 +90,7 @@ def forward(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
     """out and lse of the named backend; differentiable where something requires a gradient."""
     if torch.is_grad_enabled() and _requires_grad(p):
         return AttentionFunction.apply(backend, *p)
-    if _is_traced(p):
-        return torch.ops.fastattn.attention_fwd(*p, backend)
-    return _run(backend, p)  # the way through torch's dispatcher costs as much as the launch
+    return _operator("attention_fwd", p.q)(*p, backend)
 
 
 def _requires_grad(p: AttentionParams) -> bool:
@@ -102,9 +98,15 @@ def _requires_grad(p: AttentionParams) -> bool:
     return bias or p.q.requires_grad or p.k.requires_grad or p.v.requires_grad
 
 
-def _is_traced(p: AttentionParams) -> bool:
-    """Whether somebody wants to see the operator and not what it does."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(p.q) is not Tensor
+_BODIES: dict[str, Callable[..., Any]] = {"attention_fwd": _attention_fwd, "attention_bwd": _attention_bwd}
+
+
+def _operator(name: str, x: Tensor) -> Callable[..., Any]:
+    """The operator, or just its body where nobody is there to see the operator: torch's dispatcher costs a launch."""
+    is_seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is not Tensor
+    if is_seen or torch._C._functorch.peek_interpreter_stack() is not None:
+        return getattr(torch.ops.fastattn, name)
+    return _BODIES[name]
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -114,7 +116,7 @@ class AttentionFunction(torch.autograd.Function):
     def forward(ctx: Any, backend: str, *params: Any) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         p = AttentionParams(*params)
-        out, lse = torch.ops.fastattn.attention_fwd(*p, backend)
+        out, lse = _operator("attention_fwd", p.q)(*p, backend)
         tensors, ctx.numbers = params[:8], params[8:]
         ctx.save_for_backward(*tensors, out, lse)
         ctx.backend = backend
@@ -128,5 +130,5 @@ class AttentionFunction(torch.autograd.Function):
             dout = torch.zeros_like(out)
         needs_dbias = ctx.needs_input_grad[5]
         results = (out, lse, dout, dlse, needs_dbias, ctx.backend)
-        dq, dk, dv, dbias = torch.ops.fastattn.attention_bwd(*tensors, *ctx.numbers, *results)
+        dq, dk, dv, dbias = _operator("attention_bwd", dout)(*tensors, *ctx.numbers, *results)
         return (None, dq, dk, dv, None, dbias if needs_dbias else None) + (None,) * 10

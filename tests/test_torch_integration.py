@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
@@ -255,3 +257,51 @@ def test_compiled_packed_attention_with_other_lengths() -> None:
         x, cu_seqlens = torch.randn(7, 2, 8), cumulative(lengths)
         expected = fastattn.varlen_attention(x, x, x, cu_seqlens, cu_seqlens, 6, 6)
         torch.testing.assert_close(function(x, x, x, cu_seqlens, cu_seqlens, 6, 6), expected)
+
+
+# ---- who wants to see the operator does ----
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_operators() -> None:
+    q, k, v = (torch.randn(2, 9, 2, 8, requires_grad=True).transpose(1, 2) for _ in range(3))
+    with Seen() as seen:
+        out, lse = fastattn.scaled_dot_product_attention(q, k, v, return_lse=True)
+        torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
+        with torch.no_grad():
+            fastattn.scaled_dot_product_attention(q, k, v, return_lse=True)
+    assert seen.names.count("fastattn::attention_fwd") == 2
+    assert seen.names.count("fastattn::attention_bwd") == 1
+
+
+def test_vmap_runs_the_operator_for_each_slice() -> None:
+    q, k, v = (torch.randn(3, 2, 2, 9, 8) for _ in range(3))
+
+    def attend(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return fastattn.scaled_dot_product_attention(*tensors, return_lse=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch says that it loops
+        mapped = torch.vmap(attend)(q, k, v)
+    for i in range(3):
+        for x, expected in zip(mapped, attend(q[i], k[i], v[i]), strict=True):
+            torch.testing.assert_close(x[i], expected)
+
+
+def test_without_anybody_to_see_it_the_operator_is_left_out() -> None:
+    q, k, v = (torch.randn(1, 1, 4, 8, requires_grad=True) for _ in range(3))
+    with torch.profiler.profile() as profile:
+        out, _ = fastattn.scaled_dot_product_attention(q, k, v, return_lse=True)
+        out.sum().backward()
+    assert not [event.key for event in profile.key_averages() if event.key.startswith("fastattn::")]
