@@ -10,8 +10,8 @@ delta = rowsum(out * dout) - dlse,
     dV = (f P)^T dout      dP = f (dout V^T)      dS = P (dP - delta)      dQ = scale dS K      dK = scale dS^T Q
 
 attention_bwd_dq_kernel has a program per query tile and writes delta, which attention_bwd_dkdv_kernel (a program per
-key tile and key head) and attention_bwd_dbias_kernel (a program per tile of the bias and copy of it) read. Every element
-is summed up by one program in a fixed order: two runs give the same bits, and nothing is atomic.
+key tile and key head) and attention_bwd_dbias_kernel (a program per tile of the bias and copy of it) read. Every
+element is summed up by one program in a fixed order: two runs give the same bits, and nothing is atomic.
 
 Layout: element (b, h, i, d) of q lies at q_ptr + b * stride_qb + h * stride_qh + i * stride_qm + d, and packed tensors
 have stride_qb = 0 and begin at their sequence's first token. mask and bias have a stride of 0 where they broadcast.
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..params import AttentionParams
 from . import tiles
+from .arguments import IS_INTERPRETED, batch_size, inputs, per_row, rows
 from .scores import (
     INF,
     dropout_keeps,
@@ -336,14 +337,14 @@ def attention_bwd_dbias_kernel(
 
 def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
     """Fill out and lse."""
-    batch, nheads = _batch(p), p.q.size(1)
+    batch, nheads = batch_size(p), p.q.size(1)
     if batch * nheads == 0:
         out.zero_()
         lse.fill_(-torch.inf)
         return
     tile = _tiles(p).fwd
     programs = batch * nheads * _count(p.max_seqlen_q, tile.block_m)
-    _launch(attention_fwd_kernel, programs, tile, p, _inputs(p) | _rows("o", "out", out, p) | _per_row(lse, p))
+    _launch(attention_fwd_kernel, programs, tile, p, inputs(p) | rows("out", out, p) | per_row(lse, p))
 
 
 def attention_bwd(
@@ -358,7 +359,7 @@ def attention_bwd(
     p: AttentionParams,
 ) -> None:
     """Fill dq, dk, dv and, unless it is None, dbias, in the bias's own shape."""
-    batch, nheads, nheads_k = _batch(p), p.q.size(1), p.k.size(1)
+    batch, nheads, nheads_k = batch_size(p), p.q.size(1), p.k.size(1)
     if batch * nheads == 0:
         for grad in (dq, dk, dv, dbias):
             if grad is not None:
@@ -367,18 +368,18 @@ def attention_bwd(
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     scale = {"scale": p.scale}
-    known = _inputs(p) | _rows("do", "dout", dout, p) | _per_row(lse, p) | {"delta_ptr": torch.empty_like(lse)}
+    known = inputs(p) | rows("dout", dout, p) | per_row(lse, p) | {"delta_ptr": torch.empty_like(lse)}
 
     # dQ's kernel goes first, because it writes delta.
     tile = _tiles(p).dq
     programs = batch * nheads * _count(p.max_seqlen_q, tile.block_m)
-    rows = _rows("o", "out", out, p) | _rows("dq", "dq", dq, p) | {"dlse_ptr": dlse}
-    _launch(attention_bwd_dq_kernel, programs, tile, p, known | scale | rows)
+    own = rows("out", out, p) | rows("dq", dq, p) | {"dlse_ptr": dlse}
+    _launch(attention_bwd_dq_kernel, programs, tile, p, known | scale | own)
 
     tile = _tiles(p).dkdv
     programs = batch * nheads_k * _count(p.max_seqlen_k, tile.block_n)
-    keys = _rows("dk", "dk", dk, p, "n") | _rows("dv", "dv", dv, p, "n")
-    _launch(attention_bwd_dkdv_kernel, programs, tile, p, known | scale | keys)
+    own = rows("dk", dk, p) | rows("dv", dv, p)
+    _launch(attention_bwd_dkdv_kernel, programs, tile, p, known | scale | own)
 
     if dbias is not None and dbias.numel():
         _bias_grad(dbias, known, p)
@@ -388,7 +389,7 @@ def _bias_grad(dbias: Tensor, known: dict[str, Any], p: AttentionParams) -> None
     """Fill dbias: partial sums in copies of the bias, as many as fill the GPU, then their sum."""
     tile, sizes = _tiles(p).dbias, dbias.shape
     blocks = (1, 1, tile.block_m, tile.block_n)
-    scores = (_batch(p), p.q.size(1), p.max_seqlen_q, p.max_seqlen_k)
+    scores = (batch_size(p), p.q.size(1), p.max_seqlen_q, p.max_seqlen_k)
     bias_tiles = math.prod(_count(size, block) for size, block in zip(sizes, blocks, strict=True))
     sums = [_count(n, block) for n, size, block in zip(scores, sizes, blocks, strict=True) if size == 1]
     wanted = _count(FULL * tiles.multiprocessors(p.q.device), bias_tiles)
@@ -401,10 +402,6 @@ def _bias_grad(dbias: Tensor, known: dict[str, Any], p: AttentionParams) -> None
     dbias.copy_(partial.sum(0))
 
 
-def _batch(p: AttentionParams) -> int:
-    return p.q.size(0) if p.cu_seqlens_q is None else p.cu_seqlens_q.numel() - 1
-
-
 def _count(n: int, block: int) -> int:
     """How many blocks n takes; at least 1, because tokens of no sequence are somebody's work."""
     return max(1, triton.cdiv(n, block))
@@ -412,77 +409,8 @@ def _count(n: int, block: int) -> int:
 
 def _tiles(p: AttentionParams) -> tiles.Tiles:
     head_dim = max(p.q.size(-1), p.v.size(-1))
-    return tiles.choose(tiles.capability(p.q.device), p.q.element_size(), head_dim, p.max_seqlen_q)
-
-
-def _rows(stem: str, name: str, x: Tensor, p: AttentionParams, row: str = "m") -> dict[str, Any]:
-    """Pointer and strides of a tensor of rows, as kernels call them."""
-    strides = (0, x.stride(1), x.stride(0)) if p.is_packed() else x.stride()[:3]
-    return {f"{name}_ptr": x} | {f"stride_{stem}{end}": n for end, n in zip(f"bh{row}", strides, strict=True)}
-
-
-def _per_row(lse: Tensor, p: AttentionParams) -> dict[str, Any]:
-    strides = (0, lse.stride(0)) if p.is_packed() else lse.stride()[:2]
-    return {"lse_ptr": lse, "stride_lb": strides[0], "stride_lh": strides[1]}
-
-
-def _scores(name: str, x: Tensor | None, p: AttentionParams) -> dict[str, Any]:
-    """Pointer and strides of mask or bias, 0 where it broadcasts."""
-    strides = (
-        (0,) * 4 if x is None else [0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True)]
-    )
-    return {f"{name}_ptr": x} | {f"stride_{name}{end}": n for end, n in zip("bhmn", strides, strict=True)}
-
-
-def _inputs(p: AttentionParams) -> dict[str, Any]:
-    """What every kernel is called with."""
-    head_dim, head_dim_v = p.q.size(-1), p.v.size(-1)
-    longest = p.max_seqlen_q + p.max_seqlen_k
-    threshold = round(p.dropout_p * 2**32)
-    drops_all = threshold == 2**32
-    return {
-        **_rows("q", "q", p.q, p),
-        **_rows("k", "k", p.k, p, "n"),
-        **_rows("v", "v", p.v, p, "n"),
-        **_scores("mask", p.mask, p),
-        **_scores("bias", p.bias, p),
-        "seed_ptr": p.seed,
-        "dropout_threshold": 0 if drops_all else threshold,
-        "dropout_rescale": 0.0 if drops_all else 1 / (1 - p.dropout_p),
-        "cu_seqlens_q_ptr": p.cu_seqlens_q,
-        "cu_seqlens_k_ptr": p.cu_seqlens_k,
-        "total_q": p.q.size(0) if p.is_packed() else 0,
-        "total_k": p.k.size(0) if p.is_packed() else 0,
-        "batch": _batch(p),
-        "nheads": p.q.size(1),
-        "group": p.q.size(1) // p.k.size(1),
-        "max_seqlen_q": p.max_seqlen_q,
-        "max_seqlen_k": p.max_seqlen_k,
-        "scale_log2": p.scale * math.log2(math.e),
-        "left": p.left if p.left < longest else None,
-        "right": p.right if p.right < longest else None,
-        "BOTTOM_RIGHT": p.bottom_right,
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_V": head_dim_v,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_DV": max(16, triton.next_power_of_2(head_dim_v)),
-        "DOT_DTYPE": _dot_dtype(p.q),
-        "PRECISION": "tf32" if _allows_tf32() else "ieee",
-    }
-
-
-def _dot_dtype(q: Tensor) -> tl.dtype:
-    """Of the operands of products: the tensors' own. The interpreter cannot multiply bfloat16."""
-    if q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and not q.is_cuda):
-        return tl.float32
-    return tl.float16 if q.dtype == torch.float16 else tl.bfloat16
-
-
-def _allows_tf32() -> bool:
-    """Whether the user lets float32 products run in TF32, by the newest of torch's switches."""
-    matmul = torch.backends.cuda.matmul
-    precision = getattr(matmul, "fp32_precision", None)
-    return matmul.allow_tf32 if precision is None else precision == "tf32"
+    capability = None if IS_INTERPRETED else torch.cuda.get_device_capability(p.q.device)
+    return tiles.choose(capability, p.q.element_size(), head_dim, p.max_seqlen_q)
 
 
 def _launch(kernel: Any, programs: int, tile: tiles.Tile, p: AttentionParams, arguments: dict[str, Any]) -> None:

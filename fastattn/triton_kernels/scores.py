@@ -1,4 +1,4 @@
-"""What the kernels of all passes share: sequences, tiles of rows, scores of a tile, dropout and the gradients of scores."""
+"""What the kernels of all passes share: sequences, rows, the scores of a tile, its dropout and its gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def token(cu_seqlens_ptr, b, total):
 
 @triton.jit
 def sequence(cu_seqlens_ptr, b, total, max_seqlen):
-    """First token of sequence b, 0 when dense, and its length; cut to the tensor, so that nothing outside is touched."""
+    """First token of sequence b, 0 when dense, and its length, cut to the tensor so that nothing outside is touched."""
     first = tl.full((), 0, tl.int64)
     seqlen = max_seqlen
     if cu_seqlens_ptr is not None:
@@ -104,18 +104,18 @@ def finish_scores(
     """log2(e) (scale * q k^T + bias), and -inf where the query must not attend to the key."""
     b, h, rows_64, keys_64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64), rows.to(tl.int64), keys.to(tl.int64)
     scores = qk * scale_log2
-    allowed = (rows < seqlen_q) & (keys < seqlen_k)
+    inside = (rows < seqlen_q) & (keys < seqlen_k)
     if bias_ptr is not None:
         offsets = b * stride_biasb + h * stride_biash + rows_64 * stride_biasm + keys_64 * stride_biasn
-        scores += tl.load(bias_ptr + offsets, allowed, 0.0).to(tl.float32) * LOG2_E
+        scores += tl.load(bias_ptr + offsets, inside, 0.0).to(tl.float32) * LOG2_E
     if mask_ptr is not None:
         offsets = b * stride_maskb + h * stride_maskh + rows_64 * stride_maskm + keys_64 * stride_maskn
-        allowed = allowed & (tl.load(mask_ptr + offsets, allowed, 0) != 0)
+        scores = tl.where(tl.load(mask_ptr + offsets, inside, 0), scores, -INF)
     if left is not None:
-        allowed = allowed & (keys - rows >= shift - left)
+        scores = tl.where(keys - rows >= shift - left, scores, -INF)
     if right is not None:
-        allowed = allowed & (keys - rows <= shift + right)
-    return tl.where(allowed, scores, -INF)
+        scores = tl.where(keys - rows <= shift + right, scores, -INF)
+    return tl.where(keys < seqlen_k, scores, -INF)
 
 
 @triton.jit

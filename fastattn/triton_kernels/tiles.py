@@ -63,11 +63,6 @@ def choose(capability: tuple[int, int] | None, element_size: int, head_dim: int,
     raise ValueError(f"no tiles for head_dim {head_dim} in elements of {element_size} bytes")
 
 
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """Of a GPU; None of a CPU, where kernels run in the interpreter."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-
-
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the device has."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
