@@ -57,7 +57,7 @@ def on_triton(
 
 @contextmanager
 def _fresh_memory_is_nan() -> Iterator[None]:
-    """What torch.empty returns; torch does that itself in its deterministic mode, which GPU libraries must be set to."""
+    """What torch.empty returns; torch does that itself in its deterministic mode, which not every GPU library has."""
     previous = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(previous or DEVICE == "cpu")
     try:

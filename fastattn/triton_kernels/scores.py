@@ -106,11 +106,11 @@ def finish_scores(
     scores = qk * scale_log2
     inside = (rows < seqlen_q) & (keys < seqlen_k)
     if bias_ptr is not None:
-        offsets = b * stride_biasb + h * stride_biash + rows_64 * stride_biasm + keys_64 * stride_biasn
-        scores += tl.load(bias_ptr + offsets, inside, 0.0).to(tl.float32) * LOG2_E
+        bias_ptrs = bias_ptr + (b * stride_biasb + h * stride_biash + rows_64 * stride_biasm + keys_64 * stride_biasn)
+        scores += tl.load(bias_ptrs, inside, 0.0).to(tl.float32) * LOG2_E
     if mask_ptr is not None:
-        offsets = b * stride_maskb + h * stride_maskh + rows_64 * stride_maskm + keys_64 * stride_maskn
-        scores = tl.where(tl.load(mask_ptr + offsets, inside, 0), scores, -INF)
+        mask_ptrs = mask_ptr + (b * stride_maskb + h * stride_maskh + rows_64 * stride_maskm + keys_64 * stride_maskn)
+        scores = tl.where(tl.load(mask_ptrs, inside, 0), scores, -INF)
     if left is not None:
         scores = tl.where(keys - rows >= shift - left, scores, -INF)
     if right is not None:
@@ -144,9 +144,9 @@ def tile_gradients(
     weights = tl.exp2(scores - lse)
     kept_weights = weights
     if seed_ptr is not None:
-        kept = dropout_keeps(seed_ptr, dropout_threshold, b, h, i0, j0, BLOCK_M, BLOCK_N)
+        keeps = dropout_keeps(seed_ptr, dropout_threshold, b, h, i0, j0, BLOCK_M, BLOCK_N)
         if KEYS_FIRST:
-            kept = tl.trans(kept)
-        kept_weights = tl.where(kept, weights, 0.0)
-        dp = tl.where(kept, dp * dropout_rescale, 0.0)
+            keeps = tl.trans(keeps)
+        kept_weights = tl.where(keeps, weights, 0.0)
+        dp = tl.where(keeps, dp * dropout_rescale, 0.0)
     return kept_weights, weights * (dp - delta)
