@@ -37,14 +37,14 @@ class Row(NamedTuple):
 
 
 # In order of preference, so a measured row goes before the one for any GPU. Those keep to the 99 KB of shared memory
-# that a block has on the smallest GPUs (8.6, 8.9 and 12.0), and to registers without spills.
+# that a block has on the smallest GPUs (8.6, 8.9 and 12.0) and, up to head_dim 128, to registers without spills.
 TABLE = (
-    Row(None, 2, 64, None, Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))),
-    Row(None, 2, 128, None, Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))),
-    Row(None, 2, 256, None, Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))),
-    Row(None, 4, 64, None, Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))),
-    Row(None, 4, 128, None, Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))),
-    Row(None, 4, 256, None, Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))),
+    Row(None, 2, 64, None, Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 1), Tile(32, 64, 4, 2))),
+    Row(None, 2, 128, None, Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 32, 4, 2))),
+    Row(None, 2, 256, None, Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1))),
+    Row(None, 4, 64, None, Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 64, 8, 1), Tile(32, 32, 8, 1))),
+    Row(None, 4, 128, None, Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1))),
+    Row(None, 4, 256, None, Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))),
 )
 # In the interpreter every operation costs the same however large its tile is.
 INTERPRETER = Tiles(*[Tile(128, 128, 4, 1)] * 4)
