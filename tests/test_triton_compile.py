@@ -24,7 +24,7 @@ EVERYTHING = f"mask=random,bias=full,band=window-bottom-right,dropout_p=0.3,pack
 
 
 def compiled(arch: int, *cases: str) -> list[dict]:
-    """What every kernel of the cases takes, compiled in a process of its own, because Triton may be interpreting here."""
+    """What every kernel of the cases takes; in a process of its own, because Triton may be interpreting here."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [sys.executable, ROOT / "tests" / "triton_compile.py", str(arch), *cases]

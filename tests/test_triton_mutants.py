@@ -58,17 +58,23 @@ MUTANTS = {
     "mask of the first batch for all": Mutant("scores.py", "b * stride_maskb + ", "", MASKED),
     "bias of the first head for all": Mutant("scores.py", " + h * stride_biash", "", BIASED),
     "bias in the wrong base": Mutant("scores.py", ".to(tl.float32) * LOG2_E", ".to(tl.float32)", BIASED),
-    "keys past the end attended": Mutant("scores.py", "return tl.where(keys < seqlen_k, scores, -INF)", "return scores"),
+    "keys past the end attended": Mutant(
+        "scores.py", "return tl.where(keys < seqlen_k, scores, -INF)", "return scores"
+    ),
     "causal off by one": Mutant("scores.py", "keys - rows <= shift + right", "keys - rows < shift + right", WINDOW),
     "window off by one": Mutant("scores.py", "keys - rows >= shift - left", "keys - rows > shift - left", LEFT),
     "bottom-right ignored": Mutant("attention.py", "seqlen_k - seqlen_q if BOTTOM_RIGHT else 0", "0", WINDOW),
-    "one key tile too few": Mutant("scores.py", "seqlen_q) + shift + right,", "seqlen_q) + shift + right - 16,", WINDOW),
+    "one key tile too few": Mutant(
+        "scores.py", "seqlen_q) + shift + right,", "seqlen_q) + shift + right - 16,", WINDOW
+    ),
     "one query tile too few": Mutant("scores.py", "seqlen_k) - shift + left,", "seqlen_k) - shift + left - 16,", LEFT),
     "a key tile too late": Mutant("scores.py", "i0 + shift - left, 0)", "i0 + shift - left + 16, 0)", LEFT),
     "a query tile too late": Mutant("scores.py", "j0 - shift - right, 0)", "j0 - shift - right + 16, 0)", WINDOW),
     "sum of weights not rescaled": Mutant("attention.py", "row_sum * rescale +", "row_sum +"),
     "out not rescaled": Mutant("attention.py", "out * rescale[:, None]", "out"),
-    "a row without keys is NaN": Mutant("attention.py", "tl.where(new_max == -INF, 0.0, new_max)", "new_max", EMPTY_ROWS),
+    "a row without keys is NaN": Mutant(
+        "attention.py", "tl.where(new_max == -INF, 0.0, new_max)", "new_max", EMPTY_ROWS
+    ),
     "a row without keys in the backward": Mutant("scores.py", "tl.where(lse == -INF, INF, lse)", "lse", EMPTY_ROWS),
     "lse in base 2": Mutant("attention.py", "tl.log2(row_sum)) * LN_2", "tl.log2(row_sum))"),
     "dropout not rescaled": Mutant("attention.py", "dropout_rescale / row_sum", "1.0 / row_sum", DROPPED),
@@ -82,8 +88,12 @@ MUTANTS = {
     "gradient of lse ignored": Mutant("attention.py", "delta -= tl.load", "tl.load"),
     "dk of the first head of a group": Mutant("attention.py", "(h_k + 1) * group)", "h_k * group + 1)", GROUPED),
     "keys of another head": Mutant("attention.py", "h_k = h // group", "h_k = h * 0", GROUPED),
-    "tokens of no sequence not cleared": Mutant("scores.py", "row in range(seqlen + tile", "row in range(end + tile", PACKED),
-    "the neighbour's tokens": Mutant("scores.py", "first = token(cu_seqlens_ptr, b,", "first = 1 + token(cu_seqlens_ptr, b,", PACKED),
+    "tokens of no sequence not cleared": Mutant(
+        "scores.py", "row in range(seqlen + tile", "row in range(end + tile", PACKED
+    ),
+    "the neighbour's tokens": Mutant(
+        "scores.py", "first = token(cu_seqlens_ptr, b,", "first = 1 + token(cu_seqlens_ptr, b,", PACKED
+    ),
     "the first copy of the bias gradient lost": Mutant("attention.py", "partial.sum(0)", "partial[1:].sum(0)", PER_KEY),
     "bias gradient of one tile for all": Mutant("attention.py", "own_j0 + n % sum_keys * BLOCK_N", "own_j0", PER_HEAD),
     "bias gradient not summed over keys": Mutant("attention.py", "if KEYS_BROADCAST:", "if False:", PER_HEAD),
