@@ -1,0 +1,1 @@
+"""Fused attention in Triton, for compute capability 8.0 and newer."""
