@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[1]
 SMEM_LIMIT = 99 << 10  # of a block on the smallest of the GPUs that the table's row for any GPU serves
@@ -33,7 +33,11 @@ def compiled(arch: int, *cases: str) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+
+
 @pytest.mark.triton
+@pytest.mark.skipif(OLDER, reason=f"Triton {triton.__version__} has an assembler that spills a few registers more")
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

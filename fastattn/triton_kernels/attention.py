@@ -111,7 +111,8 @@ def attention_fwd_kernel(
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         row_max = new_max
         if seed_ptr is not None:
-            weights = tl.where(dropout_keeps(seed_ptr, dropout_threshold, b, h, i0, j0, BLOCK_M, BLOCK_N), weights, 0.0)
+            keeps = dropout_keeps(seed_ptr, dropout_threshold, b, h, i0, j0, BLOCK_M, BLOCK_N, False)
+            weights = tl.where(keeps, weights, 0.0)
         v = load_rows(v_ptr, stride_vn, keys, seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
         out = tl.dot(weights.to(DOT_DTYPE), v, out * rescale[:, None], input_precision=PRECISION)
 

@@ -119,12 +119,25 @@ def finish_scores(
 
 
 @triton.jit
-def dropout_keeps(seed_ptr, threshold, b, h, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The weights of the tile that dropout keeps, (BLOCK_M, BLOCK_N): four keys share one Philox counter."""
-    rows = (i0 + tl.arange(0, BLOCK_M))[:, None]
-    groups = (j0 // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
-    word_0, word_1, word_2, word_3 = tl.philox(tl.load(seed_ptr), groups, rows, h, b)
-    words = tl.interleave(tl.interleave(word_0, word_2), tl.interleave(word_1, word_3))
+def dropout_keeps(
+    seed_ptr, threshold, b, h, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr
+):  # fmt: skip
+    """The weights of the tile that dropout keeps. Four keys share one Philox counter, each takes one of its words."""
+    rows = i0 + tl.arange(0, BLOCK_M)
+    groups = j0 // 4 + tl.arange(0, BLOCK_N // 4)
+    seed = tl.load(seed_ptr)
+    if KEYS_FIRST:
+        word_0, word_1, word_2, word_3 = tl.philox(seed, groups[:, None], rows[None, :], h, b)
+        number = tl.arange(0, 4)[None, :, None]
+        words = tl.where(
+            number < 2,
+            tl.where(number == 0, word_0[:, None, :], word_1[:, None, :]),
+            tl.where(number == 2, word_2[:, None, :], word_3[:, None, :]),
+        )
+        words = tl.reshape(words, (BLOCK_N, BLOCK_M))
+    else:
+        word_0, word_1, word_2, word_3 = tl.philox(seed, groups[None, :], rows[:, None], h, b)
+        words = tl.interleave(tl.interleave(word_0, word_2), tl.interleave(word_1, word_3))
     return words >= tl.cast(threshold, tl.uint32)
 
 
@@ -144,9 +157,7 @@ def tile_gradients(
     weights = tl.exp2(scores - lse)
     kept_weights = weights
     if seed_ptr is not None:
-        keeps = dropout_keeps(seed_ptr, dropout_threshold, b, h, i0, j0, BLOCK_M, BLOCK_N)
-        if KEYS_FIRST:
-            keeps = tl.trans(keeps)
+        keeps = dropout_keeps(seed_ptr, dropout_threshold, b, h, i0, j0, BLOCK_M, BLOCK_N, KEYS_FIRST)
         kept_weights = tl.where(keeps, weights, 0.0)
         dp = tl.where(keeps, dp * dropout_rescale, 0.0)
     return kept_weights, weights * (dp - delta)
