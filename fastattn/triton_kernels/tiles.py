@@ -43,7 +43,7 @@ TABLE = (
     Row(None, 2, 128, None, Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 32, 4, 2))),
     Row(None, 2, 256, None, Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1))),
     Row(None, 4, 64, None, Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 64, 8, 1), Tile(32, 32, 8, 1))),
-    Row(None, 4, 128, None, Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1))),
+    Row(None, 4, 128, None, Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 4, 1), Tile(32, 32, 8, 1))),
     Row(None, 4, 256, None, Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))),
 )
 # In the interpreter every operation costs the same however large its tile is.
