@@ -18,6 +18,7 @@ IS_INTERPRETED = not isinstance(sequence, triton.JITFunction)
 
 
 def batch_size(p: AttentionParams) -> int:
+    """How many sequences there are."""
     return p.q.size(0) if p.cu_seqlens_q is None else p.cu_seqlens_q.numel() - 1
 
 
@@ -29,6 +30,7 @@ def rows(name: str, x: Tensor, p: AttentionParams) -> dict[str, Any]:
 
 
 def per_row(lse: Tensor, p: AttentionParams) -> dict[str, Any]:
+    """Pointer and strides of lse, which delta and its gradient share."""
     strides = (0, lse.stride(0)) if p.is_packed() else lse.stride()[:2]
     return {"lse_ptr": lse, "stride_lb": strides[0], "stride_lh": strides[1]}
 

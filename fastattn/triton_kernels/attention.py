@@ -69,6 +69,7 @@ def attention_fwd_kernel(
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr
 ):  # fmt: skip
+    """out and lse of one tile of queries."""
     tile_count = tl.maximum(tl.cdiv(max_seqlen_q, BLOCK_M), 1)
     tile, bh = tl.program_id(0) % tile_count, tl.program_id(0) // tile_count
     b, h, i0 = bh // nheads, bh % nheads, tile * BLOCK_M
@@ -139,6 +140,7 @@ def attention_bwd_dq_kernel(
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr
 ):  # fmt: skip
+    """delta and dQ of one tile of queries."""
     tile_count = tl.maximum(tl.cdiv(max_seqlen_q, BLOCK_M), 1)
     tile, bh = tl.program_id(0) % tile_count, tl.program_id(0) // tile_count
     b, h, i0 = bh // nheads, bh % nheads, tile * BLOCK_M
@@ -206,6 +208,7 @@ def attention_bwd_dkdv_kernel(
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr
 ):  # fmt: skip
+    """dK and dV of one tile of keys, over all query heads that share them."""
     tile_count = tl.maximum(tl.cdiv(max_seqlen_k, BLOCK_N), 1)
     tile, bh = tl.program_id(0) % tile_count, tl.program_id(0) // tile_count
     nheads_k = nheads // group
@@ -276,6 +279,7 @@ def attention_bwd_dbias_kernel(
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr
 ):  # fmt: skip
+    """One copy of one tile of the bias gradient: dS summed over its share of all that the tile is broadcast to."""
     row_tiles, key_tiles = tl.cdiv(bias_rows, BLOCK_M), tl.cdiv(bias_keys, BLOCK_N)
     copy, index = tl.program_id(0) % copies, tl.program_id(0) // copies
     own_j0, index = index % key_tiles * BLOCK_N, index // key_tiles

@@ -14,6 +14,7 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def token(cu_seqlens_ptr, b, total):
+    """Where sequence b begins, cut to the tensor."""
     return tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b).to(tl.int64), 0), total)
 
 
@@ -55,6 +56,7 @@ def query_range(j0, seqlen_q, seqlen_k, shift, left, right, BLOCK_M: tl.constexp
 
 @triton.jit
 def head(ptr, b, h, first, stride_b, stride_h, stride_row):
+    """Pointer to the first row of one (batch, head)."""
     return ptr + tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h + first * stride_row
 
 
@@ -68,6 +70,7 @@ def load_rows(ptr, stride_row, rows, seqlen, SIZE: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def store_rows(ptr, stride_row, rows, seqlen, x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Store (rows, BLOCK) of one head, but nothing beyond its last row and its SIZE dimensions."""
     dims = tl.arange(0, BLOCK)
     inside = (rows < seqlen)[:, None] & (dims < SIZE)[None, :]
     tl.store(ptr + rows.to(tl.int64)[:, None] * stride_row + dims[None, :], x.to(ptr.dtype.element_ty), inside)
