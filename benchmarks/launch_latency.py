@@ -81,8 +81,8 @@ def operations() -> Iterator[tuple[str, Callable[[], Any]]]:
     backward = cuda.Buffers(out, lse, out, lse, lse, q, k, v)
     grid, kernel = (1, 1, 1), cuda._kernel("attention_fwd", p).name
 
-    yield "pack", lambda: _launcher.pack(p, buffers)
-    yield "pack, backward", lambda: _launcher.pack(p, backward)
+    yield "pack", lambda: _launcher.pack("float32", p, buffers)
+    yield "pack, backward", lambda: _launcher.pack("float32", p, backward)
     yield "launch", lambda: _launcher.launch(kernel, "float32", 0, 0, grid, p, buffers)
     yield "kernel choice and launch", lambda: cuda.attention_fwd(out, lse, p)
     yield "operator", lambda: torch.ops.fastattn.attention_fwd(*p, "cuda")

@@ -35,6 +35,7 @@ constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 // The element types, by torch's names and in the order of BiasType.
 constexpr const char* kElements[] = {"float32", "float16", "bfloat16"};
 constexpr int kElementCount = 3;
+constexpr int kElementBytes[] = {4, 2, 2};
 
 // The position in kKernels; -1 if there is none of that name.
 inline int find_kernel(std::string_view name) {

@@ -42,16 +42,19 @@ py::tuple kernel_records(const py::object& type) {
 
 using GridSizes = std::tuple<long long, long long, long long>;
 
+int to_element(std::string_view name) {
+    const int element = find_element(name);
+    if (element < 0) throw py::value_error("element: must be float32, float16 or bfloat16, got " + std::string(name));
+    return element;
+}
+
 // Positions of the two names, and the grid if CUDA can take it.
 Launch to_launch(std::string_view kernel, std::string_view element, int device, std::uintptr_t stream,
                  const GridSizes& grid) {
     const auto [x, y, z] = grid;
-    const Launch launch{find_kernel(kernel), find_element(element), device, reinterpret_cast<CudaStream>(stream),
+    const Launch launch{find_kernel(kernel), to_element(element), device, reinterpret_cast<CudaStream>(stream),
                         Grid{x, y, z}};
     if (launch.kernel < 0) throw py::value_error("kernel: must be one of KERNELS, got " + std::string(kernel));
-    if (launch.element < 0) {
-        throw py::value_error("element: must be float32, float16 or bfloat16, got " + std::string(element));
-    }
     if (x < 0 || y < 0 || z < 0 || x > INT_MAX || y > 65535 || z > 65535) {
         throw py::value_error("grid: must be within (2147483647, 65535, 65535), got " + describe(launch));
     }
@@ -65,7 +68,7 @@ void launch(std::string_view kernel, std::string_view element, int device, std::
             const py::tuple& p, const py::tuple& buffers) {
     const Launch launch = to_launch(kernel, element, device, stream, grid);
     if (launch.grid.x == 0 || launch.grid.y == 0 || launch.grid.z == 0) return;
-    const AttentionParams params = pack(p, buffers);
+    const AttentionParams params = pack(launch.element, p, buffers);
     const py::gil_scoped_release no_gil;
     the_driver().launch(launch, &params);
 }
@@ -92,11 +95,11 @@ PYBIND11_MODULE(_launcher, module, py::mod_gil_not_used()) {
     module.attr("ELEMENTS") = py::make_tuple(kElements[0], kElements[1], kElements[2]);
     module.def(
         "pack",
-        [](const py::tuple& p, const py::tuple& buffers) {
-            const AttentionParams params = pack(p, buffers);
+        [](std::string_view element, const py::tuple& p, const py::tuple& buffers) {
+            const AttentionParams params = pack(to_element(element), p, buffers);
             return py::bytes(reinterpret_cast<const char*>(&params), sizeof params);
         },
-        py::arg("p"), py::arg("buffers"));
+        py::arg("element"), py::arg("p"), py::arg("buffers"));
     module.def("launch", &launch, py::arg("kernel"), py::arg("element"), py::arg("device"), py::arg("stream"),
                py::arg("grid"), py::arg("p"), py::arg("buffers"));
     module.def(

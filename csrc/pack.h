@@ -1,6 +1,6 @@
 // Makes AttentionParams of a call's Python values. Tensors are known only by their methods data_ptr, stride, shape,
-// element_size, is_contiguous and dtype, called through the C API: this is the launcher's way to a kernel, and each
-// detour through general attribute look-up would cost as much as the launch itself.
+// is_contiguous and dtype, called through the C API: this is the launcher's way to a kernel, and each detour through
+// general attribute look-up would cost as much as the launch itself.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -36,7 +36,6 @@ struct MethodNames {
     PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
     PyObject* stride = PyUnicode_InternFromString("stride");
     PyObject* shape = PyUnicode_InternFromString("shape");
-    PyObject* element_size = PyUnicode_InternFromString("element_size");
     PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
     PyObject* dtype = PyUnicode_InternFromString("dtype");
 };
@@ -258,11 +257,12 @@ inline void set_tensors(AttentionParams& params, const py::tuple& p, const py::t
     params.dq_sum = per_row(kDqSum, "dq_sum");
 }
 
-inline AttentionParams pack(const py::tuple& p, const py::tuple& buffers) {
+// element: the position of q's in kElements.
+inline AttentionParams pack(int element, const py::tuple& p, const py::tuple& buffers) {
     check_fields(p, kParamsFields, "p");
     check_fields(buffers, kBuffersFields, "buffers");
     AttentionParams params{};
-    const Layout layout{!field(p, kCuSeqlensQ).is_none(), to_index(call(field(p, kQ), names().element_size))};
+    const Layout layout{!field(p, kCuSeqlensQ).is_none(), kElementBytes[element]};
     set_sizes(params, p, layout);
     set_tensors(params, p, buffers, layout);
     params.mask = scores(field(p, kMask), "mask");

@@ -32,10 +32,11 @@ class Driver(NamedTuple):
 KERNELS: tuple[Kernel, ...]
 ELEMENTS: tuple[str, ...]  # what a kernel's tensors may hold, by torch's names: "float32", "float16", "bfloat16"
 
-def pack(p: AttentionParams, buffers: tuple[Tensor | None, ...]) -> bytes:
+def pack(element: str, p: AttentionParams, buffers: tuple[Tensor | None, ...]) -> bytes:
     """The struct AttentionParams of csrc/attention.h for one call.
 
     Args:
+        element: one of ELEMENTS, the dtype of q.
         p: the problem. The last dimension of q, k and v is contiguous.
         buffers: fastattn.cuda.Buffers, None for what the kernel does not need. out, dout, dq, dk, dv: in q's dtype and
             dimensions, the last one contiguous. lse, dlse, delta: (batch, nheads, seqlen_q), packed (nheads, total_q),
@@ -43,7 +44,8 @@ def pack(p: AttentionParams, buffers: tuple[Tensor | None, ...]) -> bytes:
             *dbias.shape) float32, contiguous.
 
     Raises:
-        ValueError: a tensor has other dimensions or strides, a bias another dtype, a number more than 32 bits.
+        ValueError: there is no such element, a tensor has other dimensions or strides, a bias another dtype, a number
+            more than 32 bits.
     """
 
 def launch(
@@ -59,7 +61,7 @@ def launch(
 
     Args:
         kernel: a name from KERNELS.
-        element: one of ELEMENTS, the dtype of q.
+        element: as in `pack`.
         device: torch's index of the GPU with the tensors.
         stream: the address of that device's stream, as `torch.cuda.Stream.cuda_stream` gives it.
         grid: blocks in x, y and z; at most 2147483647, 65535, 65535.

@@ -41,7 +41,8 @@ def _empty_results(p: AttentionParams) -> tuple[Tensor, Tensor]:
         total, nheads, _ = q.shape
         return q.new_empty(total, nheads, head_dim_v), q.new_empty(nheads, total, dtype=lse_dtype)
     batch, nheads, seqlen_q, _ = q.shape
-    if q.stride(1) < q.stride(2):
+    _, head_stride, row_stride, _ = q.stride()
+    if head_stride < row_stride:
         out = q.new_empty(batch, seqlen_q, nheads, head_dim_v).transpose(1, 2)
     else:
         out = q.new_empty(batch, nheads, seqlen_q, head_dim_v)
@@ -55,42 +56,55 @@ def _empty_grads(p: AttentionParams, needs_dbias: bool) -> tuple[Tensor, Tensor,
     return torch.empty_like(p.q), torch.empty_like(p.k), torch.empty_like(p.v), dbias
 
 
-@torch.library.impl(_library, "attention_fwd", "CompositeExplicitAutograd")
-def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    *params, backend = args
-    p = AttentionParams(*params)
+def _attention_fwd(p: AttentionParams, backend: str) -> tuple[Tensor, Tensor]:
     out, lse = _empty_results(p)
     backends.get(backend).kernels().attention_fwd(out, lse, p)
     return out, lse
 
 
+def _attention_bwd(
+    p: AttentionParams, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs_dbias: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    dq, dk, dv, dbias = _empty_grads(p, needs_dbias)
+    to_fill = (dq, dk, dv, dbias if needs_dbias else None)
+    backends.get(backend).kernels().attention_bwd(*to_fill, out, lse, dout, dlse, p)
+    return dq, dk, dv, dbias
+
+
+@torch.library.impl(_library, "attention_fwd", "CompositeExplicitAutograd")
+def _attention_fwd_operator(*args: Any) -> tuple[Tensor, Tensor]:
+    return _attention_fwd(*_grouped(args))
+
+
 @torch.library.impl(_library, "attention_bwd", "CompositeExplicitAutograd")
-def _attention_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *params, out, lse, dout, dlse, needs_dbias, backend = args
-    p = AttentionParams(*params)
-    grads = _empty_grads(p, needs_dbias)
-    dq, dk, dv, dbias = grads
-    buffers = (dq, dk, dv, dbias if needs_dbias else None)
-    backends.get(backend).kernels().attention_bwd(*buffers, out, lse, dout, dlse, p)
-    return grads
+def _attention_bwd_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _attention_bwd(*_grouped(args))
+
+
+def _grouped(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An operator's arguments, which torch wants flat, with those that describe the call in one."""
+    count = len(AttentionParams._fields)
+    return AttentionParams(*args[:count]), *args[count:]
 
 
 @torch.library.register_fake("fastattn::attention_fwd", lib=_library)
 def _attention_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    return _empty_results(AttentionParams(*args[:-1]))
+    return _empty_results(_grouped(args)[0])
 
 
 @torch.library.register_fake("fastattn::attention_bwd", lib=_library)
 def _attention_bwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *params, _out, _lse, _dout, _dlse, needs_dbias, _backend = args
-    return _empty_grads(AttentionParams(*params), needs_dbias)
+    p, _out, _lse, _dout, _dlse, needs_dbias, _backend = _grouped(args)
+    return _empty_grads(p, needs_dbias)
 
 
 def forward(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
     """out and lse of the named backend; differentiable where something requires a gradient."""
     if torch.is_grad_enabled() and _requires_grad(p):
         return AttentionFunction.apply(backend, *p)
-    return _operator("attention_fwd", p.q)(*p, backend)
+    return _call("attention_fwd", p, backend)
 
 
 def _requires_grad(p: AttentionParams) -> bool:
@@ -101,12 +115,12 @@ def _requires_grad(p: AttentionParams) -> bool:
 _BODIES: dict[str, Callable[..., Any]] = {"attention_fwd": _attention_fwd, "attention_bwd": _attention_bwd}
 
 
-def _operator(name: str, x: Tensor) -> Callable[..., Any]:
+def _call(name: str, p: AttentionParams, *rest: Any) -> Any:
     """The operator, or just its body where nobody is there to see the operator: torch's dispatcher costs a launch."""
-    is_seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is not Tensor
+    is_seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(p.q) is not Tensor
     if is_seen or torch._C._functorch.peek_interpreter_stack() is not None:
-        return getattr(torch.ops.fastattn, name)
-    return _BODIES[name]
+        return getattr(torch.ops.fastattn, name)(*p, *rest)
+    return _BODIES[name](p, *rest)
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -116,7 +130,7 @@ class AttentionFunction(torch.autograd.Function):
     def forward(ctx: Any, backend: str, *params: Any) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         p = AttentionParams(*params)
-        out, lse = _operator("attention_fwd", p.q)(*p, backend)
+        out, lse = _call("attention_fwd", p, backend)
         tensors, ctx.numbers = params[:8], params[8:]
         ctx.save_for_backward(*tensors, out, lse)
         ctx.backend = backend
@@ -129,6 +143,6 @@ class AttentionFunction(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         needs_dbias = ctx.needs_input_grad[5]
-        results = (out, lse, dout, dlse, needs_dbias, ctx.backend)
-        dq, dk, dv, dbias = _operator("attention_bwd", dout)(*tensors, *ctx.numbers, *results)
+        p = AttentionParams(*tensors, *ctx.numbers)
+        dq, dk, dv, dbias = _call("attention_bwd", p, out, lse, dout, dlse, needs_dbias, ctx.backend)
         return (None, dq, dk, dv, None, dbias if needs_dbias else None) + (None,) * 10

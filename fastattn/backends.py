@@ -33,7 +33,7 @@ class Problem(NamedTuple):
     bias_dtype: torch.dtype | None = None
     dropout_p: float = 0.0
     return_lse: bool = False
-    is_empty: bool = False  # no query, no key or no head to attend with
+    is_empty: bool = False  # with a bias, but no query, no key or no head to attend with
 
 
 # ---- when torch's function says the same ----
@@ -45,7 +45,7 @@ SDPA_DIFFERS: tuple[tuple[str, Callable[[Problem], bool]], ...] = (
     ("it does not return the log-sum-exp", lambda p: p.return_lse),
     ("its dropout bits are its own", lambda p: p.dropout_p > 0),
     ("it wants the bias in the query's dtype", lambda p: p.bias_dtype not in (None, p.dtype)),
-    ("it loses the bias's gradient of an empty problem", lambda p: p.is_empty and p.bias_dtype is not None),
+    ("it loses the bias's gradient of an empty problem", lambda p: p.is_empty),
 )
 
 
@@ -75,23 +75,33 @@ class Backend:
         """The module that runs it."""
         return _module(self.module)
 
+    def takes(self, p: Problem) -> bool:
+        """Whether it can take the call."""
+        refuses = self._lacks_device(p) or p.dtype not in self.dtypes or self._is_too_wide(p)
+        return not refuses and _why_missing(self.module) is None
+
     def why_not(self, p: Problem) -> list[str]:
         """Every reason for which it cannot take the call; empty if it can."""
         reasons = []
-        if self.min_capability is not None:
-            if p.device_type != "cuda" or p.capability is None:
+        if self.min_capability is not None and self._lacks_device(p):
+            if p.capability is None:
                 reasons.append(f"needs a CUDA device, got {p.device_type}")
-            elif p.capability < self.min_capability:
-                reasons.append(
-                    f"needs compute capability >= {_dotted(self.min_capability)}, got {_dotted(p.capability)}"
-                )
+            else:
+                wanted, got = _dotted(self.min_capability), _dotted(p.capability)
+                reasons.append(f"needs compute capability >= {wanted}, got {got}")
         if p.dtype not in self.dtypes:
             reasons.append(f"takes {', '.join(map(_short, self.dtypes))}, got {_short(p.dtype)}")
-        if self.max_head_dim is not None and max(p.head_dim, p.head_dim_v) > self.max_head_dim:
+        if self._is_too_wide(p):
             reasons.append(f"takes head_dim <= {self.max_head_dim}, got {max(p.head_dim, p.head_dim_v)}")
         if not reasons and (missing := _why_missing(self.module)):
             reasons.append(missing)
         return reasons
+
+    def _lacks_device(self, p: Problem) -> bool:
+        return self.min_capability is not None and (p.capability is None or p.capability < self.min_capability)
+
+    def _is_too_wide(self, p: Problem) -> bool:
+        return self.max_head_dim is not None and (p.head_dim > self.max_head_dim or p.head_dim_v > self.max_head_dim)
 
 
 @functools.cache
@@ -184,12 +194,12 @@ def choose(p: Problem) -> Backend:
     """
     if _forced.name is not None:
         backend = get(_forced.name)
-        reasons = backend.why_not(p)
-        if reasons:
-            raise NotImplementedError(f"backend {backend.name!r} cannot take this call: it {'; it '.join(reasons)}")
+        if not backend.takes(p):
+            reasons = "; it ".join(backend.why_not(p))
+            raise NotImplementedError(f"backend {backend.name!r} cannot take this call: it {reasons}")
         return backend
     for backend in BACKENDS:
-        if not backend.on_request_only and not backend.why_not(p):
+        if not backend.on_request_only and backend.takes(p):
             if p.device_type == "cuda" and backend.name == "torch":
                 _warn_fallback(p)
             return backend

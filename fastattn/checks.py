@@ -12,12 +12,14 @@ ALIGNS = ("top-left", "bottom-right")
 
 
 def device_type(x: Tensor) -> str:
-    """x.device.type, for a CUDA tensor without the making of a device."""
-    return "cuda" if x.is_cuda else x.device.type
+    """x.device.type, on the usual devices without the making of a device."""
+    return "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on, as torch's own attention does; float64 stays."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device = device_type(tensors[0])
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -41,6 +43,8 @@ def check_query_key_value(query: Tensor, key: Tensor, value: Tensor, enable_gqa:
     _check_like_query("value", value, query)
     if q[-1] == 0:
         raise ValueError("query: head_dim must be at least 1, got 0")
+    if q == k == v:  # so that the most usual call pays for no more
+        return
     if k[-1] != q[-1]:
         raise ValueError(f"key: head_dim {k[-1]} differs from query's {q[-1]}")
     if v[:-1] != k[:-1]:
@@ -76,11 +80,12 @@ def _check_heads(nheads: int, nheads_k: int, enable_gqa: bool) -> None:
         raise ValueError(f"key: {rule}, got {nheads} and {nheads_k}")
 
 
-def to_4d(x: Tensor) -> Tensor:
-    """(..., heads, seqlen, head_dim) as (batch, heads, seqlen, head_dim)."""
-    if x.dim() == 4:
-        return x
-    return x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
+def to_4d(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """(..., heads, seqlen, head_dim) as (batch, heads, seqlen, head_dim); all have as many dimensions as the first."""
+    ndim = tensors[0].ndim
+    if ndim == 4:
+        return tensors
+    return tuple(x.flatten(0, -4) if ndim > 4 else x[(None,) * (4 - ndim)] for x in tensors)
 
 
 # ---- mask and bias ----
@@ -94,8 +99,6 @@ def mask_and_bias(
     Args:
         shape: what both broadcast to, (..., nheads, seqlen_q, seqlen_k).
     """
-    if attn_mask is None and attn_bias is None:
-        return None, None
     mask, bias, bias_name = attn_mask, attn_bias, "attn_bias"
     if attn_mask is not None and attn_mask.dtype.is_floating_point:
         if attn_bias is not None:

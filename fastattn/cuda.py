@@ -42,7 +42,7 @@ class Buffers(NamedTuple):
 
 def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
     """Fill out and lse."""
-    batch, nheads = _batch(p), p.q.size(1)
+    batch, nheads = _batch(p), p.q.shape[1]
     if batch * nheads == 0:
         out.zero_()
         lse.fill_(-torch.inf)
@@ -67,15 +67,13 @@ def attention_bwd(
     p: AttentionParams,
 ) -> None:
     """Fill dq, dk, dv and, unless it is None, dbias, in the bias's own shape."""
-    batch, nheads, nheads_k = _batch(p), p.q.size(1), p.k.size(1)
+    batch, nheads, nheads_k = _batch(p), p.q.shape[1], p.k.shape[1]
     if batch * nheads == 0:
         for grad in (dq, dk, dv, dbias):
             if grad is not None:
                 grad.zero_()
         return
     element = ELEMENTS[p.q.dtype]
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
     buffers = Buffers(out, lse, dout, dlse, torch.empty_like(lse), dq, dk, dv)
 
     kernel, kernel_dq = _kernel("attention_bwd", p), _kernel("attention_bwd_dq", p)
@@ -86,7 +84,7 @@ def attention_bwd(
         launch(kernel.name, element, (batch * nheads_k, key_tiles, 1), p, buffers)
     else:
         if key_tiles > 1 and dq.dtype != torch.float32:
-            buffers = buffers._replace(dq_sum=lse.new_empty(*lse.shape, dq.size(-1)))
+            buffers = buffers._replace(dq_sum=lse.new_empty(*lse.shape, dq.shape[-1]))
         launch(kernel.name, element, (batch * nheads_k, 1, 1), p, buffers)
     if dbias is not None and dbias.numel():
         _bias_grad(dbias, buffers, p)
@@ -96,7 +94,7 @@ def _bias_grad(dbias: Tensor, buffers: Buffers, p: AttentionParams) -> None:
     """Fill dbias: partial sums in copies of the bias, as many as fill the card, then their sum."""
     kernel, sizes = _kernel("attention_bwd_dbias", p), dbias.shape
     bias_tiles = sizes[0] * sizes[1] * _tiles(sizes[2], kernel.block_m) * _tiles(sizes[3], kernel.block_n)
-    scores = (_batch(p), p.q.size(1), p.max_seqlen_q, p.max_seqlen_k)
+    scores = (_batch(p), p.q.shape[1], p.max_seqlen_q, p.max_seqlen_k)
     blocks = (1, 1, kernel.block_m, kernel.block_n)
     broadcast = [_tiles(n, block) for n, size, block in zip(scores, sizes, blocks, strict=True) if size == 1]
     wanted = _tiles(FULL * multiprocessors(p.q.device), bias_tiles)
@@ -114,23 +112,23 @@ SUM_THREADS = next(k.threads for k in _launcher.KERNELS if k.name == "attention_
 
 def _kernel(pass_: str, p: AttentionParams) -> _launcher.Kernel:
     """The pass's kernel for the call's head dimension and, where there is a choice, its length."""
-    return _fitting(pass_, max(p.q.size(-1), p.v.size(-1)), p.max_seqlen_q <= SHORT)
+    return _fitting(pass_, p.q.shape[-1], p.v.shape[-1], p.max_seqlen_q <= SHORT)
 
 
 @functools.cache
-def _fitting(pass_: str, head_dim: int, is_short: bool) -> _launcher.Kernel:
-    fitting = [k for k in _launcher.KERNELS if k.pass_ == pass_ and k.head_dim >= head_dim]
+def _fitting(pass_: str, head_dim: int, head_dim_v: int, is_short: bool) -> _launcher.Kernel:
+    fitting = [k for k in _launcher.KERNELS if k.pass_ == pass_ and k.head_dim >= max(head_dim, head_dim_v)]
     candidates = [k for k in fitting if k.head_dim == fitting[0].head_dim]
     return candidates[0 if is_short else -1]
 
 
 def _batch(p: AttentionParams) -> int:
-    return p.q.size(0) if p.cu_seqlens_q is None else p.cu_seqlens_q.numel() - 1
+    return p.q.shape[0] if p.cu_seqlens_q is None else p.cu_seqlens_q.numel() - 1
 
 
 def _tiles(n: int, block: int) -> int:
     """How many blocks n takes; at least 1, because tokens of no sequence are somebody's work."""
-    return max(1, -(-n // block))
+    return -(-n // block) or 1
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -206,11 +206,14 @@ def attention_params(
     checks.check_query_key_value(query, key, value, enable_gqa, is_packed=False)
     checks.check_dropout(dropout_p)
     left, right, bottom_right = checks.band(is_causal, window, causal_align)
-    seqlen_q, seqlen_k = query.size(-2), key.size(-2)
-    mask, bias = checks.mask_and_bias(attn_mask, attn_bias, query, (*query.shape[:-2], seqlen_q, seqlen_k))
+    shape, seqlen_k = query.shape, key.shape[-2]
+    mask = bias = None
+    if attn_mask is not None or attn_bias is not None:
+        mask, bias = checks.mask_and_bias(attn_mask, attn_bias, query, (*shape[:-1], seqlen_k))
+    q, k, v = checks.to_4d(query, key, value)
     return AttentionParams(
-        checks.to_4d(query), checks.to_4d(key), checks.to_4d(value), mask, bias, None, None, None,
-        seqlen_q, seqlen_k, _scale(scale, query), dropout_p, left, right, bottom_right,
+        q, k, v, mask, bias, None, None, None,
+        shape[-2], seqlen_k, _scale(scale, shape[-1]), dropout_p, left, right, bottom_right,
     )  # fmt: skip
 
 
@@ -244,7 +247,7 @@ def varlen_attention_params(
     mask, bias = checks.mask_and_bias(attn_mask, attn_bias, query, shape)
     return AttentionParams(
         query, key, value, mask, bias, None, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q, max_seqlen_k, _scale(scale, query), dropout_p, left, right, bottom_right,
+        max_seqlen_q, max_seqlen_k, _scale(scale, query.shape[-1]), dropout_p, left, right, bottom_right,
     )  # fmt: skip
 
 
@@ -306,13 +309,13 @@ def _problem(p: AttentionParams, return_lse: bool) -> Problem:
         checks.device_type(q),
         _capability(q.device) if q.is_cuda else None,
         q.dtype,
-        q.size(-1),
-        p.v.size(-1),
+        q.shape[-1],
+        p.v.shape[-1],
         p.is_packed(),
         None if bias is None else bias.dtype,
         p.dropout_p,
         return_lse,
-        q.numel() == 0 or p.k.numel() == 0,
+        bias is not None and (q.numel() == 0 or p.k.numel() == 0),
     )
 
 
@@ -325,15 +328,15 @@ def _capability(device: torch.device) -> tuple[int, int]:
 _cached_capability = functools.cache(torch.cuda.get_device_capability)
 
 
-def _scale(scale: float | None, query: Tensor) -> float:
-    return query.size(-1) ** -0.5 if scale is None else scale
+def _scale(scale: float | None, head_dim: int) -> float:
+    return head_dim**-0.5 if scale is None else scale
 
 
 def _operands(p: AttentionParams) -> AttentionParams:
     """The call as the operator takes it: last dimensions contiguous, no tensor twice (torch.compile forbids it)."""
     q, k, v, cu_seqlens_k = p.q, p.k, p.v, p.cu_seqlens_k
     is_plain = q is not k and q is not v and k is not v and (cu_seqlens_k is None or cu_seqlens_k is not p.cu_seqlens_q)
-    if is_plain and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+    if is_plain and q.stride()[-1] == k.stride()[-1] == v.stride()[-1] == 1:
         return p
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     k = k.view_as(k) if k is q else k

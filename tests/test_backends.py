@@ -65,6 +65,17 @@ def test_every_gpu_gets_its_kernels(all_installed: None, gpu: str, dtype: torch.
         assert f"not triton: it needs compute capability >= 8.0, got {dotted}" in str(explanation)
 
 
+@pytest.mark.parametrize("installed", ["all_installed", "none_installed"])
+@pytest.mark.parametrize("gpu", [None, *GPUS])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("head_dims", [(64, 64), (256, 257), (257, 256)])
+def test_a_backend_takes_what_it_has_no_reason_against(request, installed, gpu, dtype, head_dims) -> None:
+    request.getfixturevalue(installed)
+    p = problem(gpu, dtype=dtype, head_dim=head_dims[0], head_dim_v=head_dims[1])
+    for backend in backends.BACKENDS:
+        assert backend.takes(p) == (backend.why_not(p) == [])
+
+
 def test_cpu_runs_torch_whatever_is_installed(all_installed: None) -> None:
     explanation = backends.explain_choice(problem(None))
     assert explanation.backend == "torch" and explanation.route == "F.scaled_dot_product_attention"

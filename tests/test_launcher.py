@@ -113,13 +113,13 @@ def test_what_cuda_gets(launcher, stub):
         assert (x.grid, x.block) == ((i + 2, 5, 7), (table[x.kernel].threads, 1, 1))
         assert (x.smem, x.stream, x.device) == (table[x.kernel].smem, 0x7F0000001000 + i, 0)
         assert x.image == "image of bfloat16 for (8, 0)"
-        assert fields(x.params) == fields(launcher.pack(P, BUFFERS))
+        assert fields(x.params) == fields(launcher.pack("float32", P, BUFFERS))
 
 
 def test_importing_asks_nothing_of_the_machine(loaded):
     launcher, stub = loaded
     launcher.set_image_source(image)
-    assert len(launcher.pack(P, BUFFERS)) > 100 and launcher.KERNELS
+    assert len(launcher.pack("float32", P, BUFFERS)) > 100 and launcher.KERNELS
     assert stub.names() == []
 
 
@@ -340,7 +340,7 @@ def test_threads_share_modules_and_keep_their_arguments_apart(launcher, stub, wa
     for i in range(6):
         p = problem(scale=float(i + 1))
         calls = [(kernels[(i + j) % len(kernels)], launcher.ELEMENTS[j % 3], j % 2) for j in range(60)]
-        params = fields(launcher.pack(p, BUFFERS))
+        params = fields(launcher.pack("float32", p, BUFFERS))
         expected.update((kernel, f"image of {element} for (8, 0)", d, params) for kernel, element, d in calls)
 
         def run(p=p, calls=calls):

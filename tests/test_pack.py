@@ -36,7 +36,7 @@ def buffers(*first: Tensor, **others: Tensor) -> Any:
 
 def pack(p: AttentionParams, given: Any = None) -> dict[str, Any]:
     """The packed struct as nested dicts."""
-    packed = launcher.pack(p, given or buffers())
+    packed = launcher.pack(cuda.ELEMENTS[p.q.dtype], p, given or buffers())
     assert len(packed) == ctypes.sizeof(Struct)
     return as_dict(Struct.from_buffer_copy(packed))
 
@@ -332,26 +332,31 @@ REFUSALS = {
 @pytest.mark.parametrize("message", REFUSALS)
 def test_refusal(message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        launcher.pack(*REFUSALS[message])
+        launcher.pack("float32", *REFUSALS[message])
+
+
+def test_an_unknown_element_is_refused():
+    with pytest.raises(ValueError, match="^element: must be float32, float16 or bfloat16, got float64$"):
+        launcher.pack("float64", problem(Q, K, V), buffers())
 
 
 def test_what_is_no_tensor_is_said():
-    with pytest.raises(AttributeError, match="element_size"):
-        launcher.pack(problem(Q, K, V).replace(q=3), buffers())
+    with pytest.raises(AttributeError, match="shape"):
+        launcher.pack("float32", problem(Q, K, V).replace(q=3), buffers())
     with pytest.raises(TypeError):
-        launcher.pack(problem(Q, K, V, scale="a"), buffers())
+        launcher.pack("float32", problem(Q, K, V, scale="a"), buffers())
     with pytest.raises(TypeError):
-        launcher.pack(problem(Q, K, V, left=0.5), buffers())
+        launcher.pack("float32", problem(Q, K, V, left=0.5), buffers())
     with pytest.raises(TypeError):
-        launcher.pack([], buffers())
+        launcher.pack("float32", [], buffers())
 
 
 def test_nothing_is_kept():
     p, given = problem(*qkv(), bias=torch.randn(3, 1, 1, 7)), buffers(torch.empty(3, 2, 5, 12), torch.empty(3, 2, 5))
-    launcher.pack(p, given)
+    launcher.pack("float32", p, given)
     references, blocks = sys.getrefcount(p.q), sys.getallocatedblocks()
     for _ in range(1000):
-        launcher.pack(p, given)
+        launcher.pack("float32", p, given)
     more_references, more_blocks = sys.getrefcount(p.q) - references, sys.getallocatedblocks() - blocks
     assert more_references == 0
     assert more_blocks < 100

@@ -89,7 +89,7 @@ def on_the_cpu(
             name,
             grid,
             (kernel.threads,),
-            _launcher.pack(p, buffers),
+            _launcher.pack(element, p, buffers),
             dynamic_smem=kernel.smem,
             buffers=read + written,
             schedule=schedule,
