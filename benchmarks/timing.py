@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 
@@ -22,7 +21,7 @@ class Timing(NamedTuple):
 
 
 def time_passes(
-    forward: Callable[[], Tensor], backward: Callable[[Tensor], Any], device: torch.device, repetitions: int
+    forward: Callable[[], Any], backward: Callable[[Any], Any], device: torch.device, repetitions: int
 ) -> dict[str, Timing]:
     """Times `out = forward(); backward(out)`, by events on the stream on a GPU and by the clock on the CPU.
 
@@ -58,6 +57,11 @@ def time_passes(
         "backward": _summary([milliseconds(middle, end) for _, middle, end in marks]),
         "both": _summary([milliseconds(start, end) for start, _, end in marks]),
     }
+
+
+def time_once(run: Callable[[], Any], device: torch.device, repetitions: int) -> Timing:
+    """Times `run()` by itself; as `time_passes` otherwise."""
+    return time_passes(run, lambda _: None, device, repetitions)["forward"]
 
 
 def peak_memory_mib(run: Callable[[], Any], device: torch.device) -> float | None:

@@ -3,7 +3,9 @@
     python -m benchmarks.torch_backends          on a GPU; with --smoke tiny cases on any machine
 
 Each provider is first compared with the float64 reference; one that is wrong or unavailable gets a row with the reason
-and no numbers. Writes torch_backends.csv and, with where the numbers come from, torch_backends.json.
+and no numbers. What limits attention at these lengths is bandwidth: beside the times stand the bytes that any attention
+has to move, and their share of the rate of a plain copy, which is measured first. Writes torch_backends.csv and, with
+where the numbers come from, torch_backends.json.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
+from benchmarks.bandwidth import copy_rate
 from benchmarks.provenance import folder_name, peak_tflops, provenance
 from benchmarks.timing import Timing, peak_memory_mib, time_passes
 from fastattn.backends import BACKENDS
@@ -73,6 +76,12 @@ class Case:
         forward = 4.0 * self.batch * self.nheads * self.seqlen**2 * self.head_dim
         forward /= 2 if self.mask == "causal" else 1
         return forward * {"forward": 1.0, "backward": 2.5, "both": 3.5}[which]
+
+    def bytes(self, which: str) -> float:
+        """That any attention moves: forward q, k, v, out; backward those and dout, dq, dk, dv; lse with both."""
+        rows = self.batch * self.nheads * self.seqlen
+        tensors = {"forward": 4, "backward": 8, "both": 12}[which]
+        return rows * (tensors * self.head_dim * self.dtype.itemsize + (8 if which == "both" else 4))
 
 
 CASES = [Case(512, 8, n, 64, mask, dtype) for dtype in DTYPES for mask in MASKS for n in (16, 32, 64, 82, 128)]
@@ -141,11 +150,14 @@ def why_no_numbers(provider: Provider, case: Case, device: torch.device, expecte
 
 COLUMNS = (
     *("op", "provider", "batch", "nheads", "seqlen", "head_dim", "mask", "dtype", "pass"),
-    *("p50_ms", "p20_ms", "p80_ms", "tflops", "percent_of_peak", "peak_memory_mib", "no_numbers_because"),
+    *("p50_ms", "p20_ms", "p80_ms", "tflops", "percent_of_peak", "gb_s", "percent_of_copy", "peak_memory_mib"),
+    "no_numbers_because",
 )
 
 
-def measure(case: Case, provider: Provider, device: torch.device, repetitions: int) -> list[dict[str, Any]]:
+def measure(
+    case: Case, provider: Provider, device: torch.device, repetitions: int, copy_gb_s: float
+) -> list[dict[str, Any]]:
     """The columns with numbers, one row per pass."""
     problem = case.make(device)
 
@@ -160,12 +172,12 @@ def measure(case: Case, provider: Provider, device: torch.device, repetitions: i
         timings = time_passes(forward, backward, device, repetitions)
         memory = peak_memory_mib(lambda: backward(forward()), device)
     return [
-        {"pass": which, "peak_memory_mib": memory} | numbers(case, device, which, timing)
+        {"pass": which, "peak_memory_mib": memory} | numbers(case, device, which, timing, copy_gb_s)
         for which, timing in timings.items()
     ]
 
 
-def numbers(case: Case, device: torch.device, which: str, timing: Timing) -> dict[str, Any]:
+def numbers(case: Case, device: torch.device, which: str, timing: Timing, copy_gb_s: float) -> dict[str, Any]:
     """The columns of one pass; none but the reason if it seems faster than the device can be."""
     tflops = case.flops(which) / timing.p50_ms * 1e-9
     peak = peak_tflops(device, case.dtype)
@@ -173,18 +185,26 @@ def numbers(case: Case, device: torch.device, which: str, timing: Timing) -> dic
         return {"no_numbers_because": f"wrong: {tflops:.1f} TFLOP/s, the device's peak is {peak}"}
     share = None if peak is None else f"{100 * tflops / peak:.1f}"
     times = {name: f"{milliseconds:.4f}" for name, milliseconds in timing._asdict().items()}
-    return times | {"tflops": f"{tflops:.3f}", "percent_of_peak": share}
+    gb_s = case.bytes(which) / timing.p50_ms * 1e-6
+    moved = {"gb_s": f"{gb_s:.1f}", "percent_of_copy": f"{100 * gb_s / copy_gb_s:.1f}"}
+    return times | {"tflops": f"{tflops:.3f}", "percent_of_peak": share} | moved
 
 
 def rows(cases: list[Case], device: torch.device, repetitions: int) -> Iterator[dict[str, Any]]:
     """Every row, as it is measured; prints one line per case and provider."""
+    copy_gb_s = copy_rate(device)
+    print(f"a copy moves {copy_gb_s:.0f} GB/s")
     for case in cases:
         described = asdict(case) | {"op": "attention", "dtype": str(case.dtype).removeprefix("torch.")}
+        floor = [f"{which} {1e-6 * case.bytes(which) / copy_gb_s:.4f} ms" for which in ("forward", "backward", "both")]
         print("\n{batch} x {nheads} x {seqlen} x {head_dim} {dtype}, mask: {mask}".format(**described))
+        print(f"  {'floor by a copy':<16} {'  '.join(floor)}")
         expected = expect(case, device)
         for provider in providers():
             reason = why_no_numbers(provider, case, device, expected)
-            measured = [{"no_numbers_because": reason}] if reason else measure(case, provider, device, repetitions)
+            measured = (
+                [{"no_numbers_because": reason}] if reason else measure(case, provider, device, repetitions, copy_gb_s)
+            )
             summary = [f"{row['pass']} {row['p50_ms']} ms" for row in measured if "p50_ms" in row]
             print(f"  {provider.name:<16} {'  '.join(summary) or measured[0]['no_numbers_because']}", flush=True)
             yield from (described | {"provider": provider.name} | row for row in measured)

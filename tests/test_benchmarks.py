@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastattn
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -41,6 +43,7 @@ def check(rows: list[dict[str, str]]) -> set[str]:
             assert row["no_numbers_because"].startswith("unavailable: ") and not row["p50_ms"]
         else:
             assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+            assert float(row["gb_s"]) >= 0 and float(row["percent_of_copy"]) >= 0
     timed = [row for row in rows if row["p50_ms"]]
     assert {row["mask"] for row in timed} == {"none", "padding", "causal"}
     assert {row["pass"] for row in timed} == {"forward", "backward", "both"}
@@ -104,8 +107,29 @@ def test_what_beats_the_device_gets_no_numbers(bench, monkeypatch):
     case, timing = bench.Case(512, 8, 128, 64, "none", torch.float32), bench.Timing(1.0, 0.9, 1.1)
     tflops = 4 * 512 * 8 * 128**2 * 64 / 1e-3 / 1e12
     monkeypatch.setattr(bench, "peak_tflops", lambda device, dtype: 2 * tflops)
-    numbers = bench.numbers(case, torch.device("cpu"), "forward", timing)
+    numbers = bench.numbers(case, torch.device("cpu"), "forward", timing, 1.0)
     assert (numbers["tflops"], numbers["percent_of_peak"]) == (f"{tflops:.3f}", "50.0")
     monkeypatch.setattr(bench, "peak_tflops", lambda device, dtype: 0.9 * tflops)
-    numbers = bench.numbers(case, torch.device("cpu"), "forward", timing)
+    numbers = bench.numbers(case, torch.device("cpu"), "forward", timing, 1.0)
     assert list(numbers) == ["no_numbers_because"] and numbers["no_numbers_because"].startswith("wrong: ")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bandwidth_counts_what_every_attention_moves(bench, dtype):
+    case = bench.Case(2, 3, 5, 64, "none", dtype)
+    q, k, v = case.make(torch.device("cpu")).inputs
+    out, lse = fastattn.scaled_dot_product_attention(q, k, v, return_lse=True)
+    forward = [q, k, v, out, lse]
+    backward = [q, k, v, out, lse, out, q, k, v]  # dout, dq, dk, dv are as large as out, q, k, v
+    assert case.bytes("forward") == sum(x.nbytes for x in forward)
+    assert case.bytes("backward") == sum(x.nbytes for x in backward)
+    assert case.bytes("both") == case.bytes("forward") + case.bytes("backward")
+    timing = bench.Timing(2.0, 1.0, 3.0)
+    numbers = bench.numbers(case, torch.device("cpu"), "forward", timing, copy_gb_s=0.5 * case.bytes("forward") * 1e-6)
+    assert numbers["percent_of_copy"] == "100.0"
+
+
+def test_copy_rate_is_bytes_read_and_written_per_second(monkeypatch, bench):
+    bandwidth = importlib.import_module("benchmarks.bandwidth")
+    monkeypatch.setattr(bandwidth, "time_once", lambda run, device, repetitions: bench.Timing(0.5, 0.5, 0.5))
+    assert bandwidth.copy_rate(torch.device("cpu")) == pytest.approx(2 * bandwidth.CPU_BYTES / 0.5e-3 / 1e9)
