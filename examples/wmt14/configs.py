@@ -107,7 +107,7 @@ def _small_configs() -> list[Config]:
         peak=2.5e-3,
         warmup=300,
         tokens_per_update=2_500,
-        updates=2_800,
+        updates=3_000,
         precision="bf16",
         save_every=200,
         validate_every=400,

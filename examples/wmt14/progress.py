@@ -44,8 +44,8 @@ def _summary_writer(folder: Path, update: int) -> Any:
 class Clock:
     """What a run has cost so far, over all its restarts: time, time on the CPU (of this process), tokens."""
 
-    def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0, target_tokens: int = 0) -> None:
-        self.target_tokens = target_tokens
+    def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0, target_tokens_seen: int = 0) -> None:
+        self.target_tokens_seen = target_tokens_seen
         self._wall, self._cpu = time.perf_counter() - seconds, time.process_time() - cpu_seconds
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Clock:
         return {
             "seconds": time.perf_counter() - self._wall,
             "cpu_seconds": time.process_time() - self._cpu,
-            "target_tokens": self.target_tokens,
+            "target_tokens_seen": self.target_tokens_seen,
         }
 
 
@@ -90,7 +90,7 @@ class Progress:
 
     def step(self, update: int, epoch: int, step: Step, flops: float) -> None:
         """After every update."""
-        self.clock.target_tokens += step.target_tokens
+        self.clock.target_tokens_seen += step.target_tokens
         self._tokens += step.target_tokens
         self._flops += flops
         if not self.is_main:
