@@ -217,9 +217,12 @@ def test_the_folder_appears_only_when_complete(files, out, monkeypatch):
 def test_killed_and_run_again(files, tmp_path, out):
     big = write_text(tmp_path, train_pairs=40_000)
     arguments = [str(part) for option in big.items() for part in option]
-    command = [sys.executable, "-m", "examples.wmt14.prepare", "--preparation", "smoke", "--out", out, "--workers", "2"]
+    command = [sys.executable, "-m", "examples.wmt14.prepare", "--preparation", "smoke", "--out", out]
     process = subprocess.Popen(
-        [*command, *arguments], cwd=Path(__file__).parents[1], start_new_session=True, stdout=subprocess.DEVNULL
+        [*command, "--workers", "2", "--vocab-size", "150", *arguments],
+        cwd=Path(__file__).parents[1],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
     )
     part = out.with_name("out.partial")
     while not (part.exists() and any(part.glob("train.*"))) and process.poll() is None:
