@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("nvrtc",),
     ("kernel_sources",),
-    ("params", "philox", "config", "losses", "schedule", "images", "_launcher"),
+    ("params", "philox", "config", "losses", "schedule", "images", "batches", "_launcher"),
     ("reference", "cuda", "triton_kernels"),
     ("backends", "checks", "machine"),
     ("autograd", "info"),
     ("functional",),
     ("modules",),
     ("layout", "integrations"),
-    ("transformer",),
+    ("transformer", "data"),
     ("cache",),
     ("generation",),
     ("__init__",),
@@ -34,7 +34,12 @@ LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in 
 STANDARD_LIBRARY_ONLY = {"nvrtc", "kernel_sources", "images"}
 
 # What the others may import besides the standard library, torch and fastattn.
-EXTERNAL = {"triton_kernels": {"triton"}, "integrations": {"flash_attn", "transformers"}}
+EXTERNAL = {
+    "triton_kernels": {"triton"},
+    "integrations": {"flash_attn", "transformers"},
+    "batches": {"numpy"},
+    "data": {"numpy"},
+}
 
 
 def imports_of(file: Path, package_root: Path) -> set[str]:
