@@ -57,7 +57,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.orig_argv),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
     }
 
 
