@@ -25,6 +25,11 @@ class Comparison(NamedTuple):
         return self.peer_ms / self.ours_ms
 
 
+def is_ours(name: str) -> bool:
+    """Whether a provider is fastattn's own; fastattn-torch is torch's kernel."""
+    return name.startswith("fastattn") and name != "fastattn-torch"
+
+
 def comparisons(rows: list[Row]) -> list[Comparison]:
     """Of every case and pass in which both sides have a time.
 
@@ -38,18 +43,14 @@ def comparisons(rows: list[Row]) -> list[Comparison]:
     found = []
     for key, group in groups.items():
         padded = [row for row in timed if _is_padded_form(row, group[0])]
-        ours = [row for row in group if _is_ours(row)]
-        peers = [row for row in [*group, *padded] if not _is_ours(row)]
+        ours = [row for row in group if is_ours(row["provider"])]
+        peers = [row for row in [*group, *padded] if not is_ours(row["provider"])]
         if ours and peers:
             best, peer = (min(side, key=lambda row: float(row["p50_ms"])) for side in (ours, peers))
             name = peer["provider"] + (" (padded)" if peer["layout"] != best["layout"] else "")
             times = float(best["p50_ms"]), float(peer["p50_ms"])
             found.append(Comparison(key[0], _described(best), best["pass"], best["provider"], times[0], name, times[1]))
     return found
-
-
-def _is_ours(row: Row) -> bool:
-    return row["provider"].startswith("fastattn-")
 
 
 def _is_padded_form(row: Row, other: Row) -> bool:

@@ -16,9 +16,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.command import RESULTS
-from benchmarks.comparison import Row, comparisons
+from benchmarks.comparison import Comparison, Row, comparisons, is_ours
 from benchmarks.report import read
 
 STYLE = {
@@ -33,23 +34,27 @@ STYLE = {
 }
 OURS, THEIRS = "#c23b22", "#7a8ba3"
 COLOURS = plt.get_cmap("tab10").colors
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
-def colour(name: str, names: list[str]) -> object:
-    """The same for one name in every panel."""
-    return COLOURS[names.index(name) % len(COLOURS)]
+def look(name: str, names: list[str]) -> dict[str, object]:
+    """Of a line: the same for one name in every panel; ours are thicker."""
+    turn, index = divmod(names.index(name), len(COLOURS))
+    return {"color": COLOURS[index], "ls": "--" if turn else "-", "lw": 2.6 if is_ours(name) else 1.2}
 
 
 def curves(ax: Axes, rows: Iterable[Row], by: str, names: list[str], x: str, y: str) -> None:
-    """A line per value of the column `by`, on logarithmic axes; ours are thicker."""
+    """A line per value of the column `by`, on logarithmic axes."""
     for name in names:
         points = sorted((float(row[x]), float(row[y])) for row in rows if row[by] == name and row[y])
         if points:
-            width = 2.4 if "fastattn" in name else 1.2
-            ax.plot(*zip(*points, strict=True), marker="o", ms=3, lw=width, color=colour(name, names), label=name)
+            ax.plot(*zip(*points, strict=True), marker="o", ms=3, label=name, **look(name, names))
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda n, _: f"{n:g}"))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(PLAIN)
 
 
 def bars(ax: Axes, labels: list[str], values: list[float], colours: list[object], unit: str) -> None:
@@ -58,7 +63,8 @@ def bars(ax: Axes, labels: list[str], values: list[float], colours: list[object]
     ax.bar_label(drawn, labels=[f"{value:,.4g}" for value in values], padding=3, fontsize=8)
     ax.set_yticks(range(len(labels)), labels)
     ax.invert_yaxis()
-    ax.margins(x=0.18)
+    ax.margins(x=0.18, y=0.02)
+    ax.grid(axis="y", visible=False)
     ax.set_xlabel(unit)
 
 
@@ -81,7 +87,7 @@ def panels(count: int, width: float = 4.4, height: float = 3.4, columns: int = 3
 
 
 def attention(rows: list[Row]) -> Figure | None:
-    """Time against length, forward and backward together, by mask and dtype, of the suites of whole sequences."""
+    """Time against length, forward and backward together, by mask, of the suites of whole sequences."""
     rows = [row for row in rows if row["pass"] == "both" and row["suite"] in ("short", "long")]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -103,7 +109,8 @@ def attention(rows: list[Row]) -> Figure | None:
 def share_legend(figure: Figure, axes: list[Axes]) -> None:
     """One legend below all axes, of every label in them."""
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(5, len(handles)))
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / 2.3)))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
 
 
 def attention_speedup(rows: list[Row]) -> Figure | None:
@@ -111,15 +118,16 @@ def attention_speedup(rows: list[Row]) -> Figure | None:
     found = [c for c in comparisons(rows) if c.which == "both"]
     if not found:
         return None
-    found.sort(key=lambda c: (c.suite, -c.speedup()))
+    found.sort(key=Comparison.speedup, reverse=True)
     figure, (ax,) = panels(1, 11, 1.2 + 0.19 * len(found))
     speedups = [c.speedup() for c in found]
     ax.barh(range(len(found)), [s - 1 for s in speedups], left=1, color=[OURS if s >= 1 else THEIRS for s in speedups])
-    ax.set_yticks(range(len(found)), [f"{c.suite} {c.case}" for c in found], fontsize=7)
+    ax.set_yticks(range(len(found)), [c.case for c in found], fontsize=7)
     ax.invert_yaxis()
+    ax.margins(y=0.5 / len(found))
     ax.axvline(1, color="black", lw=0.8)
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda s, _: f"{s:g}x"))
+    ax.xaxis.set_major_formatter(PLAIN)
     ax.set_xlabel("time of the fastest other / time of fastattn, forward + backward (right of 1: fastattn is faster)")
     return figure
 
@@ -137,7 +145,7 @@ def attention_batches(rows: list[Row]) -> Figure | None:
     for ax, (title, group) in zip(axes, groups.items(), strict=True):
         group.sort(key=lambda row: float(row["p50_ms"]))
         names = [f"{row['provider']}, {row['layout']}" for row in group]
-        shades = [OURS if row["provider"].startswith("fastattn") else THEIRS for row in group]
+        shades = [OURS if is_ours(row["provider"]) else THEIRS for row in group]
         bars(ax, names, [float(row["p50_ms"]) for row in group], shades, "ms, forward + backward")
         ax.set_title(title)
     return figure
@@ -151,7 +159,7 @@ def multi_head_attention(rows: list[Row]) -> Figure | None:
     for ax, workload in zip(axes, groups, strict=True):
         group = [row for row in rows if row["workload"] == workload]
         names = [f"{row['provider']}, {row['dtype']}" for row in group]
-        shades = [OURS if row["provider"].startswith("fastattn") else THEIRS for row in group]
+        shades = [OURS if is_ours(row["provider"]) else THEIRS for row in group]
         bars(ax, names, [float(row["p50_ms"]) for row in group], shades, "ms, forward + backward")
         ax.set_title(f"{workload}, longest")
     return figure
@@ -175,7 +183,7 @@ def decode(rows: list[Row]) -> Figure | None:
     figure, axes = panels(len(groups), 6.2, 2.2, columns=2)
     for ax, (model, precision) in zip(axes, groups, strict=True):
         group = [row for row in rows if (row["model"], row["precision"]) == (model, precision)]
-        shades = [OURS if row["way"].startswith("fastattn") else THEIRS for row in group]
+        shades = [OURS if is_ours(row["way"]) else THEIRS for row in group]
         bars(ax, [row["way"] for row in group], [float(row["tokens_per_s"]) for row in group], shades, "tokens/s")
         ax.set_title(f"beam search, {model}, {precision}")
     return figure
@@ -207,29 +215,36 @@ def overhead(rows: list[Row]) -> Figure | None:
     return figure
 
 
-DRAWN: dict[str, tuple[Callable[[list[Row]], Figure | None], ...]] = {
-    "attention": (attention, attention_speedup, attention_batches),
-    "multi_head_attention": (multi_head_attention,),
-    "transformer_step": (transformer_step,),
-    "decode": (decode,),
-    "layers": (layers,),
-    "overhead": (overhead,),
-}
+# The picture, its table, and the column for whose values there is one picture each.
+DRAWN: tuple[tuple[Callable[[list[Row]], Figure | None], str, str | None], ...] = (
+    (attention, "attention", "dtype"),
+    (attention_batches, "attention", "dtype"),
+    (attention_speedup, "attention", "suite"),
+    (multi_head_attention, "multi_head_attention", None),
+    (transformer_step, "transformer_step", None),
+    (decode, "decode", None),
+    (layers, "layers", None),
+    (overhead, "overhead", None),
+)
 
 
 def draw(folder: Path) -> list[Path]:
     """Every picture of one folder; a table without numbers has none."""
     written = []
-    for table, functions in DRAWN.items():
-        file = folder / f"{table}.csv"
-        if not file.exists():
+    for function, table, column in DRAWN:
+        if not (folder / f"{table}.csv").exists():
             continue
-        rows, origin = read(file)
-        timed = [row for row in rows if not row.get("no_numbers_because")]
-        for function in functions:
-            if timed and (figure := function(timed)):
+        rows, origin = read(folder / f"{table}.csv")
+        rows = [row for row in rows if not row.get("no_numbers_because")]
+        parts = (
+            {"": rows}
+            if column is None
+            else {f"_{x}": [r for r in rows if r[column] == x] for x in ordered(rows, column)}
+        )
+        for suffix, part in parts.items():
+            if part and (figure := function(part)):
                 figure.suptitle(f"{origin['device']}, torch {origin['versions']['torch']}, {origin['date'][:10]}")
-                written.append(folder / f"{function.__name__}.png")
+                written.append(folder / f"{function.__name__}{suffix}.png")
                 figure.savefig(written[-1])
                 plt.close(figure)
     return written

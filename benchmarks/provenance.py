@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -55,13 +56,15 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "platform": report["platform"],
         "versions": report["versions"],
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
     }
 
 
 def _git(*arguments: str) -> str | None:
-    """git's answer; None outside a repository."""
+    """git's answer; None outside a repository or without git."""
+    if shutil.which("git") is None:
+        return None
     answer = subprocess.run(["git", *arguments], capture_output=True, text=True)
     return answer.stdout.strip() if answer.returncode == 0 else None
