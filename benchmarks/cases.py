@@ -149,6 +149,13 @@ class Case:
         return forward * {"forward": 1.0, "backward": 2.5, "both": 3.5}[which]
 
 
+def precisions(device: torch.device) -> list[torch.dtype]:
+    """float32 and, of a GPU, the half precision that it is good at."""
+    if device.type == "cpu":
+        return [torch.float32]
+    return [torch.float32, torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16]
+
+
 def short(dtype: torch.dtype) -> str:
     """Its name without "torch."."""
     return str(dtype).removeprefix("torch.")

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 import fastattn
-from benchmarks.cases import short
+from benchmarks.cases import precisions, short
 from benchmarks.command import Command, parse
 from benchmarks.report import Table
 from benchmarks.torch_model import TorchTransformer
-from benchmarks.transformer_step import models, padded_ids, precisions
+from benchmarks.transformer_step import models, padded_ids
 from fastattn import Transformer, TransformerConfig, generation
 from fastattn.cache import DecoderCache
 from fastattn.generation import Hypothesis, beam_search
@@ -150,18 +150,15 @@ def rows(command: Command, name: str, config: TransformerConfig) -> Iterator[dic
         model = Transformer(config).eval()
     source = padded_ids((SOURCE_LENGTH,) * sentences, config.vocab_size, device)
     described = {"model": name, "sentences": sentences, "beam_size": BEAM_SIZE}
-    wrong: dict[str, str] = {}
-    for precision in precisions(device):
-        for way in WAYS:
-            key = described | {"precision": short(precision), "way": way.name}
-            if not command.wants(name, short(precision), way.name):
-                continue
-            if precision == torch.float32 and (share := share_of_others(way, model, source, extra)) > MAX_DIFFERENT:
-                wrong[way.name] = f"wrong: {share:.0%} of the translations are not those of the reference"
-            if way.name in wrong:
-                yield key | {"no_numbers_because": wrong[way.name]}
-            else:
-                yield key | measure(way, model.to(precision), source, extra, command.sized(1, 1, 3))
+    wanted = [(p, way) for p in precisions(device) for way in WAYS if command.wants(name, short(p), way.name)]
+    off = {way.name: share_of_others(way, model, source, extra) for way in {way for _, way in wanted}}
+    for precision, way in wanted:
+        key = described | {"precision": short(precision), "way": way.name}
+        if off[way.name] > MAX_DIFFERENT:
+            reason = f"wrong: {off[way.name]:.0%} of the translations are not those of the reference"
+            yield key | {"no_numbers_because": reason}
+        else:
+            yield key | measure(way, model.to(precision), source, extra, command.sized(1, 1, 3))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -66,9 +66,11 @@ class Gate:
         with warnings.catch_warnings(record=True) as caught, provider.context():
             warnings.simplefilter("always")
             try:
-                actual = results(provider.prepare(problem), problem)
-                call = provider.prepare(self.problem) if has_own_bits else provider.prepare(problem)
-                call()
+                call = provider.prepare(problem)
+                actual = results(call, problem)
+                if has_own_bits:
+                    call = provider.prepare(self.problem)
+                    call()
             except Exception as error:
                 if self.problem.q.is_cuda:
                     torch.cuda.synchronize()  # raises if the device itself is lost: then nothing later can be measured

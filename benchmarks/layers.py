@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fastattn
-from benchmarks.cases import short
+from benchmarks.cases import precisions, short
 from benchmarks.command import Command, parse
 from benchmarks.report import Table
 from benchmarks.timing import peak_memory_mib, time_for
@@ -101,12 +101,12 @@ def main(arguments: list[str] | None = None) -> int:
     command = parse("layers", "Time one layer of each kind.", arguments)
     if command is None:
         return 1
+    torch.backends.cudnn.allow_tf32 = False  # of the recurrent and the convolutional layer: float32 means float32
     on_gpu = command.device.type == "cuda"
     tokens, width = command.sized((64, 16), *[(16_384, 512) if on_gpu else (2_048, 512)] * 2)
-    dtypes = [torch.float32, torch.float16] if on_gpu else [torch.float32]
     lengths = [n for n in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384) if n <= tokens]
     with Table(command, "layers", COLUMNS, kernel_width=KERNEL_WIDTH, window=WINDOW) as table:
-        for dtype in dtypes:
+        for dtype in precisions(command.device):
             wrong = {name: why_wrong(name, width, dtype, command.device) for name in LAYERS}
             for seqlen, name in product(lengths[:: command.sized(1, 2, 1)], LAYERS):
                 if not command.wants(name, short(dtype), seqlen):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import DTYPES, Case, of_updates, short
+from benchmarks.cases import Case, of_updates, precisions, short
 from benchmarks.command import Command, parse
 from benchmarks.lengths import Lengths, updates
 from benchmarks.report import Table
@@ -140,8 +140,7 @@ def cases(command: Command) -> list[Case]:
         every = of_updates([Lengths((3, 9, 5), (4, 2, 7))], [torch.float32], nheads=2)
     else:
         tokens = 25_000 if command.device.type == "cuda" else 1_000
-        dtypes = DTYPES if command.device.type == "cuda" else DTYPES[:1]
-        every = of_updates(updates(command.sized(1, 1, 3), tokens), dtypes)
+        every = of_updates(updates(command.sized(1, 1, 3), tokens), precisions(command.device))
     return [case for case in every if case.layout == "padded"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import shutil
 import subprocess
@@ -54,6 +55,8 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "driver": report["driver"],
         "cuda": report["torch_cuda"],
         "platform": report["platform"],
+        "cores": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 2),  # processes that ran or waited, in the last minute
         "versions": report["versions"],
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),

@@ -163,18 +163,17 @@ def _flex(p: Problem) -> Call:
     q, k, v = (x.transpose(0, 1)[None] if p.is_packed() else x for x in (p.q, p.k, p.v))
     block_mask = None
     if allowed := _mask_mod(p):
-        mask_heads = 1 if p.mask is None else p.mask.shape[1]
-        batch = 1 if p.is_packed() or p.mask is None else p.mask.shape[0]
-        block_mask = create_block_mask(allowed, batch, mask_heads, q.shape[-2], k.shape[-2], device=q.device)
+        batch = 1 if p.mask is None else p.mask.shape[0]
+        block_mask = create_block_mask(allowed, batch, 1, q.shape[-2], k.shape[-2], device=q.device)
     attend = partial(torch.compile(flex_attention, dynamic=False), q, k, v, _score_mod(p), block_mask)
     return (lambda: attend()[0].transpose(0, 1)) if p.is_packed() else attend
 
 
 def _score_mod(p: Problem) -> Callable[..., Tensor] | None:
-    bias = p.bias
-    if bias is None:
+    if p.bias is None:
         return None
-    return lambda score, b, h, i, j: score + bias[0, h, i, j]
+    bias = p.bias[0]
+    return lambda score, b, h, i, j: score + bias[h, i, j]
 
 
 def _mask_mod(p: Problem) -> Callable[..., Tensor] | None:
@@ -185,11 +184,12 @@ def _mask_mod(p: Problem) -> Callable[..., Tensor] | None:
         rules.append(lambda b, h, i, j: sentence_q[i] == sentence_k[j])
     if p.is_causal:  # of packed sentences both sides start at the same place
         rules.append(lambda b, h, i, j: i >= j)
-    mask = p.mask
-    if mask is not None and mask.shape[-2] == 1:
-        rules.append(lambda b, h, i, j: mask[b, 0, 0, j])
-    elif mask is not None:
-        rules.append(lambda b, h, i, j: mask[b, 0, i, j])
+    if p.mask is not None and p.mask.shape[-2] == 1:
+        of_keys = p.mask[:, 0, 0]
+        rules.append(lambda b, h, i, j: of_keys[b, j])
+    elif p.mask is not None:
+        of_pairs = p.mask[:, 0]
+        rules.append(lambda b, h, i, j: of_pairs[b, i, j])
     if not rules:
         return None
     first, *rest = rules

@@ -17,17 +17,19 @@ class Roofline(NamedTuple):
     """Measured rates of one device."""
 
     copy_gb_s: float
-    product_tflops: dict[torch.dtype, float]
+    product_tflops: dict[torch.dtype, float]  # without dtypes that the device cannot multiply
 
     def share(self, flops: float, moved_bytes: float, dtype: torch.dtype, milliseconds: float) -> float:
         """Of the speed that the slower one of the two rates allows, reached in that time."""
-        least_ms = max(moved_bytes / self.copy_gb_s * 1e-6, flops / self.product_tflops[dtype] * 1e-9)
-        return least_ms / milliseconds
+        copying_ms = moved_bytes / self.copy_gb_s * 1e-6
+        products_ms = flops / self.product_tflops[dtype] * 1e-9 if dtype in self.product_tflops else 0.0
+        return max(copying_ms, products_ms) / milliseconds
 
 
 def measure(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Roofline:
     """Of that device; products of these dtypes."""
-    return Roofline(copy_rate(device), {dtype: product_rate(device, dtype) for dtype in dtypes})
+    rates = {dtype: product_rate(device, dtype) for dtype in dtypes}
+    return Roofline(copy_rate(device), {dtype: rate for dtype, rate in rates.items() if rate is not None})
 
 
 def copy_rate(device: torch.device, repetitions: int = 20) -> float:
@@ -44,10 +46,13 @@ def copy_rate(device: torch.device, repetitions: int = 20) -> float:
     return 2e-6 * source.numel() / timing.p50_ms
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, repetitions: int = 10) -> float:
-    """TFLOP/s of the product of two square matrices; the median of the repetitions."""
+def product_rate(device: torch.device, dtype: torch.dtype, repetitions: int = 10) -> float | None:
+    """TFLOP/s of the product of two square matrices, by the median of the repetitions; None where torch has none."""
     size = GPU_MATRIX if device.type == "cuda" else CPU_MATRIX
     left, right = torch.randn(2, size, size, device=device).to(dtype).unbind()
-    time_once(lambda: left @ right, device, 2)  # warm up
+    try:
+        time_once(lambda: left @ right, device, 2)  # warm up
+    except RuntimeError:  # bfloat16 on a GPU older than that dtype
+        return None
     timing = time_once(lambda: left @ right, device, repetitions)
     return 2e-9 * size**3 / timing.p50_ms

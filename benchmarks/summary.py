@@ -87,6 +87,8 @@ def origin_of(origin: dict[str, Any]) -> str:
     changed = " with changes" if origin["dirty"] else ""
     parts = [f"torch {versions['torch']}", f"driver {origin['driver']}" if origin["driver"] else ""]
     parts += [f"commit {(origin['commit'] or 'unknown')[:10]}{changed}", origin["date"][:10]]
+    if origin["device"].startswith("CPU"):
+        parts.append(f"load {origin['load_before']} on {origin['cores']} cores before it began")
     if "copy_gb_s" in origin:
         parts.append(f"a copy moves {origin['copy_gb_s']} GB/s")
     if "product_tflops" in origin:
@@ -123,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = parser.parse_args(arguments).results
     folders = sorted(path for path in results.glob("*") if path.is_dir())
     page = results / "README.md"
-    page.write_text(HEAD + "".join(section(folder) for folder in folders))
+    page.write_text(HEAD + ("".join(section(folder) for folder in folders) or "\nNothing has been measured yet.\n"))
     for folder in folders:
         if (folder / "attention.csv").exists():
             print(f"\n{folder.name}")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import fastattn
+from benchmarks.cases import precisions, short
 from benchmarks.command import Command, parse
 from benchmarks.lengths import Lengths, updates
 from benchmarks.report import Table
@@ -50,6 +51,7 @@ FIRST_ID = 3
 # Decoder states pass through some forty matrix products; without a mask they are off by a good part of their norm.
 MAX_ROUNDINGS = 16
 MAX_LOSS_OFF = 0.01
+CHECKED_SENTENCES = 64
 
 Batch = tuple[Any, Any, Tensor]  # source and target as the model takes them, and the ids that the loss wants
 
@@ -115,6 +117,7 @@ def check(
         Wrong: they differ by more than rounding and, in the loss, label smoothing's two rules for the true id.
     """
     config = replace(config, dropout=0.0)
+    lengths = Lengths(*(side[:CHECKED_SENTENCES] for side in lengths))
     with torch.device(device), torch.no_grad():
         torch.manual_seed(0)
         exact = Transformer(config)
@@ -169,13 +172,6 @@ def measure(
     }
 
 
-def precisions(device: torch.device) -> list[torch.dtype]:
-    """float32, and the half precision that the device is good at."""
-    if device.type == "cpu":
-        return [torch.float32]
-    return [torch.float32, torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16]
-
-
 def models(command: Command) -> dict[str, TransformerConfig]:
     """The paper's, without the table of target languages, which torch's model does not have."""
     if command.size == "smoke":
@@ -198,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, config in models(command).items():
             for precision in precisions(device):
                 for rung in LADDER:
-                    described = {"model": name, "precision": str(precision).removeprefix("torch."), "rung": rung.name}
+                    described = {"model": name, "precision": short(precision), "rung": rung.name}
                     if command.wants(*described.values()):
                         table.add(**described, **numbers(name, rung, config, precision, chosen, command))
                         print_row(table.rows[-1])
