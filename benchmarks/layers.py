@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fastattn
 from benchmarks.cases import precisions, short
 from benchmarks.command import Command, parse
+from benchmarks.gate import MAX_ROUNDINGS, MAX_SUM_OFF, off_by
 from benchmarks.report import Table
 from benchmarks.timing import peak_memory_mib, time_for
 
@@ -29,7 +30,6 @@ COLUMNS = (
 )
 HEAD_DIM = 64
 KERNEL_WIDTH = 3  # k
-MAX_ROUNDINGS = 64  # as in gate.py, but through more products; a wrong window is off by a good part of the norm
 WINDOW = 128  # r: each position sees half of it on either side
 
 Layer = Callable[[Tensor], Tensor]  # (batch, seqlen, width) -> the same
@@ -70,8 +70,7 @@ def why_wrong(name: str, width: int, dtype: torch.dtype, device: torch.device) -
         expected = run(layer.double(), x.double())
     with torch.no_grad():
         actual = run(layer.to(dtype), x.to(dtype))
-    off = float((actual.double() - expected).norm() / expected.norm())
-    allowed = MAX_ROUNDINGS * torch.finfo(dtype).eps
+    off, allowed = off_by(actual, expected), MAX_ROUNDINGS * torch.finfo(dtype).eps + MAX_SUM_OFF
     return None if off <= allowed else f"wrong: off by {off:.1e} of the norm, allowed are {allowed:.1e}"
 
 

@@ -140,6 +140,13 @@ def test_a_training_step_without_a_mask_is_wrong(precision):
         steps.check(doubled, TINY, precision, lengths, CPU)
 
 
+def test_ids_are_the_same_whatever_the_default_device():
+    ids = module("transformer_step").padded_ids((3, 2), 50, CPU)
+    assert ids[0, 2] == ids[1, 1] == 1 and ids[1, 2] == 0 and ids[:, 0].min() >= 3
+    with torch.device("meta"):
+        assert torch.equal(module("transformer_step").padded_ids((3, 2), 50, CPU), ids)
+
+
 def test_a_module_without_a_mask_is_wrong(monkeypatch):
     bench, cases = module("multi_head_attention"), module("cases")
     update = module("lengths").Lengths((3, 9, 5), (4, 2, 7))
