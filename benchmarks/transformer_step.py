@@ -4,7 +4,7 @@
 
 The rungs of a ladder, each with one more part than the one before: torch.nn.Transformer; fastattn's model on torch's
 attention; with fused attention; without padding; with the loss in chunks. A step is forward, loss, backward and Adam on
-an update of at most 25,000 ids a side (1,000 on a CPU). Tokens are source and target ids without padding. Writes
+an update of at most 25,000 ids a side (500 on a CPU). Tokens are source and target ids without padding. Writes
 transformer_step.csv and .json, with the days that the paper's number of updates would take.
 """
 
@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     if command is None:
         return 1
     device = command.device
-    tokens = 300 if command.size == "smoke" else 1_000 if device.type == "cpu" else 25_000
+    tokens = 300 if command.size == "smoke" else 500 if device.type == "cpu" else 25_000
     chosen = updates(command.sized(1, 2, 6), tokens)
     print(f"{'model':<6}{'precision':<10}{'':<24}{'tokens/s':>10}{'ms/step':>10}{'MiB':>10}{'days':>8}")
     with Table(command, "transformer_step", COLUMNS, tokens_per_side=tokens) as table:
