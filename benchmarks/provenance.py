@@ -54,7 +54,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "driver": report["driver"],
         "cuda": report["torch_cuda"],
-        "platform": report["platform"],
+        "platform": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "load_before": round(os.getloadavg()[0], 2),  # processes that ran or waited, in the last minute
         "versions": report["versions"],
