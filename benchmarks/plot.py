@@ -60,7 +60,7 @@ def curves(ax: Axes, rows: Iterable[Row], by: str, names: list[str], x: str, y: 
 def bars(ax: Axes, labels: list[str], values: list[float], colours: list[object], unit: str) -> None:
     """Horizontal bars from the top down, each with its value."""
     drawn = ax.barh(range(len(values)), values, color=colours)
-    ax.bar_label(drawn, labels=[f"{value:,.4g}" for value in values], padding=3, fontsize=8)
+    ax.bar_label(drawn, labels=[f"{v:,.0f}" if v >= 1000 else f"{v:.4g}" for v in values], padding=3, fontsize=8)
     ax.set_yticks(range(len(labels)), labels)
     ax.invert_yaxis()
     ax.margins(x=0.18, y=0.02)
