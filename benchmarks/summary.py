@@ -18,11 +18,11 @@ from benchmarks.report import read
 HEAD = """# Results
 
 Written by `python -m benchmarks.summary` from the tables in these folders, which the benchmarks write. Each table has a
-JSON file beside it with device, driver, versions, commit and command. Times are medians unless the column says that they
-are minima.
+JSON file beside it with device, driver, versions, commit and command. Times are medians unless the column says that
+they are minima.
 """
-ON_A_CPU = """On a CPU fastattn attends with torch's kernels. These tables show the routes that exist without a GPU and what a
-call costs the host; they say nothing of the speed of fastattn's own kernels.
+ON_A_CPU = """On a CPU fastattn attends with torch's kernels. These tables show the routes that exist without a GPU, and
+what a call costs the host; they say nothing of the speed of fastattn's own kernels.
 """
 # What of each table is shown: its title and its columns.
 SHOWN = {
