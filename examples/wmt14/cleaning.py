@@ -70,17 +70,6 @@ def clean(cleaner: Cleaner, chunk: tuple[list[bytes], list[bytes]]) -> list[tupl
     return [cleaner(source, target) for source, target in zip(*chunk, strict=True)]
 
 
-def keep_all(cleaner: Cleaner, chunk: tuple[list[bytes], list[bytes]]) -> list[tuple[str, str]]:
-    """Every pair of a chunk normalised, whatever it is like: a validation or test set is scored as a whole.
-
-    Raises:
-        UnicodeDecodeError: text that is not UTF-8.
-    """
-    forms = cleaner.source, cleaner.target
-    sides = [[form.normalize(line.decode()) for line in lines] for form, lines in zip(forms, chunk, strict=True)]
-    return list(zip(*sides, strict=True))
-
-
 @dataclass
 class Dropped:
     """How many pairs were dropped for one reason, and the first of their line numbers, counted from 1."""
@@ -114,6 +103,24 @@ class CorpusReport:
         self.pairs += len(outcomes)
         self.kept += len(kept)
         return kept
+
+
+def keep_all(
+    forms: tuple[TextForm, TextForm], chunk: tuple[list[bytes], list[bytes]], report: CorpusReport
+) -> list[tuple[str, str]]:
+    """Every pair of a chunk normalised, whatever it is like: a validation or test set is scored as a whole.
+
+    Raises:
+        ValueError: text that is not UTF-8.
+    """
+    pairs = []
+    for line, pair in enumerate(zip(*chunk, strict=True), report.pairs + 1):
+        try:
+            source, target = (form.normalize(side.decode()) for form, side in zip(forms, pair, strict=True))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{report.name}: line {line} must be UTF-8 text ({error})") from None
+        pairs.append((source, target))
+    return report.add(pairs)
 
 
 class Duplicates:

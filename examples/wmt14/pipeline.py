@@ -19,6 +19,7 @@ from fastattn.data import TokenWriter
 
 from .cleaning import Cleaner, CorpusReport, Duplicates, clean, keep_all
 from .corpora import Corpus, Text, read_pairs
+from .subwords import TextForm
 
 CHUNK_SIZE = 4000  # pairs that a worker gets at a time; the results do not depend on it
 SIDES = ("source", "target")
@@ -101,9 +102,14 @@ def clean_corpora(
 
 
 def copy_corpora(
-    split: str, corpora: list[Corpus], paths: dict[Text, Path], folder: Path, cleaner: Cleaner
+    split: str, corpora: list[Corpus], paths: dict[Text, Path], folder: Path, forms: tuple[TextForm, TextForm]
 ) -> list[CorpusReport]:
-    """Write raw and normalised text of a split that is kept whole; the arguments of `clean_corpora`.
+    """Write raw and normalised text of a split that is kept whole.
+
+    Args:
+        split: its name.
+        corpora, paths, folder: as in `clean_corpora`.
+        forms: how each side is normalised.
 
     Raises:
         ValueError: text that is not UTF-8.
@@ -115,10 +121,7 @@ def copy_corpora(
         for corpus in corpora:
             report = CorpusReport(corpus.name)
             for chunk in read_pairs(corpus, paths[corpus.source], paths[corpus.target], CHUNK_SIZE):
-                try:
-                    pairs = report.add(keep_all(cleaner, chunk))
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{corpus.name}: must be UTF-8 text, as every {split} set ({error})") from None
+                pairs = keep_all(forms, chunk, report)
                 for raw, file, raw_lines, lines in zip(raw_files, files, chunk, zip(*pairs, strict=True), strict=True):
                     raw.writelines(line + b"\n" for line in raw_lines)
                     file.writelines(line + "\n" for line in lines)

@@ -48,13 +48,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="where downloaded files are or go (default downloads)",
     )  # fmt: skip
     parser.add_argument(
-        "--workers", type=positive_int, default=os.cpu_count(), help="processes (default one per processor)"
+        "--workers",
+        type=positive_int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="processes (default one per processor)",
     )
     files = parser.add_argument_group("your own files instead of downloads: text or .gz, a sentence per line")
     for split in LOCAL_SPLITS:
         for side in SIDES:
             files.add_argument(f"--{split}-{side}", type=Path, metavar="FILE")
-    text = parser.add_argument_group("changes to the preparation")
+    text = parser.add_argument_group("changes to what the preparation says")
     text.add_argument("--source-language", metavar="CODE", help="such as en")
     text.add_argument("--target-language", metavar="CODE", help="such as de")
     text.add_argument("--vocab-size", type=positive_int, metavar="N", help="ids of the shared vocabulary")
@@ -65,7 +69,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     text.add_argument("--max-ratio", type=float, metavar="X", help="drop training pairs with sides more unequal")
     text.add_argument("--drop-duplicates", action="store_true", help="drop training pairs that were there before")
     text.add_argument(
-        "--input-is-tokenised", action="store_true", help="the text is Moses-tokenised and escaped: undo that first"
+        "--train-is-tokenised", action="store_true", help="training files are Moses-tokenised and escaped: undo that"
     )
     text.add_argument(
         "--sample-pairs", type=positive_int, default=1_000_000, metavar="N",
@@ -102,18 +106,17 @@ def prepare(args: argparse.Namespace) -> None:
     if args.out.exists():
         return check_is_same(args.out, description)
     with appearing_when_complete(args.out) as folder, Workers(args.workers) as workers:
-        forms = [
-            TextForm(language, preparation.lowercase, preparation.moses, args.input_is_tokenised)
-            for language in (preparation.source_language, preparation.target_language)
-        ]
-        cleaner = Cleaner(*forms, preparation.max_words, preparation.max_ratio)
+        languages = preparation.source_language, preparation.target_language
+        forms = tuple(TextForm(language, preparation.lowercase, preparation.moses) for language in languages)
+        train_forms = (replace(form, is_tokenised=args.train_is_tokenised) for form in forms)
+        cleaner = Cleaner(*train_forms, preparation.max_words, preparation.max_ratio)
         reports = {}
         for split, corpora in preparation.corpora.items():
             if split == "train":
                 duplicates = Duplicates() if args.drop_duplicates else None
                 reports[split] = clean_corpora(corpora, paths, folder, cleaner, workers, duplicates)
             else:
-                reports[split] = copy_corpora(split, corpora, paths, folder, cleaner)
+                reports[split] = copy_corpora(split, corpora, paths, folder, forms)
             print_table(split, reports[split])
         learn_subwords(folder, preparation, kept(reports["train"]), args.sample_pairs)
         tokens = {
@@ -166,7 +169,7 @@ def files_of(preparation: Preparation, downloads: Path) -> dict[Text, Path]:
 def describe(args: argparse.Namespace, preparation: Preparation, paths: dict[Text, Path]) -> dict[str, Any]:
     """All that decides the content of the data folder."""
     settings = {name: value for name, value in vars(preparation).items() if name != "corpora"}
-    options = {name: getattr(args, name) for name in ("drop_duplicates", "input_is_tokenised", "sample_pairs")}
+    options = {name: getattr(args, name) for name in ("drop_duplicates", "train_is_tokenised", "sample_pairs")}
     ids = {"pad_id": PAD_ID, "eos_id": EOS_ID, "unk_id": UNK_ID}
     sums = {path: checksum(path) for path in sorted(set(paths.values()))}
     inputs = {
