@@ -91,9 +91,7 @@ def test_broken_connections_are_continued(server, tmp_path):
 
 def test_a_later_run_continues(server, tmp_path):
     server.breaks = [500_000] * download.ATTEMPTS
-    with pytest.raises(
-        OSError, match="failed 5 times, .* ended after 2,500,000 of 5,120,000 bytes"
-    ):
+    with pytest.raises(OSError, match="failed 5 times, .* ended after 2,500,000 of 5,120,000 bytes"):
         fetch(Download(server.url, SHA256), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["file.gz.part"]
     assert fetch(Download(server.url, SHA256), tmp_path).read_bytes() == CONTENT

@@ -88,7 +88,7 @@ def data(tmp_path_factory):
 
 def start(data, run, prelude="", *options):
     code = f"{PRELUDE}\n{prelude}\nsys.exit(train.main(sys.argv[1:]))"
-    arguments = ["--config", "smoke", "--data", data, "--run", run, "--resume", "auto", "--updates", UPDATES]
+    arguments = ["--config", "smoke", "--data", data, "--out", run, "--resume", "auto", "--updates", UPDATES]
     arguments += ["--keep-last", 2, "--log-every", 1, "--validate-every", 20, "--bleu-sentences", 2, *options]
     command = [sys.executable, "-c", code, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
