@@ -23,7 +23,7 @@ from examples.wmt14.subwords import Subwords
 from examples.wmt14.throughput import peak_flops, training_flops
 from examples.wmt14.trainer import Trainer
 from examples.wmt14.validation import Score, Validation
-from fastattn import Transformer, TransformerConfig
+from fastattn import Transformer, TransformerConfig, transformer
 from fastattn.data import ParallelTokens
 from fastattn.generation import greedy_search, translate
 from fastattn.losses import label_smoothed_cross_entropy
@@ -108,6 +108,19 @@ def test_description_of_the_run(finished, data):
     assert description["config"]["name"] == "smoke" and description["config"]["updates"] == 12
     assert description["config"]["transformer"]["d_model"] == 32
     assert description["data"] == str(data) and description["seed"] == 1 and description["packed"] is False
+
+
+def test_checkpointed_activations(data, tmp_path, monkeypatch):
+    layers = []
+
+    def run(layer, *inputs, use_reentrant):
+        layers.append(type(layer).__name__)
+        return layer(*inputs)
+
+    monkeypatch.setattr(transformer, "checkpoint", run)
+    options = ["--updates", 4, "--bleu-sentences", 0, "--checkpoint-activations"]
+    assert train.main(command(data, tmp_path, *options)) == 0
+    assert layers == ["EncoderLayer", "DecoderLayer"] * 4  # not for the validation after the last update
 
 
 # ---- when it stops
@@ -254,8 +267,8 @@ def test_recipes_of_the_paper():
     assert (base.updates, big.updates, base.averaged, big.averaged) == (100_000, 300_000, 5, 20)
     assert f"{base.learning_rate(4000):.2e} {big.learning_rate(4000):.2e}" == "6.99e-04 4.94e-04"
     assert CONFIGS["big_en_fr"].transformer.dropout == 0.1 and CONFIGS["big_en_fr"].target == "fr"
-    for row, transformer in TransformerConfig.table3().items():
-        assert CONFIGS[f"table3 {row}"].transformer == transformer
+    for row, model in TransformerConfig.table3().items():
+        assert CONFIGS[f"table3 {row}"].transformer == model
         assert CONFIGS[f"table3 {row}"].averaged == 1
     for config in CONFIGS.values():
         assert config.averaged <= config.keep_last

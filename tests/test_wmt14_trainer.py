@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import subprocess
@@ -118,6 +119,10 @@ def test_dropout_depends_on_seed_update_and_part_alone(folder):
     assert float(trainer._accumulate(1, pairs, 1)[0]) == losses[1]
     trainer.seed = 2
     assert float(trainer._accumulate(1, pairs, 1)[0]) != losses[1]
+    trainer.seed = 1
+    trainer.batches.share = lambda update, part, parts: update  # so that only the parts' numbers differ
+    alike, trainer.accumulation = float(trainer._accumulate(1, pairs, 1)[0]), 2
+    assert float(trainer._accumulate(1, pairs, 1)[0]) != pytest.approx(2 * alike, rel=1e-6)
 
 
 # ---- not finite
@@ -175,7 +180,23 @@ def test_low_precision_learns_like_float32(folder, precision):
     full = train(make_trainer(folder, config=config), updates=20)[0]
     assert full[-1].nll < full[0].nll - 0.5
     assert [s.nll for s in low] == pytest.approx([s.nll for s in full], rel=0.03)
+    assert [s.gradient_norm for s in low] == pytest.approx([s.gradient_norm for s in full], rel=0.1)
     assert all(step.is_applied for step in low)
+
+
+def test_a_trainer_goes_on_from_the_state_of_another(folder):
+    config = replace(SMOKE, precision="fp16")
+    first, second = make_trainer(folder, config=config), make_trainer(folder, config=config)
+    hook = first.model.embedding.weight.register_hook(lambda grad: grad.fill_(math.inf))
+    first.step(1, np.array([0]))
+    hook.remove()
+    train(first, updates=3)
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    steps = [trainer.step(4, np.arange(9)) for trainer in (first, second)]
+    assert steps[0] == steps[1] and steps[0].loss_scale == 2.0**15
+    for ours, theirs in zip(first.parameters, second.parameters, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 # ---- processes
