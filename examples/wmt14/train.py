@@ -5,8 +5,8 @@
 
 RUN holds config.json, log.jsonl, tensorboard/ and checkpoints/. SIGTERM and Ctrl-C finish the update under way, write a
 checkpoint and exit with 128 + the signal's number; the same command goes on from the newest checkpoint, and so it does
-after a crash: to the bit as if nothing had happened, on the same number of processes. Several machines need a file
-system they share.
+after a crash: as if nothing had happened, to the bit where the same processes do the same operations (tested on the
+CPU). Several machines need a file system they share. A loss or gradient that is not finite ends the run with code 4.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     except NonFiniteError as error:
         print(f"train: {error}", file=sys.stderr)
         return NON_FINITE
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train: {error}")
 
 
