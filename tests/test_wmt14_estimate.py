@@ -103,6 +103,9 @@ def test_more_gpus_take_less_and_hide_less():
 def test_ring_all_reduce_by_hand():
     run = estimate(BASE, "A100", 4, 2, "bf16")
     assert run.all_reduce == pytest.approx(2 * 3 / 4 * 4 * run.parameters / (0.8 * 12.5e9))
+    # Within a machine the backward pass hides all but the embedding's, which is the last to be complete.
+    run = estimate(BASE, "A100", 8, 1, "fp32", 37_000)
+    assert run.exposed == pytest.approx(2 * 7 / 8 * 4 * 37_000 * 512 / (0.8 * 300e9))
 
 
 def test_accumulation_where_memory_is_short():

@@ -61,6 +61,7 @@ def tokens_of(out: Path, split: str = "train") -> ParallelTokens:
 
 
 def test_bytes_depend_on_neither_workers_nor_chunks(files, tmp_path, monkeypatch):
+    spoil(files)
     prepare(tmp_path / "one", files)
     monkeypatch.setattr(pipeline, "CHUNK_SIZE", 7)
     prepare(tmp_path / "two", files, workers=2)
@@ -102,12 +103,17 @@ BAD = {
 }
 
 
-def test_bad_lines_are_counted_by_reason_and_line(files, out, capsys):
+def spoil(files: dict[str, Path]) -> None:
+    """Put the bad lines into the training files."""
     for column, side in ((1, "source"), (2, "target")):
         lines = files[f"--train-{side}"].read_bytes().split(b"\n")[:-1]
         for number, bad in BAD.items():
             lines[number - 1] = bad[column]
         write_lines(files[f"--train-{side}"], lines)
+
+
+def test_bad_lines_are_counted_by_reason_and_line(files, out, capsys):
+    spoil(files)
     prepare(out, files, "--max-ratio", "4")
     [corpus] = report_of(out)["splits"]["train"]["corpora"]
     expected: dict = {}
@@ -211,9 +217,12 @@ def test_the_folder_appears_only_when_complete(files, out, monkeypatch):
 def test_killed_and_run_again(files, tmp_path, out):
     big = write_text(tmp_path, train_pairs=40_000)
     arguments = [str(part) for option in big.items() for part in option]
-    command = [sys.executable, "-m", "examples.wmt14.prepare", "--preparation", "smoke", "--out", out, "--workers", "2"]
+    command = [sys.executable, "-m", "examples.wmt14.prepare", "--preparation", "smoke", "--out", out]
     process = subprocess.Popen(
-        [*command, *arguments], cwd=Path(__file__).parents[1], start_new_session=True, stdout=subprocess.DEVNULL
+        [*command, "--workers", "2", "--vocab-size", "150", *arguments],
+        cwd=Path(__file__).parents[1],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
     )
     part = out.with_name("out.partial")
     while not (part.exists() and any(part.glob("train.*"))) and process.poll() is None:
@@ -301,6 +310,12 @@ def test_subwords_are_the_same_bytes_and_ids_are_fixed():
     assert first == second
     processor = Subwords(first, TextForm("en"), TextForm("de")).processor
     assert [processor.id_to_piece(i) for i in range(3)] == ["<pad>", "</s>", "<unk>"]
+
+
+def test_subwords_keep_every_character():
+    text = ["ﬁne … ½ ™ „so“", *sentences(200, 3)["source"]]
+    subwords = Subwords(train_subwords(text, 120, 1.0), TextForm("en"), TextForm("de"))
+    assert subwords.decode(subwords.encode(text)) == text
 
 
 def test_subwords_need_a_prepared_folder(tmp_path):

@@ -52,5 +52,5 @@ def write_text(folder: Path, train_pairs: int = 300) -> dict[str, Path]:
 
 def prepare(out: Path, files: dict[str, Path], *options: str, preparation: str = "smoke", workers: int = 1) -> None:
     """The command in this process; ends with SystemExit where the command would fail."""
-    options = ("--preparation", preparation, "--out", str(out), "--workers", str(workers), *options)
-    main([*options, *(str(part) for option in files.items() for part in option)])
+    fixed = ["--preparation", preparation, "--out", str(out), "--workers", str(workers), "--vocab-size", "150"]
+    main([*fixed, *options, *(str(part) for option in files.items() for part in option)])

@@ -178,7 +178,7 @@ PREPARATIONS = {
         vocab_size=10_000, corpora=_multi30k(), lowercase=True, moses=True, character_coverage=1.0
     ),
     "small_en_de": Preparation(vocab_size=10_000, max_words=100, max_ratio=4.0),
-    "smoke": Preparation(vocab_size=150, character_coverage=1.0),
+    "smoke": Preparation(vocab_size=300, character_coverage=1.0),
 }
 
 
