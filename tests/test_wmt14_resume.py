@@ -91,7 +91,7 @@ def start(data, run, prelude="", *options):
     arguments = ["--config", "smoke", "--data", data, "--out", run, "--resume", "auto", "--updates", UPDATES]
     arguments += ["--keep-last", 2, "--log-every", 1, "--validate-every", 20, "--bleu-sentences", 2, *options]
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, encoding="utf-8")
 
 

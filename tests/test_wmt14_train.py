@@ -191,7 +191,7 @@ def test_two_processes_train_as_one_with_two_steps(data, tmp_path):
     options = ["--updates", 8, "--save-every", 4, "--validate-every", 4, "--bleu-sentences", 5]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     both = [*launcher, "-m", "examples.wmt14.train", *command(data, tmp_path / "two", *options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(both, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stderr

@@ -223,7 +223,7 @@ def two_processes(folder, tmp_path_factory):
     script.write_text(PROCESS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += map(str, (script, folder, results))
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "examples")))
+    path = os.pathsep.join([*map(str, (ROOT, ROOT / "tests", ROOT / "examples")), *sys.path])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

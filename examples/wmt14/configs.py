@@ -148,7 +148,7 @@ def _small_configs() -> list[Config]:
     smoke = Config(
         "smoke",
         "smoke",
-        _small_transformer(vocab_size=150, d_model=32, d_ff=64, num_encoder_layers=1, num_decoder_layers=1),
+        _small_transformer(vocab_size=300, d_model=32, d_ff=64, num_encoder_layers=1, num_decoder_layers=1),
         schedule="linear",
         peak=5e-3,
         warmup=4,
