@@ -109,7 +109,7 @@ def _small_configs() -> list[Config]:
         peak=2.5e-3,
         warmup=300,
         tokens_per_update=2_500,
-        updates=3_000,
+        updates=2_500,
         precision="bf16",
         save_every=200,
         validate_every=400,

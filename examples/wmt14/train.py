@@ -35,7 +35,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="train", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--config", required=True, metavar="NAME", help=f"one of: {', '.join(CONFIGS)}")
+    rows = [name for name in CONFIGS if not name.startswith("table3 ")]
+    table3 = [name.removeprefix("table3 ") for name in CONFIGS if name.startswith("table3 ")]
+    names = f"one of: {', '.join(rows)}; or 'table3 ROW', ROW one of: {', '.join(table3)}"
+    add("--config", required=True, metavar="NAME", help=names)
     add("--data", type=Path, metavar="FOLDER", help="what prepare wrote; needed but for --dry-run")
     add("--out", type=Path, metavar="RUN", help="where checkpoints and logs go; needed but for --dry-run")
     add("--resume", choices=["auto"], help="go on from RUN's newest checkpoint, or start if there is none")
