@@ -22,9 +22,9 @@ LAYERS = (
     ("autograd", "info"),
     ("functional",),
     ("modules",),
-    ("layout", "integrations"),
+    ("layout",),
     ("transformer",),
-    ("cache",),
+    ("cache", "averaging", "integrations"),
     ("generation",),
     ("__init__",),
 )
@@ -34,7 +34,10 @@ LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in 
 STANDARD_LIBRARY_ONLY = {"nvrtc", "kernel_sources", "images"}
 
 # What the others may import besides the standard library, torch and fastattn.
-EXTERNAL = {"triton_kernels": {"triton"}, "integrations": {"flash_attn", "transformers"}}
+EXTERNAL = {
+    "triton_kernels": {"triton"},
+    "integrations": {"flash_attn", "transformers", "safetensors", "sentencepiece"},
+}
 
 
 def imports_of(file: Path, package_root: Path) -> set[str]:
