@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("nvrtc",),
     ("kernel_sources",),
-    ("params", "philox", "config", "losses", "schedule", "images", "_launcher"),
+    ("params", "philox", "config", "losses", "schedule", "images", "batches", "_launcher"),
     ("reference", "cuda", "triton_kernels"),
     ("backends", "checks", "machine"),
     ("autograd", "info"),
     ("functional",),
     ("modules",),
     ("layout",),
-    ("transformer",),
+    ("transformer", "data"),
     ("cache", "averaging", "integrations"),
     ("generation",),
     ("__init__",),
@@ -37,6 +37,8 @@ STANDARD_LIBRARY_ONLY = {"nvrtc", "kernel_sources", "images"}
 EXTERNAL = {
     "triton_kernels": {"triton"},
     "integrations": {"flash_attn", "transformers", "safetensors", "sentencepiece"},
+    "batches": {"numpy"},
+    "data": {"numpy"},
 }
 
 
