@@ -1,5 +1,6 @@
 """Averaging checkpoints, and what a checkpoint may not do to its reader."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,8 @@ def run(tmp_path):
     """A run of four checkpoints."""
     for update in (100, 200, 300, 400):
         write_checkpoint(tmp_path / "run", update)
+    description = {"config": {"averaged": 5}, "data": "data"}
+    (tmp_path / "run/config.json").write_text(json.dumps(description))
     return tmp_path / "run"
 
 
@@ -59,7 +62,7 @@ def test_sums_are_taken_in_float64(tmp_path):
     assert (mean.embedding.weight == 2.0**-26).all()
 
 
-def test_five_by_default_and_a_list(run):
+def test_as_many_as_the_recipe_says_and_a_list(run):
     write_checkpoint(run, 500)
     write_checkpoint(run, 50)
     names = [path.name for path in average.select_checkpoints([run])]

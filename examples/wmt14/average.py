@@ -1,6 +1,6 @@
 """Averages the weights of several checkpoints of a run: the paper's last step before translating (section 6.1).
 
-python -m examples.wmt14.average runs/base_en_de --last 5 --output runs/base_en_de/averaged.pt
+python -m examples.wmt14.average runs/base_en_de --output runs/base_en_de/averaged.pt
 python -m examples.wmt14.average run/checkpoints/update-00090000 run/checkpoints/update-00100000 --output mean.pt
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from fastattn.averaging import average_models
 
 from .checkpoints import checkpoint_folders, update_of
-from .models import errors_as_messages
+from .models import errors_as_messages, run_description
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -23,7 +23,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         epilog="The paper averages the last 5 checkpoints of a base model, the last 20 of a big one, 10 minutes apart.",
     )  # fmt: skip
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN | CHECKPOINT", help="one run, or its checkpoints")
-    parser.add_argument("--last", type=int, metavar="N", help="average the run's last N checkpoints (default 5)")
+    parser.add_argument("--last", type=int, metavar="N", help="of a run: its N newest (default: as its recipe)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the averaged model, written whole")
     return parser.parse_args(arguments)
 
@@ -41,14 +41,15 @@ def select_checkpoints(paths: Sequence[Path], last: int | None = None) -> list[P
 
     Args:
         paths: one run folder, or checkpoint folders.
-        last: how many of a run's, the newest; None for 5.
+        last: how many of a run's, the newest; None for as many as its recipe averages.
 
     Raises:
         FileNotFoundError: a folder is no checkpoint, or its model is missing.
         ValueError: fewer checkpoints than asked for, two of the same update, or `last` for a list.
     """
     if len(paths) == 1 and (paths[0] / "checkpoints").is_dir():
-        last = 5 if last is None else last
+        if last is None:
+            last = run_description(paths[0])["config"]["averaged"]
         if last < 1:
             raise ValueError(f"--last: must be at least 1, got {last}")
         found = checkpoint_folders(paths[0])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fastattn import Transformer
 from fastattn.integrations.safetensors import load_safetensors
@@ -34,6 +36,16 @@ def load_model(path: Path, device: str) -> Transformer:
     found = model_file(path)
     model = load_safetensors(found, device) if found.is_dir() else Transformer.load(found, device)
     return model.eval()
+
+
+def run_description(path: Path) -> dict[str, Any]:
+    """What `config.json` says of the run that a model, checkpoint or average lies in; empty if there is none."""
+    for folder in [path.resolve(), *path.resolve().parents]:
+        if (folder / "config.json").is_file():
+            description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if "config" in description and "data" in description:
+                return description
+    return {}
 
 
 @contextmanager
