@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pickle import UnpicklingError
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import TransformerConfig
 from .layout import Layout, PackedTokens, layout_of
@@ -159,6 +160,9 @@ class Transformer(nn.Module):
     `target` are both int64 ids `(batch, length)` padded on the right, or both `PackedTokens`; results are then
     `(batch, target length, ...)` or `(total target tokens, ...)`.
 
+    Setting `checkpoint_activations` keeps only the inputs of the layers for the gradient and computes the rest again:
+    about a quarter more time for a fraction of the memory, and the same gradients.
+
     Args:
         config: sizes and constants.
 
@@ -172,6 +176,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, padding_idx=config.pad_id)
         rows = config.num_target_spaces
         self.target_spaces = nn.Embedding(rows, config.d_model) if rows else None
@@ -224,7 +229,7 @@ class Transformer(nn.Module):
         """
         x = self.dropout(self._embed(tokens, positions, max_seqlen))
         for layer, context in zip(self.decoder, contexts, strict=True):
-            x = layer(x, context)
+            x = self._run(layer, x, context)
         return self.decoder_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -269,8 +274,13 @@ class Transformer(nn.Module):
             x = x + self.target_spaces.weight[target_space]
         x = self.dropout(x)
         for layer in self.encoder:
-            x = layer(x, source)
+            x = self._run(layer, x, source)
         return self.encoder_norm(x)
+
+    def _run(self, layer: nn.Module, x: Tensor, context: Any) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(layer, x, context, use_reentrant=False)
+        return layer(x, context)
 
     def _layout(self, name: str, ids: Tensor | PackedTokens) -> Layout:
         return layout_of(name, ids, self.config.vocab_size, self.config.pad_id)

@@ -1,0 +1,55 @@
+"""How much arithmetic an update is, and how much of it the device can do."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastattn import TransformerConfig
+
+# TFLOP/s of dense matrix products with fp32, fp16 and bf16 operands, from NVIDIA's data sheets; bf16 without tensor
+# cores for it is computed in fp32. The first name found in that of the device counts.
+_PEAKS = {
+    "P100-PCIE": (9.3, 18.7, 9.3),
+    "P100": (10.6, 21.2, 10.6),
+    "V100": (15.7, 125.0, 15.7),
+    "T4": (8.1, 65.0, 8.1),
+    "A100": (19.5, 312.0, 312.0),
+    "H100": (66.9, 989.4, 989.4),
+    "H200": (66.9, 989.4, 989.4),
+}
+
+
+def training_flops(config: TransformerConfig, source_lengths: NDArray, target_lengths: NDArray) -> float:
+    """Floating-point operations of forward and backward for some pairs, a multiply-add counted as two.
+
+    Matrix products only, padding and recomputation not counted; the backward is twice the forward.
+
+    Args:
+        config: of the model.
+        source_lengths, target_lengths: `(pairs,)` ids of each sentence.
+    """
+    d, heads = config.d_model, config.num_heads
+    head_dim, v_head_dim = config.head_dim or d // heads, config.v_head_dim or d // heads
+    query_and_out, key_and_value = d * heads * (head_dim + v_head_dim), d * heads * (head_dim + v_head_dim)
+    feed_forward = 2 * d * config.d_ff
+    per_score = heads * (head_dim + v_head_dim)
+    s, t = source_lengths.astype(np.float64), target_lengths.astype(np.float64)
+    encoder = s.sum() * (query_and_out + key_and_value + feed_forward) + (s * s).sum() * per_score
+    decoder = t.sum() * (2 * query_and_out + key_and_value + feed_forward) + s.sum() * key_and_value
+    decoder += ((t * (t + 1) / 2).sum() + (s * t).sum()) * per_score
+    output = t.sum() * d * config.vocab_size
+    forward = config.num_encoder_layers * encoder + config.num_decoder_layers * decoder + output
+    return float(3 * 2 * forward)
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s the device's data sheet promises for "fp32", "fp16" or "bf16" operands; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for known, peaks in _PEAKS.items():
+        if known in name:
+            return peaks[("fp32", "fp16", "bf16").index(precision)] * 1e12
+    return None
