@@ -180,3 +180,19 @@ def test_safetensors_of_another_model(tmp_path):
     save_marian(Transformer(SHARED), tmp_path)
     with pytest.raises(ValueError, match="model_type must be 'fastattn.Transformer', got 'marian'"):
         load_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize(("save", "load"), [(save_safetensors, load_safetensors), (save_marian, load_marian)])
+def test_files_that_do_not_fit_together(tmp_path, save, load):
+    from safetensors.torch import load_file, save_file
+
+    save(Transformer(SHARED), tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    for changed in (dict(list(tensors.items())[:-1]), {name: value[:3].clone() for name, value in tensors.items()}):
+        save_file(changed, path)
+        with pytest.raises(ValueError, match="config.json does not describe model.safetensors"):
+            load(tmp_path)
+    path.write_bytes(b"\x80\x04cos\nmkdir\n(S'executed'\ntR.")
+    with pytest.raises(ValueError, match="model.safetensors: is not a safetensors file"):
+        load(tmp_path)

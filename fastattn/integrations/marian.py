@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..config import TransformerConfig
 from ..transformer import Transformer
+from .safetensors import filled, read_tensors
 
 _MARIAN_EPS = 1e-5
 
@@ -75,24 +76,21 @@ def load_marian(folder: str | PathLike) -> Transformer:
 
     Raises:
         NotImplementedError: an architecture that `Transformer` does not have; the message says which part.
+        ValueError: parameters that are not those of `config.json`.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     marian = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tensors = load_file(folder / "model.safetensors")
+    tensors = read_tensors(folder / "model.safetensors")
     is_shared = marian.get("share_encoder_decoder_embeddings", True)
     _check_marian(marian, tensors)
     model = Transformer(_config_of(marian, num_target_spaces=0 if is_shared else 1))
-    order = _sines_first(model.config.d_model).argsort()
-    state = {}
-    for ours, theirs, axes in _names(model):
-        tensor = torch.cat([tensors[name] for name in theirs])
-        state[ours] = _reorder(tensor, axes, order)
-    source = None if is_shared else tensors["model.encoder.embed_tokens.weight"]
-    state |= _embeddings_of(tensors, source, order, model.config)
-    model.load_state_dict(state)
-    return model
+    try:
+        state = _state_of(model, tensors, is_shared)
+    except NotImplementedError:
+        raise
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{folder}: config.json does not describe model.safetensors ({error})") from error
+    return filled(model, state, folder)
 
 
 # ---- parameters
@@ -153,19 +151,21 @@ def _marian_tensors(model: Transformer, target_space: int) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _embeddings_of(
-    tensors: dict[str, Tensor], source: Tensor | None, order: Tensor, config: TransformerConfig
-) -> dict[str, Tensor]:
-    """Our embeddings, the source's less the target's being the vector of the target language."""
-    name = "model.shared.weight" if source is None else "model.decoder.embed_tokens.weight"
-    shared = tensors[name]
-    state = {"embedding.weight": shared[:, order]}
-    if source is not None:
-        space = (source - shared).double().mean(0)
-        if not torch.allclose(source.double(), shared + space, rtol=0, atol=1e-5 * float(source.abs().max())):
-            raise NotImplementedError("Marian: source and target embeddings differ by more than one vector for all ids")
-        state["target_spaces.weight"] = (space * config.d_model**0.5).to(shared.dtype)[None, order]
-    return state
+def _state_of(model: Transformer, tensors: dict[str, Tensor], is_shared: bool) -> dict[str, Tensor]:
+    """Our state. A source embedding of its own, less the target's, is the vector of the target language."""
+    order = _sines_first(model.config.d_model).argsort()
+    state = {
+        ours: _reorder(torch.cat([tensors[name] for name in theirs]), axes, order)
+        for ours, theirs, axes in _names(model)
+    }
+    if is_shared:
+        return {**state, "embedding.weight": tensors["model.shared.weight"][:, order]}
+    source, target = (tensors[f"model.{stack}.embed_tokens.weight"][:, order] for stack in ("encoder", "decoder"))
+    space = (source - target).double().mean(0, keepdim=True)
+    if not torch.allclose(source.double(), target + space, rtol=0, atol=1e-5 * float(source.abs().max())):
+        raise NotImplementedError("Marian: source and target embeddings differ by more than one vector for all ids")
+    state["target_spaces.weight"] = (space * model.config.d_model**0.5).to(target.dtype)
+    return {**state, "embedding.weight": target}
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -225,7 +225,7 @@ def _generation_config(config: TransformerConfig) -> dict[str, Any]:
     return {
         "num_beams": 4,
         "length_penalty": 0.6,
-        "max_length": 512,
+        "max_length": min(512, config.max_len),
         "pad_token_id": config.pad_id,
         "eos_token_id": config.eos_id,
         "forced_eos_token_id": config.eos_id,

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from os import PathLike
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from ..config import TransformerConfig
 from ..transformer import Transformer
@@ -27,21 +27,44 @@ def save_safetensors(model: Transformer, folder: str | PathLike) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_safetensors(folder: str | PathLike, device: torch.device | str = "cpu") -> Transformer:
-    """The model that `save_safetensors` wrote, in training mode.
+def load_safetensors(folder: str | PathLike) -> Transformer:
+    """The model that `save_safetensors` wrote, on the CPU, in training mode.
 
     Raises:
-        ValueError: `config.json` is that of another kind of model.
+        ValueError: `config.json` is that of another kind of model, or the parameters are not those it describes.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != MODEL_TYPE:
-        raise ValueError(
-            f"{folder / 'config.json'}: model_type must be {MODEL_TYPE!r}, got {config.get('model_type')!r}"
-        )
+    kind = config.get("model_type")
+    if kind != MODEL_TYPE:
+        raise ValueError(f"{folder / 'config.json'}: model_type must be {MODEL_TYPE!r}, got {kind!r}")
     values = {field.name: config[field.name] for field in fields(TransformerConfig) if field.name in config}
-    model = Transformer(TransformerConfig(**values)).to(device)
-    model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
+    return filled(Transformer(TransformerConfig(**values)), read_tensors(folder / "model.safetensors"), folder)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        ValueError: it is no safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is not a safetensors file ({error})") from error
+
+
+def filled(model: Transformer, state: dict[str, Tensor], folder: Path) -> Transformer:
+    """The model with these parameters.
+
+    Raises:
+        ValueError: they are not those of its configuration.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: config.json does not describe model.safetensors ({error})") from error
     return model
