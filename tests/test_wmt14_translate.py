@@ -104,10 +104,9 @@ def test_n_best_and_scores(run, tmp_path, options):
         found = expected_of(run, line, max_extra_tokens=5, num_hypotheses=count) if line else [(None, "")]
         for hypothesis, said in found:
             prefix = [str(number)] if count > 1 else []
-            expected.append([*prefix, f"{hypothesis.score if hypothesis else 0.0:.3f}", said])
+            expected.append([*prefix, hypothesis.score if hypothesis else 0.0, said])
     rows = [line.split("\t") for line in output.read_text().splitlines()]
-    for row in rows:
-        row[-2] = f"{float(row[-2]):.3f}"
+    assert [float(row.pop(-2)) for row in rows] == pytest.approx([row.pop(-2) for row in expected], abs=1e-3)
     assert rows == expected
 
 
