@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -46,7 +47,7 @@ def _draw_png(path: Path, weights: Tensor, source: Sequence[str], target: Sequen
     from matplotlib import pyplot
 
     heads = weights.shape[0]
-    columns = min(heads, 4)
+    columns = math.ceil(heads**0.5)
     rows = -(-heads // columns)
     width, height = 0.26 * len(source) + 1.2, 0.26 * len(target) + 1.4
     figure, axes = pyplot.subplots(

@@ -99,7 +99,7 @@ class Translator:
         """How much was translated, how fast."""
         seconds = max(self.seconds, 1e-9)
         return (
-            f"{self.sentences} sentences, {self.tokens} tokens in {self.seconds:.1f} s: "
+            f"sentences: {self.sentences}, tokens: {self.tokens}, seconds: {self.seconds:.1f}; "
             f"{self.sentences / seconds:.1f} sentences/s, {self.tokens / seconds:.0f} tokens/s"
         )
 
