@@ -147,6 +147,5 @@ class Subwords:
             restore: undo Moses tokenisation, if the data folder has it; False leaves the tokens apart, as scores on
                 tokenised text want them.
         """
-        kept = [[int(id) for id in sentence if id not in (PAD_ID, EOS_ID)] for sentence in ids]
-        texts = [text.strip() for text in self.processor.decode(kept)] if kept else []
+        texts = [self.processor.decode([int(id) for id in sentence]).strip() for sentence in ids]
         return [self.forms[side].restore(text) for text in texts] if restore else texts

@@ -10,7 +10,7 @@ from fastattn import TransformerConfig
 
 # TFLOP/s of dense matrix products with fp32, fp16 and bf16 operands, from NVIDIA's data sheets; bf16 without tensor
 # cores for it is computed in fp32. The first name found in that of the device counts.
-_PEAKS = {
+PEAKS = {
     "P100-PCIE": (9.3, 18.7, 9.3),
     "P100": (10.6, 21.2, 10.6),
     "V100": (15.7, 125.0, 15.7),
@@ -49,7 +49,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    for known, peaks in _PEAKS.items():
+    for known, peaks in PEAKS.items():
         if known in name:
             return peaks[("fp32", "fp16", "bf16").index(precision)] * 1e12
     return None
