@@ -157,7 +157,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     add("model", type=Path, help="a run (its newest checkpoint), a checkpoint, an average, or an exported folder")
     add("--data", type=Path, metavar="FOLDER", help="written by prepare: the vocabulary (default: that of the run)")
-    add("--split", choices=["valid", "test"], help="translate this part of the data")
+    add("--split", choices=["valid", "test", "test_filtered"], help="translate this part of the data")
     add("--input", type=Path, metavar="FILE", help="translate these lines (default: standard input)")
     add("--output", type=Path, metavar="FILE", help="written whole (default: standard output)")
     add("--beam", type=int, metavar="N", help="hypotheses alive at each step (default: the recipe's, 4)")
