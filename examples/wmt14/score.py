@@ -179,7 +179,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     data_help = "from prepare: its references, language and case"
     reference.add_argument("--data", type=Path, metavar="FOLDER", help=data_help)
     reference.add_argument("--references", type=Path, metavar="FILE", help="untouched reference lines")
-    parser.add_argument("--split", default="test", choices=["valid", "test", "test_filtered"], help="of --data (default test)")
+    splits = ["valid", "test", "test_filtered"]
+    parser.add_argument("--split", default="test", choices=splits, help="of --data (default test)")
     parser.add_argument("--language", metavar="CODE", help="of the translations: de, fr ... (with --references)")
     parser.add_argument(
         "--metrics", metavar="A,B", help=f"of {', '.join(METRICS)} (default: all, paper into German only)"
