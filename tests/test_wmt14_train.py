@@ -28,7 +28,7 @@ from examples.wmt14.validation import Score, Validation
 from fastattn import Transformer, TransformerConfig, transformer
 from fastattn.batches import TokenBatches
 from fastattn.data import ParallelTokens
-from fastattn.generation import greedy_search, translate
+from fastattn.generation import Hypothesis, greedy_search, translate
 from fastattn.losses import label_smoothed_cross_entropy
 from small_corpus import prepare_small_corpus
 
@@ -230,6 +230,10 @@ def test_processes_share_a_validation(finished, data, monkeypatch, work):
     model.eval()
     validation = Validation(trainer, data, bleu_sentences=7, beam_size=1)
     validation.batches = [np.arange(start, start + 4) for start in range(0, 20, 4)]
+    monkeypatch.setattr(
+        "examples.wmt14.validation.translate",
+        lambda model, sources, beam_size: [[Hypothesis(ids, 0.0)] for ids in sources],
+    )
     monkeypatch.setattr(validation.metric, "corpus_score", lambda texts, _: SimpleNamespace(score=texts))
     with torch.no_grad():
         expected = getattr(validation, work)()
