@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,14 +19,16 @@ from sacrebleu.metrics import BLEU
 from examples.wmt14 import train
 from examples.wmt14.checkpoints import Checkpoints, checkpoint_folders, random_state, set_random_state
 from examples.wmt14.configs import CONFIGS
+from examples.wmt14.distributed import World
 from examples.wmt14.progress import read_log
 from examples.wmt14.subwords import Subwords
 from examples.wmt14.throughput import peak_flops, training_flops
 from examples.wmt14.trainer import Trainer
 from examples.wmt14.validation import Score, Validation
 from fastattn import Transformer, TransformerConfig, transformer
+from fastattn.batches import TokenBatches
 from fastattn.data import ParallelTokens
-from fastattn.generation import greedy_search, translate
+from fastattn.generation import Hypothesis, greedy_search, translate
 from fastattn.losses import label_smoothed_cross_entropy
 from small_corpus import prepare_small_corpus
 
@@ -202,6 +205,45 @@ def test_two_processes_train_as_one_with_two_steps(data, tmp_path):
         assert [r["nll"] for r in two] == pytest.approx([r["nll"] for r in one], rel=1e-4)
     assert events(tmp_path / "two", "validation")[-1]["bleu"] == events(tmp_path / "one", "validation")[-1]["bleu"]
     assert [folder.name for folder in checkpoint_folders(tmp_path / "two")] == ["update-00000004", "update-00000008"]
+
+
+class OneAfterTheOther(World):
+    """A process that knows what those before it said."""
+
+    said: list = []
+
+    def sum_(self, values):
+        self.said.append(values)
+        return torch.stack(self.said).sum(0)
+
+    def gather(self, value):
+        self.said.insert(0, value)
+        return self.said
+
+
+@pytest.mark.parametrize("work", ["_nll", "_bleu"])
+def test_processes_share_a_validation(finished, data, monkeypatch, work):
+    pairs = ParallelTokens.open(data, "train")
+    batches = TokenBatches(pairs.source_lengths, pairs.target_lengths)
+    model = Transformer.load(checkpoint_folders(finished)[-1] / "model.pt")
+    trainer = Trainer(CONFIGS["smoke"], model, pairs, batches, World(0, 1, torch.device("cpu")))
+    model.eval()
+    validation = Validation(trainer, data, bleu_sentences=7, beam_size=1)
+    validation.batches = [np.arange(start, start + 4) for start in range(0, 20, 4)]
+    monkeypatch.setattr(
+        "examples.wmt14.validation.translate",
+        lambda model, sources, beam_size: [[Hypothesis(ids, 0.0)] for ids in sources],
+    )
+    monkeypatch.setattr(validation.metric, "corpus_score", lambda texts, _: SimpleNamespace(score=texts))
+    with torch.no_grad():
+        expected = getattr(validation, work)()
+        monkeypatch.setattr(OneAfterTheOther, "said", [])
+        for rank in range(3):
+            trainer.world = OneAfterTheOther(rank, 3, torch.device("cpu"))
+            result = getattr(validation, work)()
+    assert result == (pytest.approx(expected) if work == "_nll" else expected)
+    shares = [float(said[1]) if work == "_nll" else len(said) for said in OneAfterTheOther.said]
+    assert all(share < sum(shares) / 2 for share in shares)
 
 
 # ---- parts

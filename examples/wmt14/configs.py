@@ -113,7 +113,6 @@ def _small_configs() -> list[Config]:
         precision="bf16",
         save_every=200,
         validate_every=400,
-        averaged=1,
     )
     tiny = Config(
         "multi30k_tiny",

@@ -18,7 +18,7 @@ from fastattn import Transformer
 from fastattn.batches import TokenBatches
 from fastattn.data import ParallelTokens
 
-from .checkpoints import Checkpoints, checkpoint_folders, random_state, set_random_state
+from .checkpoints import Checkpoints, checkpoint_folders, random_state, seed_random, set_random_state
 from .configs import Config
 from .distributed import World
 from .progress import Clock, Progress
@@ -177,7 +177,7 @@ class Run:
         if checkpoint:
             model = Transformer.load(checkpoint / "model.pt", self.world.device)
         else:
-            torch.manual_seed(self.args.seed)
+            seed_random(self.args.seed)
             model = Transformer(self.config.model(Subwords.load(self.args.data).vocab_size)).to(self.world.device)
         model.checkpoint_activations = self.args.checkpoint_activations
         return model

@@ -8,6 +8,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 python -m examples.wmt14.prepare --preparation multi30k_fast --out "$DATA"
 python -m examples.wmt14.train --config multi30k_fast --data "$DATA" --out "$RUN" --resume auto "$@"
-python -m examples.wmt14.average "$RUN" --last 1 --output "$RUN/averaged.pt"
+python -m examples.wmt14.average "$RUN" --last 5 --output "$RUN/averaged.pt"
 python -m examples.wmt14.translate "$RUN/averaged.pt" --data "$DATA" --split test --output "$RUN/test.txt"
 python -m examples.wmt14.score "$RUN/test.txt" --data "$DATA" --split test
