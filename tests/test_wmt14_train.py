@@ -106,6 +106,23 @@ def test_validation_scores_the_model_of_the_checkpoint(finished, data):
     assert logged["bleu"] == pytest.approx(BLEU().corpus_score(translations, [references]).score)
 
 
+def test_validation_searches_by_the_rules_of_the_recipe(finished, data, monkeypatch):
+    pairs = ParallelTokens.open(data, "train")
+    recipe = replace(CONFIGS["smoke"], alpha=0.9, length_penalty="length")
+    model = Transformer.load(checkpoint_folders(finished)[-1] / "model.pt")
+    batches = TokenBatches(pairs.source_lengths, pairs.target_lengths)
+    trainer = Trainer(recipe, model, pairs, batches, World(0, 1, torch.device("cpu")))
+    searches = []
+
+    def record(model, sources, **search):
+        searches.append(search)
+        return translate(model, sources, **search)
+
+    monkeypatch.setattr("examples.wmt14.validation.translate", record)
+    Validation(trainer, data, bleu_sentences=2, beam_size=3).run()
+    assert searches == [{"beam_size": 3, "alpha": 0.9, "penalty": "length"}]
+
+
 def test_description_of_the_run(finished, data):
     description = json.loads((finished / "config.json").read_text(encoding="utf-8"))
     assert description["config"]["name"] == "smoke" and description["config"]["updates"] == 12
@@ -232,7 +249,7 @@ def test_processes_share_a_validation(finished, data, monkeypatch, work):
     validation.batches = [np.arange(start, start + 4) for start in range(0, 20, 4)]
     monkeypatch.setattr(
         "examples.wmt14.validation.translate",
-        lambda model, sources, beam_size: [[Hypothesis(ids, 0.0)] for ids in sources],
+        lambda model, sources, **search: [[Hypothesis(ids, 0.0)] for ids in sources],
     )
     monkeypatch.setattr(validation.metric, "corpus_score", lambda texts, _: SimpleNamespace(score=texts))
     with torch.no_grad():
