@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import shutil
 import sys
@@ -17,10 +16,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from cases import Case
-from contract import call, call_reference, condition, run
 from fastattn import triton_kernels
-from tolerance import assert_close_to_oracle
-from triton_attention import DEVICE, on_triton
+from triton_attention import DEVICE, check_once, on_triton
 
 pytestmark = [pytest.mark.triton] if DEVICE == "cpu" else [pytest.mark.triton, pytest.mark.gpu]
 KERNELS = Path(triton_kernels.__file__).parent
@@ -120,19 +117,6 @@ def sabotaged(mutant: Mutant, folder: Path) -> Iterator[str]:
     finally:
         for module in [m for m in sys.modules if m == spec.name or m.startswith(f"{spec.name}.")]:
             del sys.modules[module]
-
-
-@functools.cache
-def expected(case: Case) -> tuple:
-    """What the oracle says, what plain torch says, and how much rounding the case allows."""
-    oracle = run(call_reference, case, torch.float64, DEVICE)
-    return oracle, run(call_reference, case, case.dtype, DEVICE), condition(case)
-
-
-def check_once(case: Case) -> None:
-    oracle, eager, rounding = expected(case)
-    for name, x in run(call, case, case.dtype, DEVICE).items():
-        assert_close_to_oracle(name, x, oracle[name], eager[name], rounding)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
