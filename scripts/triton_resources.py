@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import tqdm
 import triton
 from triton.backends.compiler import GPUTarget
 
@@ -42,9 +43,9 @@ CAPABILITIES = ((8, 0), (9, 0))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (64, 128, 256)
 SEQLENS = (16, 32, 64, 128, LONG)
+# "common" has a padding mask, too, and "everything" a full mask and bias, and packed sequences.
 FEATURES = {
-    "plain": {},
-    "dropout": {"dropout_p": 0.1, "is_causal": True},
+    "common": {"dropout_p": 0.1, "is_causal": True},
     "everything": {"dropout_p": 0.1, "window": (7, 3), "causal_align": "bottom-right", "enable_gqa": True},
 }
 
@@ -65,10 +66,9 @@ class Point(NamedTuple):
         return f"{self.kernel},{capability},{dtype},{self.head_dim},{seqlen},{self.features}"
 
     def has_kernel(self) -> bool:
-        """Whether its row of the table of tiles is its own and not that of longer sequences, and the features need it."""
-        if self.kernel == "dbias" and self.features == "plain":
-            return False
-        return any(
+        """Whether it has a row of tiles to itself; bfloat16 is float16's twin and one size of it enough."""
+        is_wanted = self.dtype != torch.bfloat16 or self.head_dim == HEAD_DIMS[0]
+        return is_wanted and any(
             (row.kernel, row.dtype, row.head_dim) == (self.kernel, self.dtype, self.head_dim)
             and row.seqlen == (tiles.LONG if self.seqlen == LONG else self.seqlen)
             for row in tiles.table()
@@ -108,10 +108,9 @@ def problem(point: Point) -> AttentionParams:
     shapes = ((BATCH, heads, point.seqlen, point.head_dim) for heads in (HEADS, heads_k, heads_k))
     q, k, v = (torch.empty(shape, dtype=point.dtype) for shape in shapes)
     scores = (1, HEADS, point.seqlen, point.seqlen)
-    if point.features != "plain":
+    if point.features == "common":
         arguments["attn_mask"] = torch.empty((BATCH, 1, 1, point.seqlen), dtype=torch.bool)
         arguments["attn_bias"] = torch.empty(scores, dtype=point.dtype) if point.kernel == "dbias" else None
-    if point.features != "everything":
         return functional.draw_seed(functional.attention_params(q, k, v, **arguments))
     arguments |= {"attn_mask": torch.empty(scores, dtype=torch.bool), "attn_bias": torch.empty(scores, dtype=q.dtype)}
     edges = torch.arange(0, (BATCH + 1) * point.seqlen, point.seqlen, dtype=torch.int32)
@@ -127,7 +126,7 @@ def compiled(point: Point, tile: tiles.Tile | None = None) -> Any:
     def record(kernel: Any, programs: int, tile: tiles.Tile, p: AttentionParams, arguments: dict[str, Any]) -> None:
         launches[kernel] = (tile, arguments)
 
-    wanted = getattr(attention, f"attention{'_bwd' * (point.kernel not in ('fwd', 'bwd'))}_{point.kernel}_kernel")
+    wanted = attention.KERNELS[point.kernel]
     gpu = tiles.Gpu(point.capability, 1, SMEM_BYTES)
     out, lse = torch.empty_like(p.q), torch.empty(p.q.shape[:-1])
     lse = lse.T if p.is_packed() else lse
@@ -185,6 +184,19 @@ def render(table: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
+def note_smem(measured: list[dict[str, Any]]) -> None:
+    """Writes into tiles.csv how much shared memory the rows for any GPU take at most."""
+    rows = list(tiles.table())
+    for i, row in enumerate(rows):
+        dtype = "float16" if row.dtype == torch.bfloat16 else str(row.dtype).removeprefix("torch.")
+        is_its = {"kernel": row.kernel, "dtype": dtype, "head_dim": str(row.head_dim)}
+        is_its["seqlen"] = "any" if row.seqlen == tiles.LONG else str(row.seqlen)
+        taken = [line["smem_bytes"] for line in measured if is_its.items() <= line.items()]
+        if row.capability is None:
+            rows[i] = row._replace(smem_bytes=max(taken))
+    tiles.write(tiles.TABLE, rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the file")
@@ -192,8 +204,10 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="only lines with all these words")
     options = parser.parse_args()
     wanted = [point for point in points() if set(options.only) <= set(str(point).split(","))][:: options.every]
-    now = render(list(lines(wanted))).splitlines(keepends=True)
+    measured = list(tqdm.tqdm(lines(wanted), total=len(wanted), unit="kernel", disable=None))
+    now = render(measured).splitlines(keepends=True)
     if options.write:
+        note_smem(measured)
         TABLE.write_text("".join(now))
         return 0
     names = tuple(f"{point}," for point in wanted)

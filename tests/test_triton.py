@@ -80,7 +80,7 @@ def test_short_keys_and_queries_of_several_tiles(band: str, dropout_p: float, po
 @pytest.mark.parametrize("heads", [(4, 4), (3, 3), (4, 2), (3, 1)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_any_number_of_pairs_per_program(packed: bool, heads: tuple[int, int], poisoned: None) -> None:
-    """2 of 12 and 6, 1 of 9; and 1 of 3, of which a program for each leaves most of the GPU idle."""
+    """2 of 12 and of 6, 1 of 9 and of 3; fewer where that leaves multiprocessors idle."""
     case = replace(VARIED, dtype=torch.float32, packed=packed, heads=heads, seqlens=(18, 20), batch=3)
     for multiprocessors in (1, 4):
         with on_triton(multiprocessors=multiprocessors):

@@ -9,11 +9,11 @@ delta = rowsum(P * dP) - dlse = rowsum(out * dout) - dlse,
 
     dV = (f P)^T dout      dP = f (dout V^T)      dS = P (dP - delta)      dQ = scale dS K      dK = scale dS^T Q
 
-Short sequences, whose keys are one tile: attention_bwd_kernel, a program for whole (batch, key head) pairs, walks over
-the query tiles. Else attention_bwd_dq_kernel has a program per query tile and writes delta, which attention_bwd_dkdv_kernel
-(a program per key tile and key head) reads. attention_bwd_dbias_kernel, a program per tile of the bias and copy of it,
-reads delta, too. Every element is summed up by one program in a fixed order: two runs give the same bits, and nothing
-is atomic.
+Short sequences, whose keys are one tile: a program of attention_bwd_kernel takes whole (batch, key head) pairs and
+walks over the query tiles. Else attention_bwd_dq_kernel has a program per query tile and writes delta, which
+attention_bwd_dkdv_kernel (a program per key tile and key head) reads. So does attention_bwd_dbias_kernel (a program per
+tile of the bias and copy of it). Every element is summed up by one program in a fixed order: two runs give the same
+bits, and nothing is atomic.
 
 Layout: element (b, h, i, d) of q lies at q.ptr + b * q.stride_b + h * q.stride_h + i * q.stride_row + d, and packed
 tensors have stride_b = 0 and begin at their sequence's first token. A tile of scores is (queries, keys), or (keys,
@@ -338,6 +338,14 @@ def attention_bwd_dbias_kernel(
 
 # ---- launchers ----
 
+KERNELS = {
+    "fwd": attention_fwd_kernel,
+    "bwd": attention_bwd_kernel,
+    "dq": attention_bwd_dq_kernel,
+    "dkdv": attention_bwd_dkdv_kernel,
+    "dbias": attention_bwd_dbias_kernel,
+}
+
 
 def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
     """Fill out and lse."""
@@ -351,7 +359,7 @@ def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
     pairs = gpu.share(heads, tile)
     programs = heads // pairs * _count(p.max_seqlen_q, tile.block_m)
     own = {"out": rows(out, p), "lse": per_row(lse, p), "pairs": pairs}
-    _launch(attention_fwd_kernel, programs, tile, p, inputs(p) | own)
+    _launch(KERNELS["fwd"], programs, tile, p, inputs(p) | own)
 
 
 def attention_bwd(
@@ -384,7 +392,7 @@ def attention_bwd(
     if is_short:
         pairs = gpu.share(heads // group, short)
         own = grads | {"scale": p.scale, "pairs": pairs}
-        _launch(attention_bwd_kernel, heads // group // pairs, short, p, known | own)
+        _launch(KERNELS["bwd"], heads // group // pairs, short, p, known | own)
     else:
         _bwd_in_two(known | grads | {"scale": p.scale, "out": rows(out, p)}, heads, group, p)
     if dbias is not None and has_bias:
@@ -395,10 +403,10 @@ def _bwd_in_two(known: dict[str, Any], heads: int, group: int, p: AttentionParam
     """dQ and delta, which dK and dV then read."""
     tile = _tile("dq", p)
     own = {name: known[name] for name in known if name not in ("dk", "dv")}
-    _launch(attention_bwd_dq_kernel, heads * _count(p.max_seqlen_q, tile.block_m), tile, p, own)
+    _launch(KERNELS["dq"], heads * _count(p.max_seqlen_q, tile.block_m), tile, p, own)
     tile = _tile("dkdv", p)
     own = {name: known[name] for name in known if name not in ("dq", "out", "dlse")}
-    _launch(attention_bwd_dkdv_kernel, heads // group * _count(p.max_seqlen_k, tile.block_n), tile, p, own)
+    _launch(KERNELS["dkdv"], heads // group * _count(p.max_seqlen_k, tile.block_n), tile, p, own)
 
 
 def _bias_grad(dbias: Tensor, known: dict[str, Any], p: AttentionParams) -> None:
@@ -414,7 +422,7 @@ def _bias_grad(dbias: Tensor, known: dict[str, Any], p: AttentionParams) -> None
     names = ("bias_batch", "bias_heads", "bias_rows", "bias_keys")
     own = dict(zip(names, sizes, strict=True)) | {"partial_ptr": partial, "copies": copies}
     broadcast = {"ROWS_BROADCAST": sizes[2] == 1, "KEYS_BROADCAST": sizes[3] == 1}
-    _launch(attention_bwd_dbias_kernel, bias_tiles * copies, tile, p, known | own | broadcast)
+    _launch(KERNELS["dbias"], bias_tiles * copies, tile, p, known | own | broadcast)
     dbias.copy_(partial.sum(0))
 
 
@@ -428,8 +436,8 @@ def _tile(kernel: str, p: AttentionParams) -> Any:
     return tiles.choose(kernel, tiles.gpu(p.q.device), p.q.dtype, *(tuple(map(tiles.block, pair)) for pair in sizes))
 
 
-def _launch(kernel: Any, programs: int, tile: tiles.Tile, p: AttentionParams, arguments: dict[str, Any]) -> None:
-    """Run a kernel on the current stream of the call's device."""
+def _launch(kernel: Any, programs: int, tile: tiles.Tile, p: AttentionParams, arguments: dict[str, Any]) -> Any:
+    """Run a kernel on the current stream of the call's device; returns what was compiled for it."""
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     with torch.cuda.device_of(p.q):
-        kernel[(programs,)](**arguments, **blocks, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        return kernel[(programs,)](**arguments, **blocks, num_warps=tile.num_warps, num_stages=tile.num_stages)

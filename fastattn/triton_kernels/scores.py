@@ -1,4 +1,4 @@
-"""What the kernels of all passes share: their arguments, sequences, rows, and a tile's scores, dropout and gradients."""
+"""What the kernels of all passes share: arguments, sequences, rows, and a tile's scores, dropout and gradients."""
 
 from __future__ import annotations
 

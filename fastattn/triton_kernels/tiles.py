@@ -1,18 +1,19 @@
 """Which tiles the Triton kernels take: tiles.csv is chosen from by data, never by timing in the user's process.
 
-A row is one kernel's tile for the calls that all its conditions fit: `capability` of the GPU that measured it, or "any";
-`dtype` of the tensors; upper bounds of the larger head_dim and of the longer sequence, or "any". `smem_bytes` is what
-the kernel takes of a block's shared memory there at most. The rows for any GPU keep to the 99 KB that a block has on the
-smallest GPUs of capability 8.0 and newer, and to registers without spills up to head_dim 128. `python -m benchmarks.tune`
-measures rows for the GPU it runs on.
+A row is one kernel's tile for the calls that all its conditions fit: `capability` of the GPU that measured it, or
+"any"; `dtype` of the tensors; upper bounds of the larger head_dim and of the longer sequence, or "any". `smem_bytes` is
+what the kernel takes of a block's shared memory there at most. The rows for any GPU keep to the 99 KB that a block has
+on the smallest GPUs of capability 8.0 and newer, and up to head_dim 128 common calls spill no register.
+`python -m benchmarks.tune` measures rows for the GPU it runs on.
 """
 
 from __future__ import annotations
 
 import csv
 import functools
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -65,7 +66,7 @@ class Row(NamedTuple):
 
 
 # In the interpreter every operation costs the same however large its tile is.
-INTERPRETER = Tile(128, 128, num_warps=4, num_stages=1, pairs=2)
+INTERPRETER = Tile(128, 128, num_warps=BUSY_WARPS, num_stages=1, pairs=2)
 
 
 def block(n: int) -> int:
@@ -79,7 +80,7 @@ def read(file: Path) -> tuple[Row, ...]:
         return tuple(
             Row(
                 line["kernel"],
-                None if line["capability"] == "any" else tuple(map(int, line["capability"].split("."))),
+                _capability(line["capability"]),
                 getattr(torch, line["dtype"]),
                 int(line["head_dim"]),
                 LONG if line["seqlen"] == "any" else int(line["seqlen"]),
@@ -88,6 +89,28 @@ def read(file: Path) -> tuple[Row, ...]:
             )
             for line in csv.DictReader(lines)
         )
+
+
+def _capability(text: str) -> tuple[int, int] | None:
+    major, _, minor = text.partition(".")
+    return None if text == "any" else (int(major), int(minor))
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    return KERNELS.index(row.kernel), row.capability or (0, 0), str(row.dtype), row.head_dim, row.seqlen
+
+
+def write(file: Path, rows: Iterable[Row]) -> None:
+    """Such a table of these rows, in order of their conditions."""
+    head = ("kernel", "capability", "dtype", "head_dim", "seqlen", *Tile._fields, "smem_bytes")
+    lines = sorted(rows, key=_order)
+    with file.open("w", newline="") as text:
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(head)
+        for row in lines:
+            capability = "any" if row.capability is None else ".".join(map(str, row.capability))
+            dtype, seqlen = str(row.dtype).removeprefix("torch."), "any" if row.seqlen == LONG else row.seqlen
+            writer.writerow((row.kernel, capability, dtype, row.head_dim, seqlen, *row.tile, row.smem_bytes))
 
 
 @functools.cache
