@@ -27,4 +27,8 @@ if command -v compute-sanitizer >/dev/null; then
 else
     echo "make gpu: no compute-sanitizer here; that part was left out" >&2
 fi
-python3 -m benchmarks.torch_backends
+# Each of these may fail without taking the next one with it; the status says whether one did.
+status=0
+python3 -m benchmarks.tune --quick || status=1
+python3 -m benchmarks.torch_backends || status=1
+exit $status
