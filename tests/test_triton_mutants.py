@@ -128,7 +128,7 @@ MUTANTS = {
     ),
     "in one: delta ignored": Mutant("attention.py", "(dp - row_delta[None, :])", "dp", PLAIN, IN_ONE),
     "in one: delta without dropout": Mutant(
-        "attention.py", "tl.sum(weights * dp, 0)", "tl.sum(kept_weights * dp, 0) * 0.7", DROPPED, IN_ONE
+        "attention.py", "tl.sum(weights * dp, 0) /", "0.7 * tl.sum(kept_weights * dp, 0) /", DROPPED, IN_ONE
     ),
     "in one: gradient of lse ignored": Mutant(
         "attention.py", "row_delta -= load_per_row", "load_per_row", PLAIN, IN_ONE

@@ -153,7 +153,9 @@ def attention_bwd_kernel(
                     q_tile, k_tile, v_tile, dout_tile, row_lse[None, :], b, h, i0, 0, seqlen_q, seqlen_k, shift,
                     mask, bias, dropout, band, scale_log2, BLOCK_M, BLOCK_N, True, PRECISION
                 )  # fmt: skip
-                row_delta = tl.sum(weights * dp, 0)
+                # The weights sum to 1 up to the rounding of their scores, which must not tell them from delta.
+                total = tl.sum(weights, 0)
+                row_delta = tl.sum(weights * dp, 0) / tl.where(total == 0.0, 1.0, total)
                 if dlse.ptr is not None:
                     row_delta -= load_per_row(head(dlse, b, h, first_q), rows, seqlen_q, 0.0)
                 if delta.ptr is not None:
