@@ -48,7 +48,7 @@ def test_contract(triton_case: Case, poisoned: None) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_two_runs_give_the_same_bits(packed: bool, in_one: bool, poisoned: None) -> None:
     with on_triton(in_one=in_one):
-        check(replace(VARIED, packed=packed), DEVICE)
+        check(replace(VARIED, packed=packed, seqlens=(40, 45)), DEVICE)
 
 
 # ---- tiles ----
@@ -69,10 +69,9 @@ def test_contract_in_every_tile_of_the_table(tile: tuple[int, int], poisoned: No
         check_once(replace(VARIED, heads=(1, 1), seqlens=(tile[0] + 2, tile[1] + 12), batch=1))
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("band", ["none", "causal-bottom-right"])
+@pytest.mark.parametrize(("band", "dropout_p"), [("none", 0.3), ("causal-bottom-right", 0.0)])
 def test_short_keys_and_queries_of_several_tiles(band: str, dropout_p: float, poisoned: None) -> None:
-    case = replace(VARIED, dtype=torch.float32, band=band, dropout_p=dropout_p, seqlens=(50, 30), return_lse=True)
+    case = replace(VARIED, dtype=torch.float32, band=band, dropout_p=dropout_p, heads=(2, 1), seqlens=(40, 30), batch=1)
     with on_triton(16, 32):
         check_once(case)
 
