@@ -17,6 +17,7 @@ LAYERS = (
     ("nvrtc",),
     ("kernel_sources",),
     ("params", "philox", "config", "losses", "schedule", "images", "batches", "_launcher"),
+    ("blocks",),
     ("reference", "cuda", "triton_kernels"),
     ("backends", "checks", "machine"),
     ("autograd", "info"),

@@ -18,11 +18,6 @@ from .tiles import block
 IS_INTERPRETED = not isinstance(sequence, triton.JITFunction)
 
 
-def batch_size(p: AttentionParams) -> int:
-    """How many sequences there are."""
-    return p.q.size(0) if p.cu_seqlens_q is None else p.cu_seqlens_q.numel() - 1
-
-
 def rows(x: Tensor, p: AttentionParams) -> Rows:
     """q, k, v, out or one of their gradients."""
     return Rows(x, *((0, x.stride(1), x.stride(0)) if p.is_packed() else x.stride()[:3]))
@@ -68,7 +63,7 @@ def inputs(p: AttentionParams) -> dict[str, Any]:
         "cu_seqlens_k_ptr": p.cu_seqlens_k,
         "total_q": p.q.size(0) if p.is_packed() else 0,
         "total_k": p.k.size(0) if p.is_packed() else 0,
-        "batch": batch_size(p),
+        "batch": p.batch_size(),
         "nheads": p.q.size(1),
         "group": p.q.size(1) // p.k.size(1),
         "max_seqlen_q": p.max_seqlen_q,

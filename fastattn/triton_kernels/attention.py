@@ -22,7 +22,6 @@ queries) where dK and dV are computed.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -30,9 +29,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..blocks import bias_tiles_and_copies, count
 from ..params import AttentionParams
 from . import tiles
-from .arguments import batch_size, inputs, per_row, rows
+from .arguments import inputs, per_row, rows
 from .scores import (
     INF,
     dropout_keeps,
@@ -53,7 +53,6 @@ from .scores import (
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Numbers that change from call to call; kernels are not compiled again for those that divide by 16 or are 1.
 CHANGING = ("total_q", "total_k", "batch", "max_seqlen_q", "max_seqlen_k")
-MAX_BIAS_COPIES = 64
 
 
 # ---- forward: a program per query tile of `pairs` (batch, head) ----
@@ -351,7 +350,7 @@ KERNELS = {
 
 def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
     """Fill out and lse."""
-    heads = batch_size(p) * p.q.size(1)
+    heads = p.batch_size() * p.q.size(1)
     if heads == 0:
         out.zero_()
         lse.fill_(-torch.inf)
@@ -359,7 +358,7 @@ def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
     gpu = tiles.gpu(p.q.device)
     tile = _tile("fwd", p)
     pairs = gpu.share(heads, tile)
-    programs = heads // pairs * _count(p.max_seqlen_q, tile.block_m)
+    programs = heads // pairs * count(p.max_seqlen_q, tile.block_m)
     own = {"out": rows(out, p), "lse": per_row(lse, p), "pairs": pairs}
     _launch(KERNELS["fwd"], programs, tile, p, inputs(p) | own)
 
@@ -376,14 +375,12 @@ def attention_bwd(
     p: AttentionParams,
 ) -> None:
     """Fill dq, dk, dv and, unless it is None, dbias, in the bias's own shape."""
-    heads, group = batch_size(p) * p.q.size(1), p.q.size(1) // max(p.k.size(1), 1)
+    heads, group = p.batch_size() * p.q.size(1), p.q.size(1) // max(p.k.size(1), 1)
     if heads == 0:
         for grad in (dq, dk, dv, dbias):
             if grad is not None:
                 grad.zero_()
         return
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
     has_bias = dbias is not None and dbias.numel() > 0
     gpu, short = tiles.gpu(p.q.device), _tile("bwd", p)
     # Query heads that share a key head go one after the other there, which must not leave the GPU idle.
@@ -405,32 +402,23 @@ def _bwd_in_two(known: dict[str, Any], heads: int, group: int, p: AttentionParam
     """dQ and delta, which dK and dV then read."""
     tile = _tile("dq", p)
     own = {name: known[name] for name in known if name not in ("dk", "dv")}
-    _launch(KERNELS["dq"], heads * _count(p.max_seqlen_q, tile.block_m), tile, p, own)
+    _launch(KERNELS["dq"], heads * count(p.max_seqlen_q, tile.block_m), tile, p, own)
     tile = _tile("dkdv", p)
     own = {name: known[name] for name in known if name not in ("dq", "out", "dlse")}
-    _launch(KERNELS["dkdv"], heads // group * _count(p.max_seqlen_k, tile.block_n), tile, p, own)
+    _launch(KERNELS["dkdv"], heads // group * count(p.max_seqlen_k, tile.block_n), tile, p, own)
 
 
 def _bias_grad(dbias: Tensor, known: dict[str, Any], p: AttentionParams) -> None:
     """Fill dbias: partial sums in copies of the bias, as many as fill the GPU, then their sum."""
     tile, sizes = _tile("dbias", p), dbias.shape
-    blocks = (1, 1, tile.block_m, tile.block_n)
-    scores = (batch_size(p), p.q.size(1), p.max_seqlen_q, p.max_seqlen_k)
-    bias_tiles = math.prod(_count(size, block) for size, block in zip(sizes, blocks, strict=True))
-    sums = [_count(n, block) for n, size, block in zip(scores, sizes, blocks, strict=True) if size == 1]
-    wanted = _count(tiles.gpu(p.q.device).programs(tile), bias_tiles)
-    copies = min(MAX_BIAS_COPIES, math.prod(sums), wanted)
+    busy = tiles.gpu(p.q.device).programs(tile)
+    bias_tiles, copies = bias_tiles_and_copies(p, sizes, (tile.block_m, tile.block_n), busy)
     partial = dbias.new_empty(copies, *sizes, dtype=torch.float32)
     names = ("bias_batch", "bias_heads", "bias_rows", "bias_keys")
     own = dict(zip(names, sizes, strict=True)) | {"partial_ptr": partial, "copies": copies}
     broadcast = {"ROWS_BROADCAST": sizes[2] == 1, "KEYS_BROADCAST": sizes[3] == 1}
     _launch(KERNELS["dbias"], bias_tiles * copies, tile, p, known | own | broadcast)
     dbias.copy_(partial.sum(0))
-
-
-def _count(n: int, block: int) -> int:
-    """How many blocks n takes; at least 1, because tokens of no sequence are somebody's work."""
-    return max(1, triton.cdiv(n, block))
 
 
 def _tile(kernel: str, p: AttentionParams) -> Any:
