@@ -84,7 +84,7 @@ def test_no_tile_is_larger_than_the_sequences(table) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "multiprocessors", "pairs"), [(4096, 1, 8), (4096, 132, 4), (4096, 1000, 1), (12, 1, 2), (7, 1, 1)]
+    ("heads", "multiprocessors", "pairs"), [(4096, 1, 8), (4096, 132, 4), (4096, 1000, 1), (12, 1, 2), (9, 1, 1)]
 )
 def test_pairs_of_a_program_leave_the_gpu_busy(heads: int, multiprocessors: int, pairs: int) -> None:
     """4 warps per program: 4 programs keep a multiprocessor busy."""
