@@ -17,5 +17,5 @@ test-all:  # the full products of cases
 check:     # style and types
 	scripts/check.sh
 
-gpu:       # on a CUDA device: its tests, then timings into benchmarks/results/
-	scripts/gpu.sh
+gpu:       # on a CUDA device: its tests, tuning and benchmarks into benchmarks/results/; ARGS=--full for every case
+	scripts/gpu.sh $(ARGS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -53,15 +55,19 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "driver": report["driver"],
         "cuda": report["torch_cuda"],
         "platform": report["platform"],
+        "cores": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 2),  # processes that ran or waited, in the last minute
         "versions": report["versions"],
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.orig_argv),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
     }
 
 
 def _git(*arguments: str) -> str | None:
-    """git's answer; None outside a repository."""
+    """git's answer; None outside a repository or without git."""
+    if shutil.which("git") is None:
+        return None
     answer = subprocess.run(["git", *arguments], capture_output=True, text=True)
     return answer.stdout.strip() if answer.returncode == 0 else None

@@ -59,6 +59,16 @@ def time_passes(
     }
 
 
+def time_for(
+    forward: Callable[[], Any], backward: Callable[[Any], Any], device: torch.device, seconds: float
+) -> dict[str, Timing]:
+    """Warms up, then times as `time_passes` does, as often as fits into about that time: 3 to 100 times."""
+    once = time_passes(forward, backward, device, 2)["both"].p20_ms
+    if once < 1e3 * seconds:
+        once = time_passes(forward, backward, device, 2)["both"].p20_ms
+    return time_passes(forward, backward, device, max(3, min(100, int(1e3 * seconds / once))))
+
+
 def time_once(run: Callable[[], Any], device: torch.device, repetitions: int) -> Timing:
     """Times `run()` by itself; as `time_passes` otherwise."""
     return time_passes(run, lambda _: None, device, repetitions)["forward"]

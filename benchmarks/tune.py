@@ -32,11 +32,14 @@ import torch
 from tqdm import tqdm
 
 import fastattn
+from benchmarks.cases import Case, short, square
+from benchmarks.gate import Gate, Wrong
 from benchmarks.provenance import folder_name, provenance
+from benchmarks.providers import Provider, Unavailable, all_providers
 from benchmarks.timing import time_passes
-from benchmarks.torch_backends import WARM_UP, Case, Provider, expect, why_no_numbers
 
-REPETITIONS = 20
+WARM_UP, REPETITIONS = 3, 20
+DEVICE = torch.device("cuda")
 QUICK_SECONDS = {"checks": 80, "all": 110}
 NO_TIME = "not measured: no time left"
 ANSWER_SECONDS = 180  # in which a candidate must be compiled and have computed
@@ -56,12 +59,12 @@ class Key(NamedTuple):
 
     def __str__(self) -> str:
         seqlen = "any" if self.seqlen == LONG_SEQLEN else self.seqlen
-        return f"{self.kernel} {str(self.dtype).removeprefix('torch.')} {self.head_dim} {seqlen}"
+        return f"{self.kernel} {short(self.dtype)} {self.head_dim} {seqlen}"
 
     def case(self) -> Case:
         """What it is timed with: the padded sentences of a batch, or long sequences."""
         mask = "none" if self.seqlen == LONG_SEQLEN else "padding"
-        return Case(TOKENS // self.seqlen, NHEADS, self.seqlen, self.head_dim, mask, self.dtype)
+        return square("tune", TOKENS // self.seqlen, NHEADS, self.seqlen, self.head_dim, mask, self.dtype)
 
 
 class Result(NamedTuple):
@@ -119,12 +122,11 @@ def _makes_sense(tile: Any, key: Key) -> bool:
 
 
 @contextmanager
-def forced(key: Key, tile: Any) -> Iterator[list[int]]:
-    """fastattn runs on Triton with the tile for that kernel; the shared memory of every launch of it."""
+def forced(key: Key, tile: Any, smem: list[int] | None = None) -> Iterator[None]:
+    """fastattn runs on Triton with the tile for that kernel; the shared memory of its launches is added to the list."""
     from fastattn.triton_kernels import attention, tiles
 
     choose, launch = tiles.choose, attention._launch
-    smem: list[int] = []
 
     def choose_forced(kernel: str, *call: Any) -> Any:
         if kernel == "bwd" and key.kernel in ("dq", "dkdv"):
@@ -133,7 +135,7 @@ def forced(key: Key, tile: Any) -> Iterator[list[int]]:
 
     def launch_noted(kernel: Any, *call: Any) -> Any:
         compiled = launch(kernel, *call)
-        if kernel is attention.KERNELS[key.kernel]:
+        if smem is not None and kernel is attention.KERNELS[key.kernel]:
             smem.append(compiled.metadata.shared)
         return compiled
 
@@ -142,30 +144,27 @@ def forced(key: Key, tile: Any) -> Iterator[list[int]]:
         mock.patch.object(attention, "_launch", launch_noted),
         fastattn.use_backend("triton"),
     ):
-        yield smem
+        yield
+
+
+def candidate(key: Key, tile: Any, smem: list[int] | None = None) -> Provider:
+    """fastattn's Triton backend with that tile."""
+    (triton,) = (provider for provider in all_providers() if provider.name == "fastattn-triton")
+    return triton._replace(name="candidate", context=partial(forced, key, tile, smem))
 
 
 def check(key: Key, tile: Any) -> Result:
-    """Whether the candidate is right and runs with every feature at once; how much shared memory it takes."""
-    device, case = torch.device("cuda"), key.case()
-    if case.seqlen == LONG_SEQLEN:
-        case = replace(case, batch=1, seqlen=1000)
-    provider = Provider("candidate", fastattn.scaled_dot_product_attention, partial(forced, key, tile))
-    if reason := why_no_numbers(provider, case, device, expect(case, device)):
-        return Result(key, tile, no_numbers_because=reason)
-    problem, scores = case.make(device), (case.nheads, case.seqlen, case.seqlen)
-    features = {
-        "attn_mask": torch.rand(scores, device=device) < 0.9,
-        "attn_bias": torch.randn(scores, device=device).requires_grad_(),
-    }
+    """Whether the candidate is right, also with every feature at once; how much shared memory it takes."""
+    case, smem = key.case(), []
+    if case.seqlen_k == LONG_SEQLEN:
+        case = replace(case, batch=1, seqlen_q=1000, seqlen_k=1000)
     try:
-        with forced(key, tile) as smem:
-            out = fastattn.scaled_dot_product_attention(
-                *problem.inputs, **features, dropout_p=0.1, is_causal=True, window=(99, 0)
-            )
-            torch.autograd.grad(out, [*problem.inputs, features["attn_bias"]], problem.dout)
-    except RuntimeError as error:
-        return Result(key, tile, no_numbers_because=f"unavailable with every feature: {' '.join(str(error).split())}")
+        for features in (case, replace(case, mask="all")):
+            Gate(features, DEVICE).admit(candidate(key, tile, smem))
+    except Unavailable as error:
+        return Result(key, tile, no_numbers_because=f"unavailable: {error}")
+    except Wrong as error:
+        return Result(key, tile, no_numbers_because=f"wrong: {error}")
     return Result(key, tile, max(smem))
 
 
@@ -181,17 +180,16 @@ def check_or_say_why(key: Key, tile: Any) -> Result:
 
 def take_time(result: Result) -> Result:
     """The checked candidate with its times: of the pass that its kernel belongs to."""
-    device, problem = torch.device("cuda"), result.key.case().make(torch.device("cuda"))
-
-    def forward() -> torch.Tensor:
-        return fastattn.scaled_dot_product_attention(*problem.inputs, **problem.arguments)
+    provider, problem = candidate(result.key, result.tile), result.key.case().make(DEVICE)
+    leaves = list(problem.leaves().values())
 
     def backward(out: torch.Tensor) -> None:
-        torch.autograd.grad(out, problem.inputs, problem.dout)
+        torch.autograd.grad(out, leaves, problem.dout)
 
-    with forced(result.key, result.tile):
-        time_passes(forward, backward, device, WARM_UP)
-        timing = time_passes(forward, backward, device, REPETITIONS)
+    with provider.context():
+        call = provider.prepare(problem)
+        time_passes(call, backward, DEVICE, WARM_UP)
+        timing = time_passes(call, backward, DEVICE, REPETITIONS)
     return result._replace(**timing["forward" if result.key.kernel == "fwd" else "backward"]._asdict())
 
 

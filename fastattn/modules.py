@@ -253,8 +253,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         if self.in_proj_weight is None:
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
         else:
-            weights = self.in_proj_weight.split(rows)
-        biases = [None] * len(rows) if self.in_proj_bias is None else self.in_proj_bias.split(rows)
+            weights = self.in_proj_weight.split_with_sizes(rows)
+        biases = [None] * len(rows) if self.in_proj_bias is None else self.in_proj_bias.split_with_sizes(rows)
         return list(zip(weights, biases, strict=True))
 
     def _project(self, index: int, x: Tensor) -> Tensor:
@@ -265,10 +265,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
         """Projected query, key and value, heads side by side in the last dimension."""
         q_rows, k_rows, v_rows = rows = self._rows()
         if self.in_proj_weight is not None and query is key and key is value:
-            return F.linear(query, self.in_proj_weight, self.in_proj_bias).split(rows, -1)
+            return F.linear(query, self.in_proj_weight, self.in_proj_bias).split_with_sizes(rows, -1)
         if self.in_proj_weight is not None and key is value:
             (w_q, b_q), (w_kv, b_kv) = self._in_proj_parameters((q_rows, k_rows + v_rows))
-            return F.linear(query, w_q, b_q), *F.linear(key, w_kv, b_kv).split((k_rows, v_rows), -1)
+            return F.linear(query, w_q, b_q), *F.linear(key, w_kv, b_kv).split_with_sizes((k_rows, v_rows), -1)
         inputs = zip((query, key, value), self._in_proj_parameters(rows), strict=True)
         return tuple(F.linear(x, weight, bias) for x, (weight, bias) in inputs)
 

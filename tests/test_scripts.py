@@ -264,7 +264,7 @@ def test_triton_is_added_only_to_the_torch_it_fits(repository, packages):
         ("test", 'scripts/test.sh -m "not slow" --steps 5'),
         ("test-all", "scripts/test.sh --full --steps 5"),
         ("check", "scripts/check.sh"),
-        ("gpu", "scripts/gpu.sh"),
+        ("gpu", "scripts/gpu.sh --steps 5"),
     ],
 )
 def test_a_target_is_one_line_that_runs_a_script(machine, target, command):

@@ -175,11 +175,57 @@ def test_the_tile_is_forced_on_its_kernel_alone(tune, monkeypatch, kernel: str, 
 
     monkeypatch.setattr(attention, "_launch", launch)
     q = torch.zeros(1, 1, seqlen, 16, device=DEVICE, requires_grad=True)
-    with on_triton(), tune.forced(tune.Key(kernel, torch.float32, 64, seqlen), tile) as smem:
+    smem = []
+    with on_triton(), tune.forced(tune.Key(kernel, torch.float32, 64, seqlen), tile, smem):
         torch.autograd.grad(fastattn.scaled_dot_product_attention(q, q, q).sum(), q)
     assert found.keys() == (launched or {"fwd", "dq", "dkdv"})
     assert [name for name in found if found[name] == tile] == [kernel]
     assert smem == [1 + list(found).index(kernel)]
+
+
+@pytest.fixture
+def small_in_the_interpreter(tune, monkeypatch):
+    """Candidates are checked and timed on the device at hand, on few short sentences; every launch says 7 bytes."""
+    launch = attention._launch
+
+    def launch_and_say(*call):
+        launch(*call)
+        return SimpleNamespace(metadata=SimpleNamespace(shared=7))
+
+    monkeypatch.setattr(attention, "_launch", launch_and_say)
+    for name, value in {
+        "DEVICE": torch.device(DEVICE),
+        "TOKENS": 32,
+        "NHEADS": 1,
+        "WARM_UP": 2,
+        "REPETITIONS": 2,
+    }.items():
+        monkeypatch.setattr(tune, name, value)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("kernel", ["fwd", "bwd", "dq", "dkdv"])
+def test_a_right_candidate_is_timed(tune, small_in_the_interpreter, kernel: str) -> None:
+    with on_triton():
+        checked = tune.check(tune.Key(kernel, torch.float32, 64, 16), Tile(16, 16, 1, 1))
+        assert checked.no_numbers_because is None and checked.smem_bytes == 7
+        timed = tune.take_time(checked)
+    assert 0 < timed.p20_ms <= timed.p50_ms <= timed.p80_ms
+
+
+@pytest.mark.triton
+def test_a_wrong_candidate_has_a_reason(tune, small_in_the_interpreter, monkeypatch) -> None:
+    kernel, key = attention.KERNELS["fwd"], tune.Key("fwd", torch.float32, 64, 16)
+    launch = attention._launch
+
+    def launch_twice_as_sharp(called, programs, tile, p, arguments):
+        sharper = {"scale_log2": 2 * arguments["scale_log2"]} if called is kernel else {}
+        return launch(called, programs, tile, p, arguments | sharper)
+
+    monkeypatch.setattr(attention, "_launch", launch_twice_as_sharp)
+    with on_triton():
+        assert tune.check(key, Tile(16, 16, 1, 1)).no_numbers_because.startswith("wrong: out is off by")
+    assert tune.check(key, Tile(16, 16, 1, 1)).no_numbers_because.startswith("unavailable: ") or DEVICE != "cpu"
 
 
 # ---- the command ----
