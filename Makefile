@@ -1,9 +1,12 @@
 # Each target sets up .venv first if need be; TORCH="torch==2.7.1" picks another torch, ARGS is passed on.
-.PHONY: demo test test-all check gpu
+.PHONY: demo wmt14-smoke test test-all check gpu
 .NOTPARALLEL:
 
 demo:      # train a small translator on the CPU or GPU found and score it
 	scripts/demo.sh $(ARGS)
+
+wmt14-smoke: # every step of examples/wmt14 on self-made text, in a minute
+	scripts/wmt14_smoke.sh $(ARGS)
 
 test:      # every tier that runs here, in minutes
 	scripts/test.sh -m "not slow" $(ARGS)

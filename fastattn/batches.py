@@ -21,8 +21,8 @@ class PaddingShare(NamedTuple):
 class TokenBatches:
     """Divides sentence pairs into updates.
 
-    An update holds pairs whose longer sides are of similar length, at most `tokens_per_update` ids on each side. The last update of an
-    epoch's division is smaller.
+    An update holds pairs whose longer sides are of similar length, at most `tokens_per_update` ids on each side. One
+    update of an epoch is smaller.
 
     Args:
         source_lengths, target_lengths: `(pairs,)` integers, ids of each sentence, its end included.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from . import _launcher, images
+from .blocks import bias_tiles_and_copies, count
 from .params import AttentionParams
 
 ELEMENTS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-MAX_BIAS_COPIES = 64
 # Up to this many queries, small tiles: more blocks, whose loading and computing overlap.
 SHORT = 128
 # With fewer blocks than this per multiprocessor, five products on a part of the card lose to seven on all of it.
@@ -42,13 +42,13 @@ class Buffers(NamedTuple):
 
 def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
     """Fill out and lse."""
-    batch, nheads = _batch(p), p.q.shape[1]
+    batch, nheads = p.batch_size(), p.q.shape[1]
     if batch * nheads == 0:
         out.zero_()
         lse.fill_(-torch.inf)
         return
     kernel = _kernel("attention_fwd", p)
-    grid = (batch * nheads, _tiles(p.max_seqlen_q, kernel.block_m), 1)
+    grid = (batch * nheads, count(p.max_seqlen_q, kernel.block_m), 1)
     launch(kernel.name, ELEMENTS[p.q.dtype], grid, p, Buffers(out, lse))
 
 
@@ -67,7 +67,7 @@ def attention_bwd(
     p: AttentionParams,
 ) -> None:
     """Fill dq, dk, dv and, unless it is None, dbias, in the bias's own shape."""
-    batch, nheads, nheads_k = _batch(p), p.q.shape[1], p.k.shape[1]
+    batch, nheads, nheads_k = p.batch_size(), p.q.shape[1], p.k.shape[1]
     if batch * nheads == 0:
         for grad in (dq, dk, dv, dbias):
             if grad is not None:
@@ -77,9 +77,9 @@ def attention_bwd(
     buffers = Buffers(out, lse, dout, dlse, torch.empty_like(lse), dq, dk, dv)
 
     kernel, kernel_dq = _kernel("attention_bwd", p), _kernel("attention_bwd_dq", p)
-    key_tiles = _tiles(p.max_seqlen_k, kernel.block_n)
+    key_tiles = count(p.max_seqlen_k, kernel.block_n)
     if key_tiles > 1 and batch * nheads_k < FULL * multiprocessors(p.q.device):
-        grid_dq = (batch * nheads, _tiles(p.max_seqlen_q, kernel_dq.block_m), 1)
+        grid_dq = (batch * nheads, count(p.max_seqlen_q, kernel_dq.block_m), 1)
         launch(kernel_dq.name, element, grid_dq, p, buffers)
         launch(kernel.name, element, (batch * nheads_k, key_tiles, 1), p, buffers)
     else:
@@ -92,16 +92,12 @@ def attention_bwd(
 
 def _bias_grad(dbias: Tensor, buffers: Buffers, p: AttentionParams) -> None:
     """Fill dbias: partial sums in copies of the bias, as many as fill the card, then their sum."""
-    kernel, sizes = _kernel("attention_bwd_dbias", p), dbias.shape
-    bias_tiles = sizes[0] * sizes[1] * _tiles(sizes[2], kernel.block_m) * _tiles(sizes[3], kernel.block_n)
-    scores = (_batch(p), p.q.shape[1], p.max_seqlen_q, p.max_seqlen_k)
-    blocks = (1, 1, kernel.block_m, kernel.block_n)
-    broadcast = [_tiles(n, block) for n, size, block in zip(scores, sizes, blocks, strict=True) if size == 1]
-    wanted = _tiles(FULL * multiprocessors(p.q.device), bias_tiles)
-    copies = min(MAX_BIAS_COPIES, torch.Size(broadcast).numel(), wanted)
-    buffers = buffers._replace(dbias=dbias, dbias_partial=buffers.lse.new_empty(copies, *sizes))
+    kernel = _kernel("attention_bwd_dbias", p)
+    busy = FULL * multiprocessors(p.q.device)
+    bias_tiles, copies = bias_tiles_and_copies(p, dbias.shape, (kernel.block_m, kernel.block_n), busy)
+    buffers = buffers._replace(dbias=dbias, dbias_partial=buffers.lse.new_empty(copies, *dbias.shape))
     launch(kernel.name, ELEMENTS[p.q.dtype], (bias_tiles, copies, 1), p, buffers)
-    grid = (_tiles(dbias.numel(), SUM_THREADS), 1, 1)
+    grid = (count(dbias.numel(), SUM_THREADS), 1, 1)
     launch("attention_dbias_sum", ELEMENTS[dbias.dtype], grid, p, buffers)
 
 
@@ -120,15 +116,6 @@ def _fitting(pass_: str, head_dim: int, head_dim_v: int, is_short: bool) -> _lau
     fitting = [k for k in _launcher.KERNELS if k.pass_ == pass_ and k.head_dim >= max(head_dim, head_dim_v)]
     candidates = [k for k in fitting if k.head_dim == fitting[0].head_dim]
     return candidates[0 if is_short else -1]
-
-
-def _batch(p: AttentionParams) -> int:
-    return p.q.shape[0] if p.cu_seqlens_q is None else p.cu_seqlens_q.numel() - 1
-
-
-def _tiles(n: int, block: int) -> int:
-    """How many blocks n takes; at least 1, because tokens of no sequence are somebody's work."""
-    return -(-n // block) or 1
 
 
 def multiprocessors(device: torch.device) -> int:

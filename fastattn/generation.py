@@ -3,14 +3,15 @@
 The beam search is that of the paper's authors' first code. Each step extends every hypothesis of a sentence by one id
 and looks at the 2 * beam_size most probable extensions: those that end the sentence are finished, scored, and kept if
 they are among the best; the beam_size most probable others live on. A finished hypothesis Y of |Y| ids, the end of
-sentence included, scores log P(Y) / ((5 + |Y|) / 6)^alpha. The most a living one can still score is its log P so far
-over the penalty of the greatest length; when no finished hypothesis to be returned is worse than that, the sentence
-is complete and leaves the batch. At the greatest length only the end of sentence may follow, so every hypothesis
-returned is a whole sentence with its true probability. Of equal candidates the first in the order (hypothesis, id)
-wins.
+sentence included, scores log P(Y) over a length penalty, ((5 + |Y|) / 6)^alpha unless another is asked for. The most a
+living one can still score is its log P so far over the penalty of the greatest length; when no finished hypothesis to
+be returned is worse than that, the sentence is complete and leaves the batch. At the greatest length only the end of
+sentence may follow, so every hypothesis returned is a whole sentence with its true probability. Of equal candidates the
+first in the order (hypothesis, id) wins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,9 +66,16 @@ def cross_attention_weights(model: Transformer, source: Tensor, target: Tensor, 
 # ---- search
 
 
-def length_penalty(length: int | Tensor, alpha: float) -> Any:
-    """((5 + |Y|) / 6)^alpha of a hypothesis of `length` ids (Wu et al., 2016, equation 14)."""
-    return ((5 + length) / 6) ** alpha
+def length_penalty(length: int | Tensor, alpha: float, kind: str = "paper") -> Any:
+    """What the log-probability of a hypothesis of `length` ids is divided by.
+
+    Args:
+        length: |Y|, the end of sentence included.
+        alpha: exponent.
+        kind: "paper" for ((5 + |Y|) / 6)^alpha (Wu et al., 2016, equation 14), or "length" for |Y|^alpha, which other
+            toolkits take; with alpha 1 that is the mean log-probability.
+    """
+    return ((5 + length) / 6) ** alpha if kind == "paper" else length**alpha
 
 
 class _Search:
@@ -78,6 +86,7 @@ class _Search:
         beam_size: living hypotheses of a sentence.
         num_candidates: extensions considered at each step.
         num_hypotheses: finished hypotheses kept.
+        penalty: `length_penalty` of a length.
     """
 
     def __init__(
@@ -87,10 +96,10 @@ class _Search:
         beam_size: int,
         num_candidates: int,
         num_hypotheses: int,
-        alpha: float,
+        penalty: Callable[[Any], Any],
     ) -> None:
         self.config, self.max_lengths = config, max_lengths
-        self.beam_size, self.num_candidates, self.alpha = beam_size, num_candidates, alpha
+        self.beam_size, self.num_candidates, self.penalty = beam_size, num_candidates, penalty
         sentences, device = max_lengths.shape[0], max_lengths.device
         self.results: list[list[Hypothesis]] = [[] for _ in range(sentences)]
         self.sentences = torch.arange(sentences, device=device)
@@ -113,12 +122,12 @@ class _Search:
         parents, ids = columns // log_probs.shape[2], columns % log_probs.shape[2]
         tokens = torch.cat([_take(self.tokens, parents), ids[..., None]], dim=2)
         ends = ids == self.config.eos_id
-        self._finish(tokens, candidates.masked_fill(~ends, -torch.inf) / length_penalty(length, self.alpha))
+        self._finish(tokens, candidates.masked_fill(~ends, -torch.inf) / self.penalty(length))
         self.log_probs, living = _top(candidates.masked_fill(ends, -torch.inf), self.beam_size)
         self.tokens = _take(tokens, living)
         hypotheses = parents.gather(1, living)
         hypotheses += torch.arange(hypotheses.shape[0], device=hypotheses.device)[:, None] * self.beam_size
-        reachable = self.log_probs[:, 0] / length_penalty(self.max_lengths, self.alpha)
+        reachable = self.log_probs[:, 0] / self.penalty(self.max_lengths)
         return self._drop_complete(is_last | (self.finished_scores[:, -1] >= reachable), hypotheses)
 
     def _extension_log_probs(self, logits: Tensor, is_last: Tensor) -> Tensor:
@@ -182,6 +191,7 @@ def beam_search(
     num_hypotheses: int = 1,
     target_space: int = 0,
     with_attention: bool = False,
+    penalty: str = "paper",
 ) -> list[list[Hypothesis]]:
     """The best translations of every source sentence, best first.
 
@@ -195,6 +205,7 @@ def beam_search(
         num_hypotheses: translations per sentence, at most `beam_size`; fewer if the search meets fewer.
         target_space: as in `Transformer.hidden`.
         with_attention: fill `Hypothesis.attention` of each sentence's best.
+        penalty: "paper" or "length", the kind of `length_penalty`.
 
     Raises:
         ValueError: a model in training mode or with NaN, or an argument outside its range.
@@ -205,7 +216,10 @@ def beam_search(
         raise ValueError(f"num_hypotheses: must lie in [1, beam_size {beam_size}], got {num_hypotheses}")
     if alpha < 0:
         raise ValueError(f"alpha: must not be negative, got {alpha}")
-    results = _search(model, source, (beam_size, 2 * beam_size, num_hypotheses, alpha), max_extra_tokens, target_space)
+    if penalty not in ("paper", "length"):
+        raise ValueError(f"penalty: must be 'paper' or 'length', got {penalty!r}")
+    rules = (beam_size, 2 * beam_size, num_hypotheses, partial(length_penalty, alpha=alpha, kind=penalty))
+    results = _search(model, source, rules, max_extra_tokens, target_space)
     if with_attention:
         best = _with_attention(model, source, [hypotheses[0] for hypotheses in results], target_space)
         results = [[first, *others[1:]] for first, others in zip(best, results, strict=True)]
@@ -224,13 +238,18 @@ def greedy_search(
 
     The arguments and errors are those of `beam_search`.
     """
-    results = _search(model, source, (1, 1, 1, 0.0), max_extra_tokens, target_space)
+    rules = (1, 1, 1, partial(length_penalty, alpha=0.0))
+    results = _search(model, source, rules, max_extra_tokens, target_space)
     best = [hypotheses[0] for hypotheses in results]
     return _with_attention(model, source, best, target_space) if with_attention else best
 
 
 def translate(
-    model: Transformer, sentences: Sequence[Sequence[int]], batch_size: int = 64, **options: Any
+    model: Transformer,
+    sentences: Sequence[Sequence[int]],
+    batch_size: int = 64,
+    progress: Callable[[int], object] | None = None,
+    **options: Any,
 ) -> list[list[Hypothesis]]:
     """`beam_search` of any number of sentences, in batches of similar length; results in the order of `sentences`.
 
@@ -238,6 +257,7 @@ def translate(
         model: in evaluation mode.
         sentences: ids of each source sentence, as the model was trained to read them (with or without an end).
         batch_size: sentences searched at a time.
+        progress: called after every batch with its number of sentences.
         options: further arguments of `beam_search`.
     """
     by_length = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
@@ -247,11 +267,13 @@ def translate(
         source = _pad([sentences[i] for i in indices], model)
         for i, hypotheses in zip(indices, beam_search(model, source, **options), strict=True):
             results[i] = hypotheses
+        if progress is not None:
+            progress(len(indices))
     return results
 
 
 def _search(
-    model: Transformer, source: Tensor, rules: tuple[int, int, int, float], max_extra_tokens: int, target_space: int
+    model: Transformer, source: Tensor, rules: tuple[int, int, int, Callable], max_extra_tokens: int, target_space: int
 ) -> list[list[Hypothesis]]:
     if model.training:
         raise ValueError("model: is in training mode, whose dropout would apply; call model.eval()")

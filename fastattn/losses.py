@@ -13,6 +13,8 @@ from torch import Tensor
 
 # 128 MB of float32: larger chunks are no faster, and smaller ones add to the weight's gradient more often.
 _CHUNK_LOGITS = 2**25
+# On the CPU the passes over the logits cost more than the products unless its cache holds them.
+_CPU_CHUNK_LOGITS, _CPU_CHUNK_TOKENS = 2**20, 256
 
 
 class LossSums(NamedTuple):
@@ -48,7 +50,8 @@ def label_smoothed_cross_entropy(
         target: `(...)` int64, the true ids.
         label_smoothing: eps, in [0, 1).
         pad_id: tokens with this target count nothing.
-        chunk_size: tokens whose logits exist at a time; by default as many as make 128 MB of float32 logits.
+        chunk_size: tokens whose logits exist at a time; by default as many as make 128 MB of float32 logits, on the
+            CPU 4 MB, but at least 256.
 
     Raises:
         ValueError: shapes that do not match, `label_smoothing` outside [0, 1), a vocabulary of fewer than two
@@ -61,7 +64,7 @@ def label_smoothed_cross_entropy(
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
     if chunk_size is None:
-        chunk_size = max(1, _CHUNK_LOGITS // vocab_size)
+        chunk_size = _default_chunk_size(hidden.device, vocab_size)
     loss, nll = _ChunkedLoss.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), label_smoothing, pad_id, chunk_size
     )
@@ -81,6 +84,12 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, label_smoothing: floa
         raise ValueError(f"chunk_size: must be at least 1, got {chunk_size}")
     if target.device.type == "cpu" and target.numel() and not 0 <= target.min() <= target.max() < weight.shape[0]:
         raise ValueError(f"target: ids {target.min()} ... {target.max()} must lie in [0, {weight.shape[0]})")
+
+
+def _default_chunk_size(device: torch.device, vocab_size: int) -> int:
+    if device.type == "cpu":
+        return max(_CPU_CHUNK_TOKENS, _CPU_CHUNK_LOGITS // vocab_size)
+    return max(1, _CHUNK_LOGITS // vocab_size)
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -37,6 +37,10 @@ class AttentionParams(NamedTuple):
         fields: list[Any] = [changes.get(name, value) for name, value in zip(_FIELDS, self, strict=True)]
         return AttentionParams(*fields)
 
+    def batch_size(self) -> int:
+        """How many sequences there are."""
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
     def is_packed(self) -> bool:
         """Whether sequences lie one behind the other, without padding."""
         return self.cu_seqlens_q is not None

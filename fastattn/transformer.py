@@ -12,6 +12,7 @@ only the way in which a layout finds positions and attends differs.
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from os import PathLike
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -248,11 +249,18 @@ class Transformer(nn.Module):
 
     @classmethod
     def load(cls, path: str | PathLike, device: torch.device | str = "cpu") -> "Transformer":
-        """The model that `save` wrote, in training mode; reads tensors and numbers only, never code."""
-        saved = torch.load(path, map_location=device, weights_only=True)
-        model = cls(TransformerConfig(**saved["config"])).to(device)
-        model.load_state_dict(saved["state_dict"])
-        return model
+        """The model that `save` wrote, in training mode; reads tensors and numbers only, never code.
+
+        Raises:
+            ValueError: the file holds something else, whatever that is.
+        """
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            model = cls(TransformerConfig(**saved["config"]))
+            model.load_state_dict(saved["state_dict"])
+        except (UnpicklingError, EOFError, RuntimeError, TypeError, KeyError) as error:
+            raise ValueError(f"path: {path} is not a model that Transformer.save wrote") from error
+        return model.to(device)
 
     def _embed(self, tokens: Tensor, positions: Tensor, max_seqlen: int) -> Tensor:
         return self.embedding(tokens) * self.config.d_model**0.5 + self.positions(positions, max_seqlen)

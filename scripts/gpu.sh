@@ -63,7 +63,7 @@ part "gpu tests" 150 python3 -m pytest -m gpu --numprocesses 4
 # The kernels of a P100 on whatever GPU this is: the driver compiles their PTX.
 part "gpu tests, compute_60" 80 env FASTATTN_CUDA_IMAGE=compute_60 \
     python3 -m pytest -m gpu --numprocesses 4 tests/test_cuda_gpu.py
-if [[ -f benchmarks/tune.py ]]; then benchmark tune 60; fi
+benchmark tune 110
 benchmark attention 150
 benchmark transformer_step 60
 benchmark multi_head_attention 20

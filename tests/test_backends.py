@@ -238,3 +238,14 @@ def test_explain_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     fastattn.explain(q, q, q, dropout_p=0.5)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", backends.HALF)
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_half_precision_is_attended_to_in_float32_on_the_cpu(dtype, is_autocast):
+    q, k, v = torch.randn(3, 2, 4, 9, 16).to(dtype).unbind()
+    mask = torch.rand(2, 1, 1, 9) < 0.8
+    with torch.autocast("cpu", dtype, enabled=is_autocast):
+        out = functional.scaled_dot_product_attention(q, k, v, mask)
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
+    assert out.dtype == dtype and torch.equal(out, expected.to(dtype))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = ["attention", "transformer_step", "multi_head_attention", "layers", "decode", "overhead"]
+BENCHMARKS = ["tune", "attention", "transformer_step", "multi_head_attention", "layers", "decode", "overhead"]
 PYTHON = 'echo "${FASTATTN_CUDA_IMAGE-} $*" >>$LOG\nif [[ "$*" == *${FAILS:-nothing}* ]]; then exit 7; fi'
 SANITIZER = '[[ "$*" == *"${SANITIZER_FAILS:-nothing}"* ]] && exit 1\nshift 4\nexec "$@"'
 
@@ -117,13 +117,6 @@ def test_the_full_form_has_every_case_and_no_limit(machine):
     result = machine.run("--full")
     assert result.returncode == 0 and "-m benchmarks.attention" in machine.calls()
     assert not any("--quick" in call for call in machine.calls())
-
-
-def test_tuning_runs_once_it_is_there(machine):
-    (machine.folder / "benchmarks/tune.py").touch()
-    machine.run()
-    calls = machine.calls()
-    assert calls.index("-m benchmarks.tune --quick") < calls.index("-m benchmarks.attention --quick")
 
 
 @pytest.mark.parametrize("works", [True, False])

@@ -65,8 +65,9 @@ def score(model, source, tokens, alpha):
     return steps.gather(-1, target[0, :, None]).sum().item() / ((5 + len(tokens) + 1) / 6) ** alpha
 
 
-def plain_beam_search(model, source, beam_size, alpha, max_length):
+def plain_beam_search(model, source, beam_size, alpha, max_length, penalty="paper"):
     """The search in lists: no cache, no early stop. Returns (score, tokens), best first."""
+    divisor = {"paper": lambda length: ((5 + length) / 6) ** alpha, "length": lambda length: length**alpha}[penalty]
     alive, finished = [(0.0, [])], []
     for length in range(1, max_length + 1):
         candidates = []
@@ -75,7 +76,7 @@ def plain_beam_search(model, source, beam_size, alpha, max_length):
             allowed = [EOS] if length == max_length else range(1, model.config.vocab_size)
             candidates += [(total + step[token], [*tokens, token]) for token in allowed]
         candidates = sorted(candidates, key=lambda c: -c[0])[: 2 * beam_size]
-        finished += [(total / ((5 + length) / 6) ** alpha, t[:-1]) for total, t in candidates if t[-1] == EOS]
+        finished += [(total / divisor(length), t[:-1]) for total, t in candidates if t[-1] == EOS]
         alive = [c for c in candidates if c[1][-1] != EOS][:beam_size]
     return sorted(finished, key=lambda f: -f[0])
 
@@ -104,16 +105,18 @@ def test_a_wide_beam_finds_all_sentences_in_order(seed, alpha, max_length):
     lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     beam_size=st.integers(1, 4),
     alpha=st.sampled_from([0.0, 0.6, 1.0]),
+    penalty=st.sampled_from(["paper", "length"]),
     norm=st.sampled_from(["post", "pre"]),
     positions=st.sampled_from(["sinusoidal", "learned"]),
 )
-def test_cached_batched_search_is_the_plain_one(seed, lengths, beam_size, alpha, norm, positions):
+def test_cached_batched_search_is_the_plain_one(seed, lengths, beam_size, alpha, penalty, norm, positions):
     model = random_model(seed, vocab_size=7, norm=norm, positions=positions, head_dim=3, v_head_dim=2)
     source = sentences(*lengths, vocab=7, seed=seed)
-    results = beam_search(model, source, beam_size, alpha, max_extra_tokens=4)
-    n_best = beam_search(model, source, beam_size, alpha, max_extra_tokens=4, num_hypotheses=beam_size)
+    options = {"beam_size": beam_size, "alpha": alpha, "max_extra_tokens": 4, "penalty": penalty}
+    results = beam_search(model, source, **options)
+    n_best = beam_search(model, source, num_hypotheses=beam_size, **options)
     for row, length, best, several in zip(source, lengths, results, n_best, strict=True):
-        expected = plain_beam_search(model, row[:length], beam_size, alpha, length + 4)
+        expected = plain_beam_search(model, row[:length], beam_size, alpha, length + 4, penalty)
         assert_same(best, expected[:1])
         assert_same(several, expected[:beam_size])
 
@@ -231,7 +234,9 @@ def test_results_do_not_depend_on_the_batch_or_its_padding():
     together = beam_search(model, source, **options)
     wider = beam_search(model, F.pad(source, (0, 4)), **options)
     rows = [[token for token in row if token] for row in source.tolist()]
-    by_two = translate(model, rows, batch_size=2, **options)
+    batches = []
+    by_two = translate(model, rows, batch_size=2, progress=batches.append, **options)
+    assert batches == [2, 2]
     for i, expected in enumerate(together):
         alone = beam_search(model, torch.tensor([rows[i]]), **options)[0]
         for actual in (alone, wider[i], by_two[i]):
@@ -273,6 +278,8 @@ def test_length_penalty():
     assert length_penalty(1, 0.6) == 1.0
     assert length_penalty(25, 0.6) == pytest.approx(5**0.6)
     assert length_penalty(7, 0.0) == 1.0
+    assert length_penalty(7, 1.0, "length") == 7.0
+    assert length_penalty(9, 0.5, "length") == pytest.approx(3.0)
 
 
 def test_attention_of_the_best_hypothesis():
@@ -340,6 +347,7 @@ def test_search_leaves_the_model_trainable():
         ({"num_hypotheses": 5}, r"num_hypotheses: must lie in \[1, beam_size 4\], got 5"),
         ({"num_hypotheses": 0}, r"num_hypotheses: must lie in \[1, beam_size 4\], got 0"),
         ({"alpha": -0.1}, "alpha: must not be negative, got -0.1"),
+        ({"penalty": "mean"}, "penalty: must be 'paper' or 'length', got 'mean'"),
         ({"max_extra_tokens": 0}, "max_extra_tokens: must be at least 1, got 0"),
         ({"source": torch.tensor([2, 3])}, r"source: must be \(batch, length\) int64, got shape \(2,\)"),
     ],

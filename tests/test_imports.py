@@ -17,14 +17,15 @@ LAYERS = (
     ("nvrtc",),
     ("kernel_sources",),
     ("params", "philox", "config", "losses", "schedule", "images", "batches", "_launcher"),
+    ("blocks",),
     ("reference", "cuda", "triton_kernels"),
     ("backends", "checks", "machine"),
     ("autograd", "info"),
     ("functional",),
     ("modules",),
-    ("layout", "integrations"),
+    ("layout",),
     ("transformer", "data"),
-    ("cache",),
+    ("cache", "averaging", "integrations"),
     ("generation",),
     ("__init__",),
 )
@@ -36,7 +37,7 @@ STANDARD_LIBRARY_ONLY = {"nvrtc", "kernel_sources", "images"}
 # What the others may import besides the standard library, torch and fastattn.
 EXTERNAL = {
     "triton_kernels": {"triton"},
-    "integrations": {"flash_attn", "transformers"},
+    "integrations": {"flash_attn", "transformers", "safetensors", "sentencepiece"},
     "batches": {"numpy"},
     "data": {"numpy"},
 }

@@ -74,7 +74,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {str(file.relative_to(ROOT)) for kind in ("*.py", "*.pyi") for file in (ROOT / "fastattn").rglob(kind)}
     info = f"fastattn-{VERSION}.dist-info"
-    others = {"fastattn/py.typed", "fastattn/_kernels/build.json"}  # which says why there are no kernels
+    others = {"fastattn/py.typed", "fastattn/triton_kernels/tiles.csv"}
+    others |= {"fastattn/_kernels/build.json"}  # which says why there are no kernels
     assert {name for name in names if not name.startswith(info)} == modules | others
     assert f"{info}/licenses/LICENSE" in names
 
@@ -120,6 +121,7 @@ def test_source_distribution_holds_everything(sources, archive):
     python = {str(file.relative_to(sources)) for folder in folders for file in (sources / folder).rglob("*.py")}
     others = {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "setup.py", "requirements-dev.txt"}
     hidden = {".ci/run", ".clang-format", ".pre-commit-config.yaml", "scripts/setup.sh", "fastattn/py.typed"}
+    hidden |= {"fastattn/triton_kernels/tiles.csv"}
     files = {f"{folder}/{file.name}" for folder in ("csrc", "docs") for file in (sources / folder).iterdir()}
     assert python | others | hidden | files <= names
     assert not [name for name in names if "/_kernels/" in name or name.endswith(".so")]

@@ -266,6 +266,26 @@ def test_bfloat16_model(execution):
     assert (actual.float() - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.parametrize("execution", [lambda ids: ids, pack], ids=["padded", "packed"])
+def test_checkpointed_activations_are_computed_again_with_the_same_gradients(execution):
+    model = Transformer(replace(TINY, dropout=0.3))
+    source, target = execution(sentences([4, 2])), execution(sentences([3, 5], seed=1))
+    kept, results = [0, 0], []
+    for is_checkpointed in (False, True):
+        model.checkpoint_activations = is_checkpointed
+
+        def count(x, index=int(is_checkpointed)):
+            kept[index] += x.numel()
+            return x
+
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            sums, gradients = loss_and_gradients(model, source, target)
+        results.append((sums.loss, gradients))
+    torch.testing.assert_close(results[0], results[1])
+    assert kept[1] < kept[0] / 2
+
+
 def test_compiles_to_one_graph():
     model = Transformer(TINY)
     source, target = sentences([4, 2]), sentences([3, 5], seed=1)

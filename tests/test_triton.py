@@ -16,7 +16,7 @@ from contract import call, check, run
 from fastattn import reference
 from fastattn.params import AttentionParams
 from fastattn.triton_kernels import arguments, tiles
-from triton_attention import DEVICE, on_triton
+from triton_attention import DEVICE, check_once, on_triton
 
 pytestmark = [pytest.mark.triton] if DEVICE == "cpu" else [pytest.mark.triton, pytest.mark.gpu]
 VARIED = Case(
@@ -36,8 +36,19 @@ def test_kernels_run_where_the_tests_think() -> None:
 
 
 def test_contract(triton_case: Case, poisoned: None) -> None:
+    """Short sequences with the backward in one kernel and in two, with one (batch, head) per program and several."""
     with on_triton():
-        check(triton_case, DEVICE)
+        check_once(triton_case)
+    if max(triton_case.seqlens) <= 128:
+        with on_triton(multiprocessors=100, in_one=False):
+            check_once(triton_case)
+
+
+@pytest.mark.parametrize("in_one", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_runs_give_the_same_bits(packed: bool, in_one: bool, poisoned: None) -> None:
+    with on_triton(in_one=in_one):
+        check(replace(VARIED, packed=packed, seqlens=(40, 45)), DEVICE)
 
 
 # ---- tiles ----
@@ -49,13 +60,30 @@ def test_contract_in_small_tiles(band: str, packed: bool, poisoned: None) -> Non
     case = replace(VARIED, dtype=torch.float32, band=band, packed=packed, heads=(2, 1), seqlens=(50, 41), batch=1)
     for block_m, block_n in ((16, 32), (32, 16)):
         with on_triton(block_m, block_n):
-            check(case, DEVICE)
+            check_once(case)
 
 
-@pytest.mark.parametrize("tile", sorted({tile[:2] for row in tiles.TABLE for tile in row.tiles}))
+@pytest.mark.parametrize("tile", sorted({row.tile[:2] for row in tiles.table()}))
 def test_contract_in_every_tile_of_the_table(tile: tuple[int, int], poisoned: None) -> None:
     with on_triton(*tile):
-        check(replace(VARIED, heads=(1, 1), seqlens=(tile[0] + 2, tile[1] + 12), batch=1), DEVICE)
+        check_once(replace(VARIED, heads=(1, 1), seqlens=(tile[0] + 2, tile[1] + 12), batch=1))
+
+
+@pytest.mark.parametrize(("band", "dropout_p"), [("none", 0.3), ("causal-bottom-right", 0.0)])
+def test_short_keys_and_queries_of_several_tiles(band: str, dropout_p: float, poisoned: None) -> None:
+    case = replace(VARIED, dtype=torch.float32, band=band, dropout_p=dropout_p, heads=(2, 1), seqlens=(40, 30), batch=1)
+    with on_triton(16, 32):
+        check_once(case)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (3, 3), (4, 2), (3, 1)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_any_number_of_pairs_per_program(packed: bool, heads: tuple[int, int], poisoned: None) -> None:
+    """2 of 12 and of 6, 1 of 9 and of 3; fewer where that leaves multiprocessors idle."""
+    case = replace(VARIED, dtype=torch.float32, packed=packed, heads=heads, seqlens=(18, 20), batch=3)
+    for multiprocessors in (1, 4):
+        with on_triton(multiprocessors=multiprocessors):
+            check_once(case)
 
 
 def test_tiles_that_band_or_length_exclude_are_never_loaded() -> None:
@@ -74,19 +102,6 @@ def test_tiles_that_band_or_length_exclude_are_never_loaded() -> None:
     assert torch.equal(actual[2][:, :, 64:], torch.zeros(1, 1, 96, 16, device=DEVICE))
 
 
-def test_every_row_of_the_table_can_be_chosen() -> None:
-    def sizes(row: tiles.Row) -> tuple[int, int, int]:
-        return row.element_size, row.head_dim, row.seqlen_q or 10**6
-
-    chosen = [tiles.choose(row.capability or (99, 0), *sizes(row)) for row in tiles.TABLE]
-    assert chosen == [row.tiles for row in tiles.TABLE]
-    for element_size in (2, 4):
-        for head_dim in range(1, 257):
-            assert tiles.choose((8, 0), element_size, head_dim, 1) in chosen
-    with pytest.raises(ValueError, match="no tiles for head_dim 257 in elements of 4 bytes"):
-        tiles.choose((8, 0), 4, 257, 1)
-
-
 # ---- sizes and layouts ----
 
 
@@ -94,28 +109,33 @@ class EveryLength(Case):
     """Packed sequences of every length up to 129, with as many keys in another order."""
 
     def _lengths(self, longest: int) -> list[int]:
-        return [(37 * n if longest == 130 else n) % 131 % (longest + 1) for n in range(self.batch)]
+        return [(37 * n if longest == self.seqlens[1] else n) % self.batch % (longest + 1) for n in range(self.batch)]
 
 
 def test_every_length(poisoned: None) -> None:
-    case = EveryLength(
-        packed=True, seqlens=(129, 130), heads=(1, 1), batch=130, band="window-bottom-right", dims=(16, 8)
-    )
+    lengths = {"seqlens": (129, 130), "batch": 130}
+    case = EveryLength(packed=True, heads=(1, 1), band="window-bottom-right", dims=(16, 8), **lengths)
     with on_triton():
-        check(case, DEVICE)
+        check_once(case)
+
+
+def test_every_short_length(poisoned: None) -> None:
+    lengths = {"seqlens": (64, 63), "batch": 65}
+    with on_triton():
+        check_once(EveryLength(packed=True, heads=(1, 1), band="causal-bottom-right", dims=(8, 16), **lengths))
 
 
 @pytest.mark.parametrize("head_dim", [3, 20, 33, 100, 129])
 def test_any_head_dim(head_dim: int, poisoned: None) -> None:
     with on_triton():
-        check(Case(dims=(head_dim, 260 - 2 * head_dim if head_dim > 100 else head_dim + 1)), DEVICE)
+        check_once(Case(dims=(head_dim, 260 - 2 * head_dim if head_dim > 100 else head_dim + 1)))
 
 
 @pytest.mark.parametrize("copies", [1, 3, 64])
 def test_bias_gradient_in_any_number_of_copies(copies: int, poisoned: None) -> None:
     case = replace(VARIED, dtype=torch.float32, bias="per-key", heads=(2, 1), seqlens=(35, 20))
-    with on_triton(16, 16, multiprocessors=copies):
-        check(case, DEVICE)
+    with on_triton(32, 16, multiprocessors=copies):
+        check_once(case)
 
 
 def test_a_bias_in_float32_beside_half_tensors() -> None:
@@ -130,6 +150,48 @@ def test_a_bias_in_float32_beside_half_tensors() -> None:
     assert dbias.dtype == torch.float32
     torch.testing.assert_close(out, expected_out, rtol=0, atol=2e-2)
     torch.testing.assert_close(dbias, expected, rtol=0, atol=2e-2 * float(expected.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+    """Memory whose ends are further apart than 32 bits can say; on the CPU a file with holes."""
+    size = 2**31 + 2**32 + 2**20
+    if DEVICE == "cpu":
+        file = tmp_path_factory.mktemp("huge") / "storage"
+        return torch.from_file(str(file), shared=True, size=size, dtype=torch.float16)
+    if torch.cuda.mem_get_info()[0] < 4 * size:
+        pytest.skip("needs 26 GB of free memory on the GPU")
+    return torch.empty(size, dtype=torch.float16, device=DEVICE)
+
+
+@pytest.mark.parametrize("far", [0, 1, 2], ids=["batch", "heads", "rows"])
+@pytest.mark.parametrize("in_one", [False, True])
+def test_offsets_beyond_32_bits(in_one: bool, far: int, huge: Tensor) -> None:
+    """An offset that wraps around would end up inside of the memory, too, but at the wrong place."""
+
+    def placed(x: Tensor, memory: Tensor, place: int) -> Tensor:
+        strides = list(x.stride())
+        strides[far] = 2**30
+        return memory.as_strided(x.shape, strides, 2**31 + place).copy_(x)
+
+    shape = [2, 2, 3, 16]
+    shape[far] = 5
+    scores = (*shape[:3], shape[2])
+    q, k, v, dout = (torch.randn(shape, device=DEVICE).half() for _ in range(4))
+    mask, bias = torch.rand(scores, device=DEVICE) > 0.3, torch.randn(scores, device=DEVICE).half()
+    results = []
+    for is_far in (False, True):
+        tensors = [q, k, v, bias, dout]
+        if is_far:
+            tensors = [placed(x, huge, 4096 * i) for i, x in enumerate(tensors)]
+        *inputs, upstream = tensors
+        attn_mask = placed(mask, huge.view(torch.uint8).view(torch.bool), 2**20) if is_far else mask
+        with on_triton(in_one=in_one):
+            *qkv, attn_bias = (x.detach().requires_grad_() for x in inputs)
+            out = fastattn.scaled_dot_product_attention(*qkv, attn_mask, attn_bias=attn_bias)
+            results.append((out, *torch.autograd.grad(out, [*qkv, attn_bias], upstream)))
+    for near, far_away in zip(*results, strict=True):
+        assert near.any() and torch.equal(near, far_away)
 
 
 def test_lengths_are_cut_to_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,11 +257,12 @@ def test_agrees_with_the_cuda_kernels(packed: bool) -> None:
 # ---- TF32 ----
 
 
-@pytest.mark.parametrize(("allowed", "precision"), [("highest", "ieee"), ("high", "tf32")])
+@pytest.mark.parametrize(("allowed", "precision"), [("highest", "tf32x3"), ("high", "tf32")])
 def test_float32_products_are_exact_unless_the_user_allows_tf32(allowed: str, precision: str) -> None:
+    p = AttentionParams(*[torch.empty(1, 1, 1, 16)] * 3, *[None] * 5, 1, 1, 1.0, 0.0, 1, 1, False)
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(allowed)
     try:
-        assert arguments._allows_tf32() == (precision == "tf32")
+        assert arguments.inputs(p)["PRECISION"] == precision
     finally:
         torch.set_float32_matmul_precision(previous)

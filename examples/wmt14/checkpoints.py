@@ -70,6 +70,13 @@ def _flush(path: Path) -> None:
 # ---- random numbers
 
 
+def seed_random(seed: int) -> None:
+    """Begins the random numbers of Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """The states of the generators of Python, numpy and torch, as tensors and numbers."""
     name, keys, *rest = np.random.get_state()

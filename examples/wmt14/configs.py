@@ -81,11 +81,12 @@ def _paper_configs() -> list[Config]:
         averaged=20,
     )
     french = {"preparation": "wmt14_en_fr", "target": "fr"}
+    french_vocabulary = 32_000
     configs = [
         base,
         big,
-        replace(base, name="base_en_fr", **french),
-        replace(big, name="big_en_fr", transformer=TransformerConfig.big(dropout=0.1), **french),
+        replace(base, name="base_en_fr", transformer=TransformerConfig.base(french_vocabulary), **french),
+        replace(big, name="big_en_fr", transformer=TransformerConfig.big(french_vocabulary, dropout=0.1), **french),
     ]
     for row, transformer in TransformerConfig.table3().items():
         recipe = big if row == "big" else base
@@ -95,10 +96,11 @@ def _paper_configs() -> list[Config]:
 
 def _small_transformer(**changes: object) -> TransformerConfig:
     sizes = {"d_model": 128, "d_ff": 512, "num_heads": 4, "num_encoder_layers": 2, "num_decoder_layers": 2}
-    return TransformerConfig(**{**sizes, "num_target_spaces": 0, **changes})
+    return TransformerConfig(**{"vocab_size": 4_000, **sizes, "num_target_spaces": 0, **changes})
 
 
 def _small_configs() -> list[Config]:
+    four_layers = {"num_encoder_layers": 4, "num_decoder_layers": 4}
     fast = Config(
         "multi30k_fast",
         "multi30k_fast",
@@ -107,16 +109,15 @@ def _small_configs() -> list[Config]:
         peak=2.5e-3,
         warmup=300,
         tokens_per_update=2_500,
-        updates=3_000,
+        updates=2_500,
         precision="bf16",
         save_every=200,
         validate_every=400,
-        averaged=1,
     )
     tiny = Config(
         "multi30k_tiny",
         "multi30k_tiny",
-        _small_transformer(d_ff=256, num_encoder_layers=4, num_decoder_layers=4, dropout=0.3),
+        _small_transformer(vocab_size=10_000, d_ff=256, dropout=0.3, **four_layers),
         warmup=2_000,
         factor=5e-3 * (128 * 2_000) ** 0.5,  # peaks at 5e-3
         tokens_per_update=2 * 4_096,
@@ -133,7 +134,9 @@ def _small_configs() -> list[Config]:
     small = Config(
         "small_en_de",
         "small_en_de",
-        _small_transformer(d_model=256, d_ff=1_024, num_encoder_layers=4, num_decoder_layers=4, norm="pre"),
+        _small_transformer(
+            vocab_size=10_000, d_model=256, d_ff=1_024, num_encoder_layers=4, num_decoder_layers=4, norm="pre"
+        ),
         schedule="linear",
         peak=1.5e-3,
         warmup=1_000,
@@ -144,10 +147,10 @@ def _small_configs() -> list[Config]:
     smoke = Config(
         "smoke",
         "smoke",
-        _small_transformer(d_model=32, d_ff=64, num_encoder_layers=1, num_decoder_layers=1),
+        _small_transformer(vocab_size=300, d_model=32, d_ff=64, num_encoder_layers=1, num_decoder_layers=1),
         schedule="linear",
         peak=5e-3,
-        warmup=20,
+        warmup=4,
         tokens_per_update=600,
         updates=60,
         save_every=10,

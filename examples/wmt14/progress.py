@@ -101,8 +101,8 @@ class Progress:
         speed = self._speed()
         self.write("update", update, {"epoch": epoch, **_shown(step), **speed, **self.clock.state_dict()})
         tflops = f"{speed['tflops']:.2f} TFLOP/s"
-        if self.peak:
-            tflops += f" ({speed['peak_share']:.0%} of peak), {speed['gpu_memory_gb']:.1f} GB"
+        tflops += f" ({speed['peak_share']:.0%} of peak)" if "peak_share" in speed else ""
+        tflops += f", {speed['gpu_memory_gb']:.1f} GB" if "gpu_memory_gb" in speed else ""
         self._bar.set_postfix_str(
             f"{speed['tokens_per_second']:,.0f} tokens/s, {tflops}, nll {step.nll:.3f}, lr {step.learning_rate:.1e}",
             refresh=False,

@@ -18,7 +18,7 @@ from fastattn import Transformer
 from fastattn.batches import TokenBatches
 from fastattn.data import ParallelTokens
 
-from .checkpoints import Checkpoints, checkpoint_folders, random_state, set_random_state
+from .checkpoints import Checkpoints, checkpoint_folders, random_state, seed_random, set_random_state
 from .configs import Config
 from .distributed import World
 from .progress import Clock, Progress
@@ -45,7 +45,7 @@ class Run:
     """
 
     def __init__(self, config: Config, args: argparse.Namespace, world: World) -> None:
-        self.config, self.args, self.world, self.folder = config, args, world, args.run
+        self.config, self.args, self.world, self.folder = config, args, world, args.out
         data = ParallelTokens.open(args.data, "train")
         self.batches = TokenBatches(data.source_lengths, data.target_lengths, config.tokens_per_update, args.seed)
         self.updates_per_epoch = len(self.batches.updates(0))
@@ -143,7 +143,7 @@ class Run:
         """The checkpoint to go on from, if any, in a folder that is this recipe's."""
         found = checkpoint_folders(self.folder)
         if found and not self.args.resume:
-            raise ValueError(f"--run: {self.folder} holds checkpoints; go on with --resume auto or take another folder")
+            raise ValueError(f"--out: {self.folder} holds checkpoints; go on with --resume auto or take another folder")
         description = self._description(num_pairs)
         if found:
             _check_same_recipe(json.loads((self.folder / "config.json").read_text("utf-8")), description)
@@ -177,7 +177,7 @@ class Run:
         if checkpoint:
             model = Transformer.load(checkpoint / "model.pt", self.world.device)
         else:
-            torch.manual_seed(self.args.seed)
+            seed_random(self.args.seed)
             model = Transformer(self.config.model(Subwords.load(self.args.data).vocab_size)).to(self.world.device)
         model.checkpoint_activations = self.args.checkpoint_activations
         return model
@@ -198,9 +198,9 @@ def _check_same_recipe(old: dict[str, Any], new: dict[str, Any]) -> None:
     """That the updates already made are those this command would have made."""
     for name in ("seed", "pairs", "subwords_sha256"):
         if old[name] != new[name]:
-            raise ValueError(f"--run: was trained with {name} {old[name]!r}, got {new[name]!r}")
+            raise ValueError(f"--out: was trained with {name} {old[name]!r}, got {new[name]!r}")
     before, now = (json.loads(json.dumps(description["config"])) for description in (old, new))
     free = _FREE | ({"updates"} if now["schedule"] == "noam" else set())
     for name in before.keys() | now.keys():
         if name not in free and before.get(name) != now.get(name):
-            raise ValueError(f"--run: was trained with {name} {before.get(name)!r}, got {now.get(name)!r}")
+            raise ValueError(f"--out: was trained with {name} {before.get(name)!r}, got {now.get(name)!r}")

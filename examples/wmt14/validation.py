@@ -48,7 +48,9 @@ class Validation:
     """
 
     def __init__(self, trainer: Trainer, folder: Path, bleu_sentences: int, beam_size: int) -> None:
-        self.trainer, self.beam_size = trainer, beam_size
+        self.trainer = trainer
+        recipe = trainer.config
+        self.search = {"beam_size": beam_size, "alpha": recipe.alpha, "penalty": recipe.length_penalty}
         self.data = ParallelTokens.open(folder, "valid")
         longest = max(self.data.source_lengths.max(), self.data.target_lengths.max())
         batches = TokenBatches(self.data.source_lengths, self.data.target_lengths, max(_TOKENS_PER_BATCH, longest))
@@ -84,7 +86,7 @@ class Validation:
         """BLEU of the search's best translations against the raw text."""
         mine = self._mine(range(self.num_sentences))
         sources = [self.data.pair(i)[0].tolist() for i in mine]
-        found = translate(self.trainer.model, sources, beam_size=self.beam_size)
+        found = translate(self.trainer.model, sources, **self.search)
         texts = self.subwords.decode([best.tokens for best, *_ in found])
         gathered = self.trainer.world.gather(list(zip(mine, texts, strict=True)))
         ordered = [text for _, text in sorted(pair for share in gathered for pair in share)]

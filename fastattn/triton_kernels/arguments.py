@@ -11,72 +11,70 @@ import triton.language as tl
 from torch import Tensor
 
 from ..params import AttentionParams
-from .scores import sequence
+from .scores import Band, Dropout, Rows, Scores, sequence
+from .tiles import block
 
 # On the CPU, as TRITON_INTERPRET had it when this was imported.
 IS_INTERPRETED = not isinstance(sequence, triton.JITFunction)
 
 
-def batch_size(p: AttentionParams) -> int:
-    """How many sequences there are."""
-    return p.q.size(0) if p.cu_seqlens_q is None else p.cu_seqlens_q.numel() - 1
+def rows(x: Tensor, p: AttentionParams) -> Rows:
+    """q, k, v, out or one of their gradients."""
+    return Rows(x, *((0, x.stride(1), x.stride(0)) if p.is_packed() else x.stride()[:3]))
 
 
-def rows(name: str, x: Tensor, p: AttentionParams) -> dict[str, Any]:
-    """Pointer and strides of a tensor of rows: q_ptr, stride_qb, stride_qh, stride_qm, of keys and values stride_kn."""
-    strides = (0, x.stride(1), x.stride(0)) if p.is_packed() else x.stride()[:3]
-    stem, row = name.replace("out", "o"), "n" if name[-1] in "kv" else "m"
-    return {f"{name}_ptr": x} | {f"stride_{stem}{end}": n for end, n in zip(f"bh{row}", strides, strict=True)}
+def per_row(x: Tensor | None, p: AttentionParams) -> Rows:
+    """lse, delta or the gradient of lse."""
+    if x is None:
+        return Rows(None, 0, 0, 1)
+    return Rows(x, *((0, x.stride(0), 1) if p.is_packed() else (*x.stride()[:2], 1)))
 
 
-def per_row(lse: Tensor, p: AttentionParams) -> dict[str, Any]:
-    """Pointer and strides of lse, which delta and its gradient share."""
-    strides = (0, lse.stride(0)) if p.is_packed() else lse.stride()[:2]
-    return {"lse_ptr": lse, "stride_lb": strides[0], "stride_lh": strides[1]}
+def _scores(x: Tensor | None) -> Scores:
+    strides = (0,) * 4 if x is None else [0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
+    return Scores(x, *strides)
 
 
-def _scores(name: str, x: Tensor | None, p: AttentionParams) -> dict[str, Any]:
-    """Pointer and strides of mask or bias, 0 where it broadcasts."""
-    strides = (
-        (0,) * 4 if x is None else [0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True)]
-    )
-    return {f"{name}_ptr": x} | {f"stride_{name}{end}": n for end, n in zip("bhmn", strides, strict=True)}
+def _dropout(p: AttentionParams) -> Dropout:
+    threshold = round(p.dropout_p * 2**32)
+    if threshold == 2**32:  # all weights are dropped: no threshold does that, so their factor does
+        return Dropout(p.seed, 0, 0.0)
+    return Dropout(p.seed, threshold, 1 / (1 - p.dropout_p))
+
+
+def _band(p: AttentionParams) -> Band:
+    longest = p.max_seqlen_q + p.max_seqlen_k
+    left, right = (edge if edge < longest else None for edge in (p.left, p.right))
+    return Band(left, right, int(p.bottom_right))
 
 
 def inputs(p: AttentionParams) -> dict[str, Any]:
     """What every kernel is called with."""
     head_dim, head_dim_v = p.q.size(-1), p.v.size(-1)
-    longest = p.max_seqlen_q + p.max_seqlen_k
-    threshold = round(p.dropout_p * 2**32)
-    drops_all = threshold == 2**32
     return {
-        **rows("q", p.q, p),
-        **rows("k", p.k, p),
-        **rows("v", p.v, p),
-        **_scores("mask", p.mask, p),
-        **_scores("bias", p.bias, p),
-        "seed_ptr": p.seed,
-        "dropout_threshold": 0 if drops_all else threshold,
-        "dropout_rescale": 0.0 if drops_all else 1 / (1 - p.dropout_p),
+        "q": rows(p.q, p),
+        "k": rows(p.k, p),
+        "v": rows(p.v, p),
+        "mask": _scores(p.mask),
+        "bias": _scores(p.bias),
+        "dropout": _dropout(p),
+        "band": _band(p),
         "cu_seqlens_q_ptr": p.cu_seqlens_q,
         "cu_seqlens_k_ptr": p.cu_seqlens_k,
         "total_q": p.q.size(0) if p.is_packed() else 0,
         "total_k": p.k.size(0) if p.is_packed() else 0,
-        "batch": batch_size(p),
+        "batch": p.batch_size(),
         "nheads": p.q.size(1),
         "group": p.q.size(1) // p.k.size(1),
         "max_seqlen_q": p.max_seqlen_q,
         "max_seqlen_k": p.max_seqlen_k,
         "scale_log2": p.scale * math.log2(math.e),
-        "left": p.left if p.left < longest else None,
-        "right": p.right if p.right < longest else None,
-        "BOTTOM_RIGHT": p.bottom_right,
         "HEAD_DIM": head_dim,
         "HEAD_DIM_V": head_dim_v,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_DV": max(16, triton.next_power_of_2(head_dim_v)),
+        "BLOCK_D": block(head_dim),
+        "BLOCK_DV": block(head_dim_v),
         "DOT_DTYPE": _dot_dtype(p.q),
-        "PRECISION": "tf32" if _allows_tf32() else "ieee",
+        "PRECISION": "tf32" if _allows_tf32() else "tf32x3",
     }
 
 

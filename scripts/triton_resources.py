@@ -1,0 +1,220 @@
+"""What the Triton kernels take of a GPU, compiled without one: docs/triton_resources.csv.
+
+python scripts/triton_resources.py                    compares the file with what is compiled now, prints what differs
+python scripts/triton_resources.py --write            writes it, and the shared memory of the rows of tiles.csv
+python scripts/triton_resources.py --every 7          only every seventh line
+python scripts/triton_resources.py --only dq float32  only lines that have all these words
+
+Minutes on two cores. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import io
+import itertools
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import tqdm
+import triton
+from triton.backends.compiler import GPUTarget
+
+from fastattn import functional
+from fastattn.params import AttentionParams
+from fastattn.triton_kernels import attention, tiles
+
+TABLE = Path(__file__).parents[1] / "docs" / "triton_resources.csv"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SMEM_BYTES = 99 << 10  # of a block on the smallest GPUs that the rows for any GPU serve
+BATCH, HEADS, LONG = 16, 4, 512
+
+CAPABILITIES = ((8, 0), (9, 0))
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = (64, 128, 256)
+SEQLENS = (16, 32, 64, 128, LONG)
+# "common" has a padding mask, too, and "everything" a full mask and bias, and packed sequences.
+FEATURES = {
+    "common": {"dropout_p": 0.1, "is_causal": True},
+    "everything": {"dropout_p": 0.1, "window": (7, 3), "causal_align": "bottom-right", "enable_gqa": True},
+}
+
+
+class Point(NamedTuple):
+    """A kernel, and what it is compiled for."""
+
+    kernel: str
+    capability: tuple[int, int]
+    dtype: torch.dtype
+    head_dim: int
+    seqlen: int
+    features: str
+
+    def __str__(self) -> str:
+        capability, dtype = ".".join(map(str, self.capability)), str(self.dtype).removeprefix("torch.")
+        seqlen = "any" if self.seqlen == LONG else self.seqlen
+        return f"{self.kernel},{capability},{dtype},{self.head_dim},{seqlen},{self.features}"
+
+    def has_kernel(self) -> bool:
+        """Whether it has a row of tiles to itself; bfloat16 is float16's twin and one size of it enough."""
+        is_wanted = self.dtype != torch.bfloat16 or self.head_dim == HEAD_DIMS[0]
+        return is_wanted and any(
+            (row.kernel, row.dtype, row.head_dim) == (self.kernel, self.dtype, self.head_dim)
+            and row.seqlen == (tiles.LONG if self.seqlen == LONG else self.seqlen)
+            for row in tiles.table()
+            if row.capability in (None, self.capability)
+        )
+
+
+def points() -> list[Point]:
+    """All of the table."""
+    axes = (tiles.KERNELS, CAPABILITIES, DTYPES, HEAD_DIMS, SEQLENS, FEATURES)
+    return [point for values in itertools.product(*axes) if (point := Point(*values)).has_kernel()]
+
+
+# ---- compilation as for a launch ----
+
+
+class Driver:
+    """What Triton asks the driver of a GPU, of one that is not here."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.arch = 10 * capability[0] + capability[1]
+
+    def get_current_device(self) -> int:
+        return self.arch  # by which Triton keeps apart what it compiled
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def problem(point: Point) -> AttentionParams:
+    """A call with the point's features."""
+    arguments = dict(FEATURES[point.features])
+    heads_k = HEADS // 2 if arguments.get("enable_gqa") else HEADS
+    shapes = ((BATCH, heads, point.seqlen, point.head_dim) for heads in (HEADS, heads_k, heads_k))
+    q, k, v = (torch.empty(shape, dtype=point.dtype) for shape in shapes)
+    scores = (1, HEADS, point.seqlen, point.seqlen)
+    if point.features == "common":
+        arguments["attn_mask"] = torch.empty((BATCH, 1, 1, point.seqlen), dtype=torch.bool)
+        arguments["attn_bias"] = torch.empty(scores, dtype=point.dtype) if point.kernel == "dbias" else None
+        return functional.draw_seed(functional.attention_params(q, k, v, **arguments))
+    arguments |= {"attn_mask": torch.empty(scores, dtype=torch.bool), "attn_bias": torch.empty(scores, dtype=q.dtype)}
+    edges = torch.arange(0, (BATCH + 1) * point.seqlen, point.seqlen, dtype=torch.int32)
+    packed = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    lengths = (edges, edges, point.seqlen, point.seqlen)
+    return functional.draw_seed(functional.varlen_attention_params(*packed, *lengths, **arguments))
+
+
+def compiled(point: Point, tile: tiles.Tile | None = None) -> Any:
+    """The point's kernel as a launch compiles it, with its tile of the table or another one."""
+    p, launches = problem(point), {}
+
+    def record(kernel: Any, programs: int, tile: tiles.Tile, p: AttentionParams, arguments: dict[str, Any]) -> None:
+        launches[kernel] = (tile, arguments)
+
+    wanted = attention.KERNELS[point.kernel]
+    gpu = tiles.Gpu(point.capability, 1, SMEM_BYTES)
+    out, lse = torch.empty_like(p.q), torch.empty(p.q.shape[:-1])
+    lse = lse.T if p.is_packed() else lse
+    with mock.patch.object(attention, "_launch", record), mock.patch.object(tiles, "gpu", lambda device: gpu):
+        attention.attention_fwd(out, lse, p)
+        attention.attention_bwd(p.q, p.k, p.v, p.bias, out, lse, out, lse, p)
+    chosen, arguments = launches[wanted]
+    tile = tile or chosen
+    triton.runtime.driver.set_active(Driver(point.capability))
+    if "pairs" in arguments:
+        arguments["pairs"] = tile.pairs
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return wanted.run(**arguments, **blocks, **options, grid=(1,), warmup=True)
+
+
+def resources(point: Point, tile: tiles.Tile | None = None) -> dict[str, Any]:
+    """What the compiled kernel takes; the stack holds nothing but spilled registers."""
+    kernel = compiled(point, tile)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    used = dict(re.findall(r"(REG|STACK):(\d+)", said))
+    products = set(re.findall(r"\b(?:wg)?mma\S*(m\d+n\d+k\d+)\S*?\.(tf32|f16|bf16)\b", kernel.asm["ptx"]))
+    return {
+        "registers": int(used["REG"]),
+        "spill_bytes": int(used["STACK"]),
+        "smem_bytes": kernel.metadata.shared,
+        "products": " ".join(sorted(".".join(product) for product in products)),
+    }
+
+
+# ---- the table ----
+
+
+def line(point: Point) -> dict[str, Any]:
+    """The columns of one point."""
+    names = ("kernel", "capability", "dtype", "head_dim", "seqlen", "features")
+    return dict(zip(names, str(point).split(","), strict=True)) | resources(point) | {"triton": triton.__version__}
+
+
+def lines(wanted: Iterable[Point]) -> Iterator[dict[str, Any]]:
+    """The table's, in order."""
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        yield from pool.imap(line, wanted)
+
+
+def render(table: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, table[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue()
+
+
+def note_smem(measured: list[dict[str, Any]]) -> None:
+    """Writes into tiles.csv how much shared memory the rows for any GPU take at most."""
+    rows = list(tiles.table())
+    for i, row in enumerate(rows):
+        dtype = "float16" if row.dtype == torch.bfloat16 else str(row.dtype).removeprefix("torch.")
+        is_its = {"kernel": row.kernel, "dtype": dtype, "head_dim": str(row.head_dim)}
+        is_its["seqlen"] = "any" if row.seqlen == tiles.LONG else str(row.seqlen)
+        taken = [line["smem_bytes"] for line in measured if is_its.items() <= line.items()]
+        if row.capability is None:
+            rows[i] = row._replace(smem_bytes=max(taken))
+    tiles.write(tiles.TABLE, rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the file")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth line")
+    parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="only lines with all these words")
+    options = parser.parse_args()
+    wanted = [point for point in points() if set(options.only) <= set(str(point).split(","))][:: options.every]
+    measured = list(tqdm.tqdm(lines(wanted), total=len(wanted), unit="kernel", disable=None))
+    now = render(measured).splitlines(keepends=True)
+    if options.write:
+        note_smem(measured)
+        TABLE.write_text("".join(now))
+        return 0
+    names = tuple(f"{point}," for point in wanted)
+    recorded = [row for row in TABLE.read_text().splitlines(keepends=True) if row.startswith(("kernel,", *names))]
+    sys.stdout.writelines(difflib.unified_diff(recorded, now, TABLE.name, "compiled now", n=0))
+    return int(recorded != now)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
