@@ -23,11 +23,12 @@ from benchmarks.cases import DTYPES, Case, every_case, quick_cases, short, smoke
 from benchmarks.command import Command, parse
 from benchmarks.comparison import comparisons, print_comparisons
 from benchmarks.gate import Gate, Wrong
-from benchmarks.provenance import peak_tflops
+from benchmarks.provenance import device_name
 from benchmarks.providers import Provider, Unavailable, all_providers
 from benchmarks.report import Table
 from benchmarks.roofline import Roofline
 from benchmarks.timing import Timing, peak_memory_mib, time_for
+from fastattn.peaks import peak_tflops
 
 CASE_COLUMNS = ("suite", "workload", "layout", "batch", "nheads", "seqlen_q", "seqlen_k", "head_dim", "mask", "dtype")
 COLUMNS = (
@@ -69,7 +70,7 @@ def numbers(case: Case, moved: int, device: torch.device, which: str, timing: Ti
     """The columns of one pass; none but the reason if it seems faster than the device can be."""
     flops = case.flops(which)
     tflops = flops / timing.p50_ms * 1e-9
-    peak = peak_tflops(device, case.dtype)
+    peak = peak_tflops(device_name(device), case.dtype)
     if peak is not None and tflops > peak:
         return {"no_numbers_because": f"wrong: {tflops:.1f} TFLOP/s, the device's peak is {peak}"}
     gb_s = moved / timing.p50_ms * 1e-6

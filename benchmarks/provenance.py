@@ -1,4 +1,4 @@
-"""Where numbers come from: the device, its peak, the versions and the commit."""
+"""Where numbers come from: the device, the versions and the commit."""
 
 from __future__ import annotations
 
@@ -14,20 +14,6 @@ import torch
 
 from fastattn import info
 
-# Dense TFLOP/s by NVIDIA's data sheets: float32 without TF32, and the GPU's fastest half precision. The first row whose
-# name is part of the device's name counts.
-PEAK_TFLOPS = (
-    ("P100-PCIE", 9.3, 18.7),
-    ("P100", 10.6, 21.2),
-    ("V100-PCIE", 14.0, 112.0),
-    ("V100", 15.7, 125.0),
-    ("Tesla T4", 8.1, 65.0),
-    ("A100", 19.5, 312.0),
-    ("H100 PCIe", 51.0, 756.0),
-    ("H100", 67.0, 989.0),
-    ("H200", 67.0, 989.0),
-)
-
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, such as "Tesla P100-SXM2-16GB"; of a CPU the architecture."""
@@ -37,14 +23,6 @@ def device_name(device: torch.device) -> str:
 def folder_name(device: torch.device) -> str:
     """The device's name as part of a path, such as tesla-p100-sxm2-16gb."""
     return device_name(device).lower().replace(" ", "-")
-
-
-def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The device's peak for that dtype; None if the table does not have it."""
-    for name, single, half in PEAK_TFLOPS:
-        if name in device_name(device):
-            return single if dtype == torch.float32 else half
-    return None
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

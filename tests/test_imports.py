@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("nvrtc",),
     ("kernel_sources",),
-    ("params", "philox", "config", "losses", "schedule", "images", "batches", "_launcher"),
+    ("params", "philox", "config", "losses", "schedule", "images", "batches", "peaks", "_launcher"),
     ("blocks",),
     ("reference", "cuda", "triton_kernels"),
     ("backends", "checks", "machine"),

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from fastattn import Transformer, TransformerConfig
+from fastattn.peaks import peak_tflops
 
 from .configs import Config
-from .throughput import PEAKS, training_flops
+from .throughput import DTYPES, training_flops
 
 SOURCE_LENGTH, TARGET_LENGTH = 28, 31  # ids of a mean sentence pair of WMT14
 MATRIX_SHARE = {False: 0.75, True: 0.45}  # of peak speed, without and with tensor cores
@@ -34,7 +35,7 @@ NETWORK_BYTES = 12.5e9  # per second and machine: 100 Gbit/s
 
 @dataclass(frozen=True)
 class Gpu:
-    """Of a data sheet; the peaks of arithmetic are in `throughput.PEAKS`.
+    """Of a data sheet; the peaks of arithmetic are in `fastattn.peaks`.
 
     Args:
         peaks: its name there.
@@ -152,7 +153,7 @@ def estimate(
     _check(gpu, n_gpus, machines, precision)
     model, card = config.model(vocab_size), GPUS[gpu]
     parameters, tokens = count_parameters(model), config.tokens_per_update / n_gpus
-    peak = PEAKS[card.peaks][("fp32", "fp16", "bf16").index(precision)] * 1e12 * card.sustained
+    peak = peak_tflops(card.peaks, DTYPES[precision]) * 1e12 * card.sustained
     on_tensor_cores = card.has_tensor_cores and (precision == "fp16" or (precision == "bf16" and card.has_bf16))
     pairs = config.tokens_per_update / TARGET_LENGTH
     flops = pairs * training_flops(model, np.array([SOURCE_LENGTH]), np.array([TARGET_LENGTH]))

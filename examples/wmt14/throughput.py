@@ -7,18 +7,9 @@ import torch
 from numpy.typing import NDArray
 
 from fastattn import TransformerConfig
+from fastattn.peaks import peak_tflops
 
-# TFLOP/s of dense matrix products with fp32, fp16 and bf16 operands, from NVIDIA's data sheets; bf16 without tensor
-# cores for it is computed in fp32. The first name found in that of the device counts.
-PEAKS = {
-    "P100-PCIE": (9.3, 18.7, 9.3),
-    "P100": (10.6, 21.2, 10.6),
-    "V100": (15.7, 125.0, 15.7),
-    "T4": (8.1, 65.0, 8.1),
-    "A100": (19.5, 312.0, 312.0),
-    "H100": (66.9, 989.4, 989.4),
-    "H200": (66.9, 989.4, 989.4),
-}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def training_flops(config: TransformerConfig, source_lengths: NDArray, target_lengths: NDArray) -> float:
@@ -48,8 +39,5 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """FLOP/s the device's data sheet promises for "fp32", "fp16" or "bf16" operands; None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    for known, peaks in PEAKS.items():
-        if known in name:
-            return peaks[("fp32", "fp16", "bf16").index(precision)] * 1e12
-    return None
+    peak = peak_tflops(torch.cuda.get_device_name(device), DTYPES[precision])
+    return None if peak is None else peak * 1e12

@@ -26,8 +26,8 @@ from fastattn.losses import LossSums, label_smoothed_cross_entropy
 
 from .configs import Config
 from .distributed import World
+from .throughput import DTYPES
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _LEAST_LOSS_SCALE = 2.0**-10  # a float16 gradient that overflows even then is no matter of scale
 
 
