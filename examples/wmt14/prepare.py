@@ -28,6 +28,7 @@ from fastattn.data import ParallelTokens
 from .cleaning import Cleaner, CorpusReport, Duplicates
 from .corpora import PREPARATIONS, Corpus, Download, Preparation, Text
 from .download import checksum, fetch
+from .options import positive_int
 from .pipeline import SIDES, Workers, clean_corpora, copy_corpora, encode_split, normalized_files, sample_sentences
 from .subwords import EOS_ID, MODEL_FILE, PAD_ID, PREPARATION_FILE, UNK_ID, TextForm, train_subwords
 
@@ -76,14 +77,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="pairs that the subwords are learned from (default 1000000)",
     )  # fmt: skip
     return parser.parse_args(arguments)
-
-
-def positive_int(text: str) -> int:
-    """An option's value that is at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def main(arguments: list[str] | None = None) -> None:

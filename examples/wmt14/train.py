@@ -23,6 +23,7 @@ from pathlib import Path
 from .configs import CONFIGS, Config
 from .distributed import World
 from .estimate import print_estimate
+from .options import positive_int
 from .run import Run
 from .subwords import Subwords
 from .trainer import NonFiniteError
@@ -63,14 +64,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     recipe.add_argument("--keep-last", type=positive_int, metavar="N", help="checkpoints kept")
     recipe.add_argument("--patience", type=positive_int, metavar="N", help="validations without a lower nll, then stop")
     return parser.parse_args(arguments)
-
-
-def positive_int(text: str) -> int:
-    """An option's value that is at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def main(arguments: list[str] | None = None) -> int:
