@@ -103,25 +103,31 @@ def calls(what: str, whose: str, attend: Callable[..., torch.Tensor]) -> Iterato
     yield f"{what} and backward, {whose}", lambda: torch.autograd.grad(attend(*leaves), leaves, dout)
 
 
-def time_one(call: Callable[[], Any], repetitions: int, number: int) -> dict[str, str]:
-    """Microseconds of one call: each repetition is the mean of `number` calls."""
-    call()
-    seconds = timeit.repeat(call, repeat=repetitions, number=number)
-    times = [1e6 * s / number for s in seconds]
+def summary(times: list[float]) -> dict[str, str]:
+    """The columns of one row, from microseconds."""
     fifths = statistics.quantiles(times, n=5, method="inclusive")
-    summary = {"min_us": min(times), "p50_us": statistics.median(times), "p80_us": fifths[3]}
-    return {name: f"{microseconds:.2f}" for name, microseconds in summary.items()}
+    numbers = {"min_us": min(times), "p50_us": statistics.median(times), "p80_us": fifths[3]}
+    return {name: f"{microseconds:.2f}" for name, microseconds in numbers.items()}
 
 
 def measure(repetitions: int, number: int) -> list[dict[str, str]]:
-    """All rows; prints each as it is measured."""
-    rows = []
-    print(f"{'':<44}{'min':>9}{'p50':>9}{'p80':>9}  microseconds")
+    """All rows, which are printed; each repetition of a row is the mean of `number` calls.
+
+    The rows take turns, so that whatever slows the machine for a while slows all of them.
+    """
     with tempfile.TemporaryDirectory() as folder, cuda_backend_on_cpu_tensors():
         build_stub(Path(folder))
-        for op, call in operations():
-            rows.append({"op": op} | time_one(call, repetitions, number))
-            print(f"{op:<44}" + "".join(f"{rows[-1][column]:>9}" for column in COLUMNS[1:]), flush=True)
+        calls = dict(operations())
+        times: dict[str, list[float]] = {op: [] for op in calls}
+        for call in calls.values():
+            call()
+        for _ in range(repetitions):
+            for op, call in calls.items():
+                times[op].append(1e6 * timeit.timeit(call, number=number) / number)
+    rows = [{"op": op} | summary(times[op]) for op in calls]
+    print(f"{'':<44}{'min':>9}{'p50':>9}{'p80':>9}  microseconds")
+    for row in rows:
+        print(f"{row['op']:<44}" + "".join(f"{row[column]:>9}" for column in COLUMNS[1:]))
     return rows
 
 
@@ -147,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     torch.set_num_threads(1)
     folder = options.out or Path(__file__).parent / "results" / folder_name(torch.device("cpu"))
-    write(folder, measure(*((3, 20) if options.smoke else (300, 100))))
+    write(folder, measure(*((3, 20) if options.smoke else (1000, 30))))
     print(f"\nwrote {folder}/launch_latency.csv and .json")
     return 0
 
