@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     torch.set_num_threads(1)
     folder = options.out or Path(__file__).parent / "results" / folder_name(torch.device("cpu"))
-    write(folder, measure(*((3, 20) if options.smoke else (1000, 30))))
+    write(folder, measure(*((3, 20) if options.smoke else (400, 100))))
     print(f"\nwrote {folder}/launch_latency.csv and .json")
     return 0
 
