@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fastattn
 from cases import Case, cumulative
 from contract import call, leaf
-from fastattn import functional
+from fastattn import functional, reference
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 CASES = [
@@ -305,3 +305,22 @@ def test_without_anybody_to_see_it_the_operator_is_left_out() -> None:
         out, _ = fastattn.scaled_dot_product_attention(q, k, v, return_lse=True)
         out.sum().backward()
     assert not [event.key for event in profile.key_averages() if event.key.startswith("fastattn::")]
+
+
+def test_kernels_get_gradients_they_can_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd may hand over any strides: dout comes with a contiguous last dimension, dlse wholly contiguous."""
+    given = {}
+    attention_bwd = reference.attention_bwd
+
+    def record(dq, dk, dv, dbias, out, lse, dout, dlse, p):
+        given.update(dout=dout, dlse=dlse)
+        attention_bwd(dq, dk, dv, dbias, out, lse, dout, dlse, p)
+
+    monkeypatch.setattr(reference, "attention_bwd", record)
+    q = torch.randn(1, 2, 3, 4, requires_grad=True)
+    dout, dlse = torch.randn(1, 2, 4, 3).transpose(2, 3), torch.randn(1, 1, 3).expand(1, 2, 3)
+    with fastattn.use_backend("torch"):
+        results = fastattn.scaled_dot_product_attention(q, q, q, return_lse=True)
+    torch.autograd.grad(results, q, (dout, dlse))
+    assert given["dout"].stride(-1) == 1 and given["dlse"].is_contiguous()
+    assert torch.equal(given["dout"], dout) and torch.equal(given["dlse"], dlse)
