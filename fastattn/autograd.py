@@ -58,7 +58,7 @@ def _empty_grads(p: AttentionParams, needs_dbias: bool) -> tuple[Tensor, Tensor,
 
 def _attention_fwd(p: AttentionParams, backend: str) -> tuple[Tensor, Tensor]:
     out, lse = _empty_results(p)
-    backends.get(backend).kernels().attention_fwd(out, lse, p)
+    backends.kernels(backend).attention_fwd(out, lse, p)
     return out, lse
 
 
@@ -69,7 +69,7 @@ def _attention_bwd(
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv, dbias = _empty_grads(p, needs_dbias)
     to_fill = (dq, dk, dv, dbias if needs_dbias else None)
-    backends.get(backend).kernels().attention_bwd(*to_fill, out, lse, dout, dlse, p)
+    backends.kernels(backend).attention_bwd(*to_fill, out, lse, dout, dlse, p)
     return dq, dk, dv, dbias
 
 

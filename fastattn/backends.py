@@ -71,10 +71,6 @@ class Backend:
     max_head_dim: int | None = None
     on_request_only: bool = False
 
-    def kernels(self) -> ModuleType:
-        """The module that runs it."""
-        return _module(self.module)
-
     def takes(self, p: Problem) -> bool:
         """Whether it can take the call."""
         refuses = self._lacks_device(p) or p.dtype not in self.dtypes or self._is_too_wide(p)
@@ -102,11 +98,6 @@ class Backend:
 
     def _is_too_wide(self, p: Problem) -> bool:
         return self.max_head_dim is not None and (p.head_dim > self.max_head_dim or p.head_dim_v > self.max_head_dim)
-
-
-@functools.cache
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(name, __package__)
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -158,11 +149,17 @@ def get(name: str) -> Backend:
     raise ValueError(f"backend: must be one of {', '.join(NAMES)}, got {name!r}")
 
 
+@functools.cache
+def kernels(name: str) -> ModuleType:
+    """The module that runs the backend of that name."""
+    return importlib.import_module(get(name).module, __package__)
+
+
 # ---- the choice ----
 
 
 class _Forced(threading.local):
-    name: str | None = None
+    backend: Backend | None = None
 
 
 _forced = _Forced()
@@ -179,11 +176,11 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: there is no such backend.
         NotImplementedError: at a call inside that the backend cannot take; the message lists the reasons.
     """
-    previous, _forced.name = _forced.name, get(name).name
+    previous, _forced.backend = _forced.backend, get(name)
     try:
         yield
     finally:
-        _forced.name = previous
+        _forced.backend = previous
 
 
 def choose(p: Problem) -> Backend:
@@ -192,8 +189,8 @@ def choose(p: Problem) -> Backend:
     Raises:
         NotImplementedError: a backend is forced and cannot take the call.
     """
-    if _forced.name is not None:
-        backend = get(_forced.name)
+    backend = _forced.backend
+    if backend is not None:
         if not backend.takes(p):
             reasons = "; it ".join(backend.why_not(p))
             raise NotImplementedError(f"backend {backend.name!r} cannot take this call: it {reasons}")

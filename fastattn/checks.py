@@ -30,8 +30,10 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 # ---- query, key, value ----
 
 
-def check_query_key_value(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, is_packed: bool) -> None:
-    """Dtypes, devices, batch dimensions, heads and head dimensions agree."""
+def query_and_key_shapes(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, is_packed: bool
+) -> tuple[torch.Size, torch.Size]:
+    """The shapes of query and key; dtypes, devices, batch dimensions, heads and head dimensions of all three agree."""
     q, k, v = query.shape, key.shape, value.shape
     if is_packed and len(q) != 3:
         raise ValueError(f"query: must be (total_tokens, heads, head_dim), got shape {tuple(q)}")
@@ -44,7 +46,10 @@ def check_query_key_value(query: Tensor, key: Tensor, value: Tensor, enable_gqa:
     if q[-1] == 0:
         raise ValueError("query: head_dim must be at least 1, got 0")
     if q == k == v:  # so that the most usual call pays for no more
-        return
+        return q, k
+    for name, x in (("key", k), ("value", v)):
+        if len(x) != len(q):
+            raise ValueError(f"{name}: has {len(x)} dimensions, query has {len(q)}")
     if k[-1] != q[-1]:
         raise ValueError(f"key: head_dim {k[-1]} differs from query's {q[-1]}")
     if v[:-1] != k[:-1]:
@@ -55,11 +60,10 @@ def check_query_key_value(query: Tensor, key: Tensor, value: Tensor, enable_gqa:
         _check_heads(q[heads], k[heads], enable_gqa)
     if not is_packed and len(q) > 3 and k[:-3] != q[:-3]:
         raise ValueError(f"key: batch dimensions {tuple(k[:-3])} differ from query's {tuple(q[:-3])}")
+    return q, k
 
 
 def _check_like_query(name: str, x: Tensor, query: Tensor) -> None:
-    if x.ndim != query.ndim:
-        raise ValueError(f"{name}: has {x.dim()} dimensions, query has {query.dim()}")
     if x.dtype != query.dtype:
         raise ValueError(f"{name}: dtype {x.dtype} differs from query's {query.dtype}")
     _check_device(name, x, query)

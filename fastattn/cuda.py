@@ -42,13 +42,14 @@ class Buffers(NamedTuple):
 
 def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
     """Fill out and lse."""
-    batch, nheads = p.batch_size(), p.q.shape[1]
-    if batch * nheads == 0:
+    shape = p.q.shape
+    pairs = p.batch_size() * shape[1]
+    if pairs == 0:
         out.zero_()
         lse.fill_(-torch.inf)
         return
-    kernel = _kernel("attention_fwd", p)
-    grid = (batch * nheads, count(p.max_seqlen_q, kernel.block_m), 1)
+    kernel = _kernel("attention_fwd", shape[-1], p.v.shape[-1], p.max_seqlen_q)
+    grid = (pairs, count(p.max_seqlen_q, kernel.block_m), 1)
     launch(kernel.name, ELEMENTS[p.q.dtype], grid, p, Buffers(out, lse))
 
 
@@ -76,7 +77,8 @@ def attention_bwd(
     element = ELEMENTS[p.q.dtype]
     buffers = Buffers(out, lse, dout, dlse, torch.empty_like(lse), dq, dk, dv)
 
-    kernel, kernel_dq = _kernel("attention_bwd", p), _kernel("attention_bwd_dq", p)
+    sizes = p.q.shape[-1], p.v.shape[-1], p.max_seqlen_q
+    kernel, kernel_dq = _kernel("attention_bwd", *sizes), _kernel("attention_bwd_dq", *sizes)
     key_tiles = count(p.max_seqlen_k, kernel.block_n)
     if key_tiles > 1 and batch * nheads_k < FULL * multiprocessors(p.q.device):
         grid_dq = (batch * nheads, count(p.max_seqlen_q, kernel_dq.block_m), 1)
@@ -92,7 +94,7 @@ def attention_bwd(
 
 def _bias_grad(dbias: Tensor, buffers: Buffers, p: AttentionParams) -> None:
     """Fill dbias: partial sums in copies of the bias, as many as fill the card, then their sum."""
-    kernel = _kernel("attention_bwd_dbias", p)
+    kernel = _kernel("attention_bwd_dbias", p.q.shape[-1], p.v.shape[-1], p.max_seqlen_q)
     busy = FULL * multiprocessors(p.q.device)
     bias_tiles, copies = bias_tiles_and_copies(p, dbias.shape, (kernel.block_m, kernel.block_n), busy)
     buffers = buffers._replace(dbias=dbias, dbias_partial=buffers.lse.new_empty(copies, *dbias.shape))
@@ -106,16 +108,12 @@ def _bias_grad(dbias: Tensor, buffers: Buffers, p: AttentionParams) -> None:
 SUM_THREADS = next(k.threads for k in _launcher.KERNELS if k.name == "attention_dbias_sum")
 
 
-def _kernel(pass_: str, p: AttentionParams) -> _launcher.Kernel:
-    """The pass's kernel for the call's head dimension and, where there is a choice, its length."""
-    return _fitting(pass_, p.q.shape[-1], p.v.shape[-1], p.max_seqlen_q <= SHORT)
-
-
-@functools.cache
-def _fitting(pass_: str, head_dim: int, head_dim_v: int, is_short: bool) -> _launcher.Kernel:
+@functools.lru_cache(4096)
+def _kernel(pass_: str, head_dim: int, head_dim_v: int, seqlen_q: int) -> _launcher.Kernel:
+    """The pass's kernel for the head dimension and, where there is a choice, the length."""
     fitting = [k for k in _launcher.KERNELS if k.pass_ == pass_ and k.head_dim >= max(head_dim, head_dim_v)]
     candidates = [k for k in fitting if k.head_dim == fitting[0].head_dim]
-    return candidates[0 if is_short else -1]
+    return candidates[0 if seqlen_q <= SHORT else -1]
 
 
 def multiprocessors(device: torch.device) -> int:

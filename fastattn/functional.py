@@ -203,17 +203,16 @@ def attention_params(
 ) -> AttentionParams:
     """The checked arguments of one dense call, as `scaled_dot_product_attention` takes them; no seed is drawn yet."""
     query, key, value = checks.autocast(query, key, value)
-    checks.check_query_key_value(query, key, value, enable_gqa, is_packed=False)
+    shape, key_shape = checks.query_and_key_shapes(query, key, value, enable_gqa, is_packed=False)
     checks.check_dropout(dropout_p)
     left, right, bottom_right = checks.band(is_causal, window, causal_align)
-    shape, seqlen_k = query.shape, key.shape[-2]
     mask = bias = None
     if attn_mask is not None or attn_bias is not None:
-        mask, bias = checks.mask_and_bias(attn_mask, attn_bias, query, (*shape[:-1], seqlen_k))
+        mask, bias = checks.mask_and_bias(attn_mask, attn_bias, query, (*shape[:-1], key_shape[-2]))
     q, k, v = checks.to_4d(query, key, value)
     return AttentionParams(
         q, k, v, mask, bias, None, None, None,
-        shape[-2], seqlen_k, _scale(scale, shape[-1]), dropout_p, left, right, bottom_right,
+        shape[-2], key_shape[-2], _scale(scale, shape[-1]), dropout_p, left, right, bottom_right,
     )  # fmt: skip
 
 
@@ -237,17 +236,17 @@ def varlen_attention_params(
 ) -> AttentionParams:
     """The checked arguments of one packed call, as `varlen_attention` takes them; no seed is drawn yet."""
     query, key, value = checks.autocast(query, key, value)
-    checks.check_query_key_value(query, key, value, enable_gqa, is_packed=True)
+    _, nheads, head_dim = checks.query_and_key_shapes(query, key, value, enable_gqa, is_packed=True)[0]
     checks.check_cu_seqlens(query, cu_seqlens_q, max_seqlen_q, "q")
     checks.check_cu_seqlens(key, cu_seqlens_k, max_seqlen_k, "k")
     checks.check_same_batch(cu_seqlens_q, cu_seqlens_k)
     checks.check_dropout(dropout_p)
     left, right, bottom_right = checks.band(is_causal, window, causal_align)
-    shape = (cu_seqlens_q.size(0) - 1, query.size(1), max_seqlen_q, max_seqlen_k)
+    shape = (cu_seqlens_q.size(0) - 1, nheads, max_seqlen_q, max_seqlen_k)
     mask, bias = checks.mask_and_bias(attn_mask, attn_bias, query, shape)
     return AttentionParams(
         query, key, value, mask, bias, None, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q, max_seqlen_k, _scale(scale, query.shape[-1]), dropout_p, left, right, bottom_right,
+        max_seqlen_q, max_seqlen_k, _scale(scale, head_dim), dropout_p, left, right, bottom_right,
     )  # fmt: skip
 
 
