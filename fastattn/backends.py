@@ -159,7 +159,7 @@ def kernels(name: str) -> ModuleType:
 
 
 class _Forced(threading.local):
-    backend: Backend | None = None
+    name: str | None = None
 
 
 _forced = _Forced()
@@ -176,11 +176,11 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: there is no such backend.
         NotImplementedError: at a call inside that the backend cannot take; the message lists the reasons.
     """
-    previous, _forced.backend = _forced.backend, get(name)
+    previous, _forced.name = _forced.name, get(name).name
     try:
         yield
     finally:
-        _forced.backend = previous
+        _forced.name = previous
 
 
 def choose(p: Problem) -> Backend:
@@ -189,8 +189,8 @@ def choose(p: Problem) -> Backend:
     Raises:
         NotImplementedError: a backend is forced and cannot take the call.
     """
-    backend = _forced.backend
-    if backend is not None:
+    if _forced.name is not None:
+        backend = get(_forced.name)
         if not backend.takes(p):
             reasons = "; it ".join(backend.why_not(p))
             raise NotImplementedError(f"backend {backend.name!r} cannot take this call: it {reasons}")
