@@ -161,7 +161,7 @@ def _constants(lines: list[str]) -> bytes:
 
 
 def loops(program: Program) -> list[tuple[int, int]]:
-    """The first and last index of every loop, inner loops before outer ones; the jump to itself behind the end is none."""
+    """The first and last index of every loop, inner loops before outer ones; the jump to itself at the end is none."""
     backward = [
         (instruction.target, index)
         for index, instruction in enumerate(program.instructions)
@@ -172,8 +172,23 @@ def loops(program: Program) -> list[tuple[int, int]]:
 
 # Instructions that read all their operands from the register file at once, in one cycle if the banks allow it.
 _ARITHMETIC = frozenset(
-    "FFMA FADD FMUL FMNMX FCMP FSET FSETP HFMA2 HADD2 HMUL2 XMAD IADD IADD3 ICMP IMNMX ISET ISETP ISCADD LEA LOP LOP3 "
-    "PRMT SEL SHF SHL SHR BFE BFI".split()
+    {
+        "FFMA",
+        "FADD",
+        "FMUL",
+        "FMNMX",
+        "FCMP",
+        "FSET",
+        "FSETP",
+        "HFMA2",
+        "HADD2",
+        "HMUL2",
+        "XMAD",
+        "IADD",
+        "IADD3",
+        "ICMP",
+    }
+    | {"IMNMX", "ISET", "ISETP", "ISCADD", "LEA", "LOP", "LOP3", "PRMT", "SEL", "SHF", "SHL", "SHR", "BFE", "BFI"}
 )
 BANKS = 4
 

@@ -1,0 +1,63 @@
+"""The launches that fastattn.cuda makes for a call, recorded instead of made, on CPU tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from fastattn import _launcher, cuda, reference
+from fastattn.params import AttentionParams
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a kernel is launched with."""
+
+    kernel: str
+    element: str
+    grid: tuple[int, int, int]
+    threads: int
+    smem: int  # bytes
+    params_bytes: bytes
+    buffers: list[tuple[Tensor, str, bool]]  # what it may access, by name, and whether it may be written
+
+
+_KERNELS = {kernel.name: kernel for kernel in _launcher.KERNELS}
+
+
+def launch_of(name: str, element: str, grid: tuple[int, int, int], p: AttentionParams, buffers: cuda.Buffers) -> Launch:
+    """What a call of fastattn.cuda.launch stands for."""
+    kernel = _KERNELS[name]
+    read = [(x, field, False) for field, x in p._asdict().items() if isinstance(x, Tensor)]
+    written = [(x, field, True) for field, x in buffers._asdict().items() if x is not None]
+    params = _launcher.pack(element, p, buffers)
+    return Launch(name, element, grid, kernel.threads, kernel.smem, params, read + written)
+
+
+def record(p: AttentionParams, backward: bool, multiprocessors: int = 56) -> list[Launch]:
+    """The launches of a forward pass, or of a backward pass for a random gradient, with the gradient of the bias if there is one.
+
+    Args:
+        p: the problem.
+        backward: which pass.
+        multiprocessors: of the card; on one that is not full, the backward takes other kernels.
+    """
+    launches: list[Launch] = []
+
+    def note(*arguments: object) -> None:
+        launches.append(launch_of(*arguments))
+
+    with mock.patch.object(cuda, "launch", note), mock.patch.object(cuda, "multiprocessors", lambda _: multiprocessors):
+        if not backward:
+            out = p.q.new_empty(*p.q.shape[:-1], p.v.shape[-1])
+            lse = p.q.new_empty(p.q.shape[:-1] if not p.is_packed() else p.q.shape[1::-1], dtype=torch.float32)
+            cuda.attention_fwd(out, lse, p)
+            return launches
+        out, lse = (x.detach() for x in reference.attention(p))
+        dq, dk, dv = map(torch.empty_like, (p.q, p.k, p.v))
+        dbias = None if p.bias is None else torch.empty_like(p.bias)
+        cuda.attention_bwd(dq, dk, dv, dbias, out, lse.float().contiguous(), torch.randn_like(out), None, p)
+    return launches
