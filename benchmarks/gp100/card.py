@@ -95,6 +95,7 @@ TIMINGS = {op: timing for timing, ops in _TABLE.items() for op in ops.split()}
 
 L2_LATENCY, DRAM_LATENCY = 234, 450  # cycles of a load that misses everything nearer
 BARRIER_LATENCY = 20  # cycles from the last warp's arrival
+SLACK = 5000  # cycles for which unused bytes of L2 and DRAM can be made up for
 QUEUE = 40  # cycles of work that SHARED and GLOBAL accept ahead of time
 BLOCK_STAGGER = 40  # cycles between the first blocks of a multiprocessor
 BLOCK_LAUNCH = 300  # cycles from the end of a block to the start of the next one in its place
@@ -118,8 +119,8 @@ SOURCES = (
     (
         "lane rates: 64 per cycle and multiprocessor for float and integer addition, multiplication, logic and moves; "
         "32 for comparisons, minima, shifts and bit fields; 16 for special functions and conversions; 32 for shuffles",
-        "CUDA C++ Programming Guide, throughput of native arithmetic instructions, column 6.0; which machine instruction "
-        "belongs to which row is known from the assembler maxas",
+        "CUDA C++ Programming Guide, throughput of native arithmetic instructions, column 6.0; which machine "
+        "instruction belongs to which row is known from the assembler maxas",
     ),
     (
         "registers lie in 4 banks; an operand beyond the first of a bank costs a cycle of the float pipe, unless the "
@@ -141,6 +142,11 @@ SOURCES = (
     (
         "the L2 cache gives 1624 GB/s to the whole card",
         "Jia et al. 2018, arXiv:1804.06826, the columns of the P100; quoted from memory",
+    ),
+    (
+        "a multiprocessor that loads less than its share of L2 and DRAM can load more for the next 5000 cycles: "
+        "the others are at other places of their blocks",
+        "assumed; the column in step takes it away",
     ),
     (
         "L2 has 4 MB, in equal shares for all resident blocks; each share keeps what was used last. What another block "

@@ -225,7 +225,14 @@ class Machine:
         accessed = _by_block(self.accessed, self.warps_per_block, len(self.blocks))
         for n, block in enumerate(self.blocks):
             own = warps[n * self.warps_per_block : (n + 1) * self.warps_per_block]
-            yield block, BlockTrace(own, accessed[n, False], accessed[n, True])
+            yield block, BlockTrace(own, self._accesses(n), accessed[n, False], accessed[n, True])
+
+    def _accesses(self, block: int) -> list[tuple[str, bool, np.ndarray]]:
+        first, after = (n * self.warps_per_block << 48 for n in (block, block + 1))
+        parts = (
+            (name, is_store, keys[(keys >= first) & (keys < after)] - first) for name, is_store, keys in self.accessed
+        )
+        return [part for part in parts if len(part[2])]
 
 
 def _by_block(

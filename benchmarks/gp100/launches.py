@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -37,27 +40,42 @@ def launch_of(name: str, element: str, grid: tuple[int, int, int], p: AttentionP
     return Launch(name, element, grid, kernel.threads, kernel.smem, params, read + written)
 
 
+@contextmanager
+def recording(multiprocessors: int) -> Iterator[list[Launch]]:
+    """Inside, fastattn.cuda launches nothing and adds to the list.
+
+    Args:
+        multiprocessors: of the card; on one that is not full, the backward takes other kernels.
+    """
+    launches: list[Launch] = []
+
+    def note(*arguments: Any) -> None:
+        launches.append(launch_of(*arguments))
+
+    with mock.patch.object(cuda, "launch", note), mock.patch.object(cuda, "multiprocessors", lambda _: multiprocessors):
+        yield launches
+
+
 def record(p: AttentionParams, backward: bool, multiprocessors: int = 56) -> list[Launch]:
     """The launches of a forward pass, or of a backward pass for a random gradient, with the gradient of the bias if there is one.
 
     Args:
         p: the problem.
         backward: which pass.
-        multiprocessors: of the card; on one that is not full, the backward takes other kernels.
+        multiprocessors: of the card.
     """
-    launches: list[Launch] = []
-
-    def note(*arguments: object) -> None:
-        launches.append(launch_of(*arguments))
-
-    with mock.patch.object(cuda, "launch", note), mock.patch.object(cuda, "multiprocessors", lambda _: multiprocessors):
+    with recording(multiprocessors) as launches:
         if not backward:
-            out = p.q.new_empty(*p.q.shape[:-1], p.v.shape[-1])
-            lse = p.q.new_empty(p.q.shape[:-1] if not p.is_packed() else p.q.shape[1::-1], dtype=torch.float32)
-            cuda.attention_fwd(out, lse, p)
+            cuda.attention_fwd(*empty_results(p), p)
             return launches
         out, lse = (x.detach() for x in reference.attention(p))
         dq, dk, dv = map(torch.empty_like, (p.q, p.k, p.v))
         dbias = None if p.bias is None else torch.empty_like(p.bias)
         cuda.attention_bwd(dq, dk, dv, dbias, out, lse.float().contiguous(), torch.randn_like(out), None, p)
     return launches
+
+
+def empty_results(p: AttentionParams) -> tuple[Tensor, Tensor]:
+    """Memory for out and lse."""
+    out = p.q.new_empty(*p.q.shape[:-1], p.v.shape[-1])
+    return out, p.q.new_empty(p.q.shape[:-1] if not p.is_packed() else p.q.shape[1::-1], dtype=torch.float32)

@@ -3,7 +3,8 @@
 Each scheduler issues one instruction, or one pair, per cycle: that of the warp that has been ready longest, if its unit
 takes it. A warp is ready again when the stall count of its control word has passed and the scoreboards that its next
 instruction waits for are released. Units are servers: they are free again after as many cycles as an instruction keeps
-them busy. L2 and DRAM are two more servers, with this multiprocessor's share of the card's bytes per cycle.
+them busy. L2 and DRAM are two more servers, with this multiprocessor's share of the card's bytes per cycle; what it did
+not use of them it can make up for a while later, because multiprocessors do not all load at the same time.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ class Assumptions(NamedTuple):
     dual_issue: bool = True
     register_conflicts: bool = True
     dram_rate: float = 1.0  # of what the card is assumed to reach
-    smem_rate: float = 1.0
+    in_step: bool = False  # all multiprocessors load at the same time and divide the rates evenly at every moment
+
+
+USUAL = Assumptions()
 
 
 class WarpTrace(NamedTuple):
@@ -101,13 +105,17 @@ class Encoder:
         self._conflicts = bank_conflicts(program) if assumptions.register_conflicts else [0] * len(self._instructions)
         self._pairs = np.array([i.pairs_with_next and assumptions.dual_issue for i in self._instructions])
         self._share = share
-        self._smem_rate = assumptions.smem_rate
         self._ops: dict[tuple[int, int], Op] = {}
+
+    def for_schedulers(self, trace: WarpTrace) -> list[list[Op]]:
+        """What a warp issues, on each of the schedulers that it may belong to."""
+        return [self.encode(trace, scheduler) for scheduler in range(gp100.SCHEDULERS)]
 
     def encode(self, trace: WarpTrace, scheduler: int) -> list[Op]:
         """What a warp of a scheduler issues."""
         index, smem_cycles, sectors, dram_sectors = (column.astype(np.int64) for column in trace)
-        kinds, kind_of = np.unique(((index << 12 | smem_cycles) << 12 | sectors) << 12 | dram_sectors, return_inverse=True)
+        packed = ((index << 12 | smem_cycles) << 12 | sectors) << 12 | dram_sectors
+        kinds, kind_of = np.unique(packed, return_inverse=True)
         begins_pair = np.zeros(len(index) + 1, bool)
         begins_pair[1:-1] = self._pairs[index[:-1]] & (index[1:] == index[:-1] + 1)
         is_second, is_first = begins_pair[:-1], begins_pair[1:]
@@ -121,7 +129,8 @@ class Encoder:
 
     def _op(self, kind: int, scheduler: int) -> Op:
         if (kind, scheduler) not in self._ops:
-            self._ops[kind, scheduler] = self._new(kind >> 36, kind >> 24 & 4095, kind >> 12 & 4095, kind & 4095, scheduler)
+            unpacked = (kind >> 36, kind >> 24 & 4095, kind >> 12 & 4095, kind & 4095)
+            self._ops[kind, scheduler] = self._new(*unpacked, scheduler)
         return self._ops[kind, scheduler]
 
     def _new(self, index: int, smem_cycles: int, sectors: int, dram_sectors: int, scheduler: int) -> Op:
@@ -131,7 +140,7 @@ class Encoder:
         if timing.unit == gp100.FP32:
             cycles += self._conflicts[index]
         elif timing.unit == gp100.SHARED:
-            cycles = math.ceil(max(smem_cycles, cycles) / self._smem_rate)
+            cycles = max(smem_cycles, cycles)
         elif timing.unit == gp100.GLOBAL:
             cycles = max(gp100.SECTOR * sectors // gp100.SMEM_BYTES_PER_CYCLE, cycles)
         return Op(
@@ -203,13 +212,17 @@ class Multiprocessor:
     Args:
         blocks: for each block, what its warps issue, once for each scheduler that may get the warp.
         resident: blocks at a time.
+        assumptions: of the model.
     """
 
-    def __init__(self, blocks: Iterable[Sequence[Sequence[list[Op]]]], resident: int) -> None:
+    def __init__(
+        self, blocks: Iterable[Sequence[Sequence[list[Op]]]], resident: int, assumptions: Assumptions = USUAL
+    ) -> None:
         self.finished: list[float] = []  # when, block by block
         self._waiting = iter(blocks)
         self._heaps: tuple[list[tuple[float, int, _Warp]], ...] = ([], [])
         self._free = [0.0] * _UNITS
+        self._slack = 0 if assumptions.in_step else gp100.SLACK
         self._order = 0
         self._started_warps = 0
         for first in range(resident):
@@ -263,10 +276,10 @@ class Multiprocessor:
         if effect.read_barrier is not None:
             warp.release(effect.read_barrier, done + effect.read_latency)
         if effect.l2_cycles:
-            free[_L2] = max(now, free[_L2]) + effect.l2_cycles
+            free[_L2] = max(now - self._slack, free[_L2]) + effect.l2_cycles
             done = max(done, free[_L2])
         if effect.dram_cycles:
-            free[_DRAM] = max(now, free[_DRAM]) + effect.dram_cycles
+            free[_DRAM] = max(now - self._slack, free[_DRAM]) + effect.dram_cycles
             done = max(done, free[_DRAM])
         if effect.write_barrier is not None:
             warp.release(effect.write_barrier, done + effect.latency)

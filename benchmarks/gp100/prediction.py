@@ -14,15 +14,21 @@ from typing import NamedTuple
 import numpy as np
 
 from . import card as gp100
-from .pipeline import Assumptions, Encoder, Multiprocessor, Share
+from .pipeline import USUAL, Assumptions, Encoder, Multiprocessor, Share
 from .problems import Problem
 from .sass import Program, bank_conflicts
 from .tracing import Block, Kernels, TracedLaunch, Tracer
 
+SENSITIVITIES = {
+    "no pairs": Assumptions(dual_issue=False),
+    "no register conflicts": Assumptions(register_conflicts=False),
+    "half of DRAM": Assumptions(dram_rate=0.5),
+    "in step": Assumptions(in_step=True),
+}
+
 EXACT = 500_000  # instructions that are replayed as they come, whatever they are
 WAVES = 4  # replayed of many alike, if they are short enough
 STEP = 64  # a multiple of every tile: sequences that are whole tiles longer have the same ragged end
-AS_CALLED = Assumptions()
 
 
 class Prediction(NamedTuple):
@@ -55,7 +61,7 @@ class Model:
         self.tracer = Tracer(kernels, card.multiprocessors)
         self._replayed: dict[tuple[object, ...], list[float]] = {}
 
-    def predict(self, problem: Problem, assumptions: Assumptions = AS_CALLED) -> Prediction:
+    def predict(self, problem: Problem, assumptions: Assumptions = USUAL) -> Prediction:
         """The time of one pass, its launches one after the other."""
         lengths = lengths_replayed(problem)
         traced = [self.tracer.trace(problem, length) for length in lengths]
@@ -68,6 +74,10 @@ class Model:
         launches = traced[0]
         waiting = len(launches) * gp100.LAUNCH_SECONDS * 1e6
         return Prediction(problem, times.pop("time") + waiting, times, tuple(launch.kernel for launch in launches))
+
+    def launches(self, problem: Problem) -> list[TracedLaunch]:
+        """What was executed, at the shortest length that was replayed."""
+        return self.tracer.trace(problem, lengths_replayed(problem)[0])
 
     # ---- the time of a launch
 
@@ -94,11 +104,9 @@ class Model:
         if key not in self._replayed:
             share = Share.of(self.card, active, assumptions)
             encoder = Encoder(launch.program, share, assumptions)
-            issued = {
-                block: [[encoder.encode(warp, scheduler) for scheduler in range(gp100.SCHEDULERS)] for warp in block.warps]
-                for block in set(blocks)
-            }
-            self._replayed[key] = Multiprocessor([issued[block] for block in blocks], launch.resident).run()
+            issued = {block: [encoder.for_schedulers(warp) for warp in block.warps] for block in set(blocks)}
+            queue = [issued[block] for block in blocks]
+            self._replayed[key] = Multiprocessor(queue, launch.resident, assumptions).run()
         return self._replayed[key]
 
     # ---- what no schedule can beat
@@ -121,26 +129,27 @@ def block_bounds(program: Program, block: Block, card: gp100.Card) -> dict[str, 
         block: its traces.
         card: whose L2 and DRAM are shared evenly.
     """
-    size = len(program.instructions)
-    executed = sum(np.bincount(warp.index, minlength=size) for warp in block.warps)
+    executed = block.times(program)
     timings = [gp100.TIMINGS[instruction.op] for instruction in program.instructions]
     of_unit = {unit: np.array([t.cycles * (t.unit == unit) for t in timings]) for unit in (gp100.FP32, gp100.SFU)}
     conflicts = np.array(bank_conflicts(program)) * (of_unit[gp100.FP32] > 0)
     pairs = np.array([instruction.pairs_with_next for instruction in program.instructions])
     shuffles = np.array([instruction.op == "SHFL" for instruction in program.instructions])
+    accesses = [*zip(*block.warps, strict=True)][1:]
     lanes = executed @ of_unit[gp100.FP32]
-    share = Share.of(card, card.multiprocessors, AS_CALLED)
-    sectors, dram_sectors = (sum(int(getattr(warp, name).sum()) for warp in block.warps) for name in ("sectors", "dram_sectors"))
-    return {
+    share = Share.of(card, card.multiprocessors, USUAL)
+    smem_cycles, sectors, dram_sectors = (sum(int(column.sum()) for column in columns) for columns in accesses)
+    cycles = {
         "FP32 lanes": lanes / gp100.SCHEDULERS,
         "FP32 lanes with conflicts": (lanes + executed @ conflicts) / gp100.SCHEDULERS,
         "issue, one at a time": executed.sum() / gp100.SCHEDULERS,
         "issue, with pairs": (executed.sum() - executed @ pairs) / gp100.SCHEDULERS,
-        "shared memory": float(sum(int(warp.smem_cycles.sum()) for warp in block.warps) + executed @ shuffles),
+        "shared memory": smem_cycles + executed @ shuffles,
         "special functions": executed @ of_unit[gp100.SFU] / gp100.SCHEDULERS,
         "L2": gp100.SECTOR * sectors / share.l2,
         "DRAM": gp100.SECTOR * dram_sectors / share.dram,
     }
+    return {name: float(value) for name, value in cycles.items()}
 
 
 # ---- long sequences ----

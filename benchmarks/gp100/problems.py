@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from fastattn import cuda
 from fastattn.params import UNBOUNDED, AttentionParams
+
+from .launches import Launch, empty_results, recording
 
 
 class Problem(NamedTuple):
@@ -54,13 +57,14 @@ def _bias(p: Problem) -> torch.Tensor:
     return torch.randn(1, p.nheads, p.seqlen, p.seqlen)
 
 
-# What a call has besides q, k and v, by the feature's name; a problem with a bias takes its gradient only if it says so.
-FEATURES: dict[str, Callable[[Problem], dict[str, object]]] = {
+BIAS_GRADIENT = "bias and its gradient"
+# What a call has besides q, k and v, by the feature's name.
+FEATURES: dict[str, Callable[[Problem], dict[str, Any]]] = {
     "plain": lambda p: {},
     "key padding mask": lambda p: {"mask": _key_mask(p)},
     "full mask": lambda p: {"mask": _full_mask(p)},
     "bias": lambda p: {"bias": _bias(p)},
-    "bias and its gradient": lambda p: {"bias": _bias(p).requires_grad_()},
+    BIAS_GRADIENT: lambda p: {"bias": _bias(p)},
     "dropout 0.1": lambda p: {"dropout_p": 0.1, "seed": torch.tensor([7])},
     "packed": lambda p: dict.fromkeys(
         ("cu_seqlens_q", "cu_seqlens_k"), torch.arange(p.batch + 1, dtype=torch.int32) * p.seqlen
@@ -92,6 +96,20 @@ def params(problem: Problem, seqlen: int | None = None) -> AttentionParams:
         bottom_right=False,
     )
     return plain.replace(**FEATURES[problem.feature](problem))
+
+
+def launches(problem: Problem, multiprocessors: int, seqlen: int | None = None) -> list[Launch]:
+    """What the problem launches; arguments as of `params`."""
+    p = params(problem, seqlen)
+    out, lse = empty_results(p)
+    with recording(multiprocessors) as recorded:
+        if not problem.is_backward:
+            cuda.attention_fwd(out, lse, p)
+        else:
+            dout, dq, dk, dv = map(torch.empty_like, (out, p.q, p.k, p.v))
+            dbias = torch.empty_like(p.bias) if p.bias is not None and problem.feature == BIAS_GRADIENT else None
+            cuda.attention_bwd(dq, dk, dv, dbias, out, lse, dout, None, p)
+    return recorded
 
 
 def _lazy(shape: tuple[int, ...], dtype: torch.dtype, seqlen: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ class BlockTrace:
     """A block's warps, and the sectors of 32 bytes that it read and wrote, by the name of the buffer."""
 
     warps: list[Trace]
+    accesses: list[tuple[str, bool, np.ndarray]]  # in order: buffer, whether written, (warp << 48 | sector) of each
     read: dict[str, np.ndarray]  # sorted, the address of each divided by 32
     written: dict[str, np.ndarray]
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from fastattn.kernel_sources import Arch, image_name
 
 from . import card as gp100
 from . import cubin, sass
 from .cache import CacheShare
-from .execute import BlockTrace, execute
-from .launches import Launch, record
+from .execute import execute
+from .launches import Launch
 from .pipeline import WarpTrace
-from .problems import Problem, params
+from .problems import Problem, launches
+from .trace import BlockTrace, Trace
 
+BROADCAST = ("mask", "bias")
+SECTOR_BITS = (1 << 48) - 1
 MOST_ROWS = 4  # of a grid that are executed where each of them does something else
 
 
@@ -58,6 +61,10 @@ class Block:
     @property
     def instructions(self) -> int:
         return sum(len(warp.index) for warp in self.warps)
+
+    def times(self, program: sass.Program) -> np.ndarray:
+        """How often its warps executed each instruction."""
+        return sum(np.bincount(warp.index, minlength=len(program.instructions)) for warp in self.warps)
 
 
 class Kind(NamedTuple):
@@ -102,38 +109,36 @@ class Tracer:
 
     def trace(self, problem: Problem, seqlen: int) -> list[TracedLaunch]:
         """The launches of a problem, whose blocks are executed as if its sequences were no longer than `seqlen`."""
-        launches = self._record(problem, problem.seqlen)
-        executed = launches if seqlen == problem.seqlen else self._record(problem, seqlen)
-        if [launch.element for launch in launches] != [launch.element for launch in executed]:
-            raise ValueError(f"seqlen: {problem} is computed by other launches when it is cut to {seqlen}")
-        return [self._trace(problem, seqlen, *pair) for pair in zip(launches, executed, strict=True)]
-
-    def _record(self, problem: Problem, seqlen: int) -> list[Launch]:
-        return record(params(problem, seqlen), problem.is_backward, multiprocessors=self._multiprocessors)
+        real = launches(problem, self._multiprocessors)
+        cut = launches(problem, self._multiprocessors, seqlen)
+        if len(real) != len(cut):
+            raise ValueError(f"seqlen: {problem} is computed by other kernels when it is cut to {seqlen}")
+        return [self._trace(problem, seqlen, *pair) for pair in zip(real, cut, strict=True)]
 
     def _trace(self, problem: Problem, seqlen: int, launch: Launch, executed: Launch) -> TracedLaunch:
         program = self.kernels.program(launch.kernel, launch.element)
         resident = self.kernels.resident(launch)
         columns, rows = launch.grid[:2]
         at_once = min(resident * self._multiprocessors, columns * rows)
-        sectors = gp100.L2_BYTES // gp100.SECTOR // at_once
-        # Blocks of the same (batch, head) read the same keys and values while they run at once.
-        sharing = max(1.0, at_once / columns)
+        # Blocks of the same (batch, head) read the same tensors while they run at once; masks and biases serve many.
+        together = max(1.0, at_once / columns)
+        sharing = {
+            name: max(together, min(columns, at_once) / _copies(tensor) if name in BROADCAST else 1.0)
+            for tensor, name, _ in executed.buffers
+        }
         kinds = []
-        for row, row_executed, count in _rows(rows, executed.grid[1], is_alike=problem.feature != "causal"):
-            key = (launch.kernel, launch.element, *problem[4:], seqlen, row_executed, sectors, sharing)
+        for row, count in _rows(rows, executed.grid[1], is_alike=problem.feature != "causal"):
+            key = (launch.kernel, launch.element, *problem[4:], seqlen, row, at_once, together)
             if key not in self._blocks:
-                traces = execute(
-                    *(program, launch.grid, launch.threads, launch.smem, executed.params, executed.buffers),
-                    [(0, row_executed)],
-                )
-                self._blocks[key] = _block(traces[0, row_executed], sectors, sharing)
+                what = (launch.grid, launch.threads, launch.smem, executed.params_bytes, executed.buffers)
+                traces = execute(program, *what, [(0, row)])
+                self._blocks[key] = _block(traces[0, row], gp100.L2_BYTES // gp100.SECTOR // at_once, sharing)
             kinds.append(Kind(self._blocks[key], count * columns))
         return TracedLaunch(launch.kernel, launch.element, program, resident, tuple(kinds))
 
 
-def _rows(rows: int, rows_executed: int, is_alike: bool) -> list[tuple[int, int, int]]:
-    """Rows of a grid, each with the row that is executed in its place and how many rows there are like it.
+def _rows(rows: int, rows_executed: int, is_alike: bool) -> list[tuple[int, int]]:
+    """The rows of a grid that are executed, and for how many rows each of them stands.
 
     Args:
         rows: of the launch.
@@ -141,23 +146,23 @@ def _rows(rows: int, rows_executed: int, is_alike: bool) -> list[tuple[int, int,
         is_alike: only the last row differs from the others, because it may be cut off.
     """
     if is_alike:
-        return [(0, 0, rows - 1), (rows - 1, rows_executed - 1, 1)][rows == 1 :]
+        return [(0, rows - 1), (rows_executed - 1, 1)][rows == 1 :]
     first = np.linspace(0, rows, min(rows, MOST_ROWS) + 1).astype(int)
-    return [(begin, (begin + end) // 2, end - begin) for begin, end in zip(first[:-1], first[1:], strict=True)]
+    return [(int(begin + end) // 2, int(end - begin)) for begin, end in zip(first[:-1], first[1:], strict=True)]
 
 
-def _block(trace: BlockTrace, sectors: int, sharing: Callable[[str], float]) -> Block:
+def _block(trace: BlockTrace, sectors: int, sharing: dict[str, float]) -> Block:
     """The block, with what of its traffic misses its share of L2.
 
     Args:
         trace: what it executed.
         sectors: that its share holds.
-        sharing: how many blocks read a buffer's sectors at the same time, by the buffer's name.
+        sharing: how many blocks read the same of a buffer at the same time, by the buffer's name.
     """
     cache = CacheShare(sectors)
-    missed: list[list[float]] = [[] for _ in trace.warps]
+    missed: list[list[tuple[int, float]]] = [[] for _ in trace.warps]
     for name, is_store, keys in trace.accesses:
-        share = 1.0 if is_store else 1 / sharing(name)
+        share = 1.0 if is_store else 1 / sharing[name]
         by_warp: dict[int, list[int]] = {}
         for key in keys.tolist():
             by_warp.setdefault(key >> 48, []).append(key & SECTOR_BITS)
@@ -169,3 +174,20 @@ def _block(trace: BlockTrace, sectors: int, sharing: Callable[[str], float]) -> 
 
 def _warp(trace: Trace, missed: list[tuple[int, float]]) -> WarpTrace:
     """Lays the misses, which come in the order of execution, beside the instructions."""
+    is_access = np.flatnonzero(trace.sectors)
+    dram = np.zeros(len(trace.index))
+    waiting = iter(missed)
+    for position in is_access:
+        rest = int(trace.sectors[position])
+        while rest > 0:  # an access to two buffers comes in two parts
+            accessed, misses = next(waiting)
+            rest -= accessed
+            dram[position] += misses
+    # Whole sectors, whose sum is that of the shares.
+    whole = np.diff(np.round(np.cumsum(dram)), prepend=0.0)
+    return WarpTrace(trace.index, trace.smem_cycles, trace.sectors, whole.astype(np.int64))
+
+
+def _copies(tensor: torch.Tensor) -> int:
+    """Of scores: one for how many (batch, head)."""
+    return tensor.shape[0] * tensor.shape[1]
