@@ -38,7 +38,7 @@ def launch_of(name: str, element: str, grid: tuple[int, int, int], p: AttentionP
 
 
 def record(p: AttentionParams, backward: bool, multiprocessors: int = 56) -> list[Launch]:
-    """The launches of a forward pass, or of a backward pass for a random gradient, with the gradient of the bias if there is one.
+    """The launches of a forward pass, or of a backward pass for a random gradient, that of a bias included.
 
     Args:
         p: the problem.
