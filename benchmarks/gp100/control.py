@@ -1,7 +1,7 @@
 """Where warps go: each has an instruction, active lanes, and a stack of lanes that wait to go on elsewhere.
 
-SSY, PBK and CAL put the active lanes on the stack, to go on at their target or, after CAL, behind it. A branch that only
-some lanes take puts these there. Lanes that execute SYNC, BRK or RET, or EXIT, stop being active; BRK and RET take them
+SSY, PBK and CAL put the active lanes on the stack, to go on at their target or, for CAL, behind it. A branch that only
+some lanes take puts these there. Lanes that execute SYNC, BRK, RET or EXIT are no longer active; BRK and RET take them
 off what has been put on the stack since PBK or CAL, EXIT off all of it. A warp without active lanes goes on with the
 uppermost entry that has lanes; it is finished when there is none.
 """
@@ -49,7 +49,7 @@ class Warps:
         return ready[where == first], first, int(others.min()) if len(others) else 1 << 62
 
     def step(self, i: Instruction, warps: np.ndarray, taken: np.ndarray) -> None:
-        """These warps, which stand at an instruction of flow control, execute it; `taken` are those lanes that its guard lets."""
+        """These warps execute the instruction at which they stand, with the lanes `taken` that its guard lets."""
         behind = self.next[warps] + 1
         if i.op == "BRA":
             self._branch(i, warps, taken, behind)

@@ -15,13 +15,11 @@ from torch import Tensor
 
 from . import control
 from .control import Warps, as_bits, as_lanes
+from .instructions import step_of
 from .memory import Access, GlobalMemory, LaneError, sectors, wavefronts
-from .operation import step_of
 from .sass import Instruction, Program
 from .state import WARP, Getter, Lanes, State, Step
 from .trace import BlockTrace, Recorder
-
-from . import floats, integers, moves  # noqa: F401  # isort: skip
 
 WARPS_AT_ONCE = 64
 PARAMETERS = 0x140  # where the kernel's parameters begin in constant bank 0

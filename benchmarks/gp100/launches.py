@@ -57,7 +57,7 @@ def recording(multiprocessors: int) -> Iterator[list[Launch]]:
 
 
 def record(p: AttentionParams, backward: bool, multiprocessors: int = 56) -> list[Launch]:
-    """The launches of a forward pass, or of a backward pass for a random gradient, with the gradient of the bias if there is one.
+    """The launches of a forward pass, or of a backward pass for a random gradient, that of a bias included.
 
     Args:
         p: the problem.

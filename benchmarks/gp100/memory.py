@@ -1,9 +1,9 @@
 """Loads and stores: where they go, whether they may, and what they cost.
 
 Shared memory has 32 banks of 4 bytes, each of which gives one word per cycle to all lanes that want it. How accesses of
-8 and 16 bytes are split is not documented; as measured on later GPUs, a warp's 64-bit access is one of two half warps, a
-128-bit access one of four quarters, and two of these (for 128 bits: of the same half) become one where every lane has
-the address of its neighbour (lane ^ 1), or every lane that of its neighbour's neighbour (lane ^ 2).
+8 and 16 bytes are split is not documented; as measured on later GPUs, a warp's 64-bit access is made by two half warps,
+one behind the other, and a 128-bit access by four quarters. Two of these (for 128 bits, those of the same half) become
+one where every lane has the address of its neighbour (lane ^ 1), or every lane that of the next but one (lane ^ 2).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch import Tensor
 
-from .operand import register_number
+from .operand import ZERO_REGISTER, register_number
 from .sass import Instruction
 from .state import WARP, Getter, Lanes, State
 
@@ -47,8 +47,8 @@ class Access:
         self.sign_bits = np.uint32(8 * self.size if sizes and sizes[0][0] == "S" else 0)
         register, address = (i.operands[1], i.operands[0]) if self.is_store else i.operands[:2]
         words = range(max(1, self.size // 4))
-        is_zero = self.is_store and register_number(register) == register_number("RZ")
-        self.rows = [state.registers[-2] if is_zero else state.result(register, n) for n in words]
+        is_zero = self.is_store and register_number(register) == ZERO_REGISTER
+        self.rows = [state.registers[ZERO_REGISTER] if is_zero else state.result(register, n) for n in words]
         self.address = _address(address, "E" in i.modifiers, state)
 
     def check_aligned(self, state: State, s: Lanes, address: np.ndarray) -> None:
@@ -82,8 +82,8 @@ def _address(text: str, is_wide: bool, state: State) -> Getter:
         raise ValueError(f"operand: not understood: {text!r}")
     register, offset = match["register"] or "RZ", int(match["offset"] or "0", 16)
     if is_wide:
-        pair = state.u64(register)
-        return lambda s: (pair(s) + np.zeros_like(state.lanes[s], np.uint64)).view(np.int64) + offset
+        pair = state.pair(register)
+        return lambda s: pair(s).view(np.int64) + offset
     get = state.wide(register)
     return lambda s: get(s) + offset
 

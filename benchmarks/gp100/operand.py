@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ class Operand:
     inverted: bool = False
 
     @staticmethod
+    @functools.cache
     def parse(text: str) -> Operand:
         """The operand of this text.
 

@@ -48,6 +48,12 @@ class State:
         get, kind = self.unsigned(text), np.int32 if is_signed else np.uint32
         return lambda s: get(s).view(kind).astype(np.int64)
 
+    def pair(self, text: str) -> Getter:
+        """The 64 bits of a register and the next one; of RZ, 0."""
+        number = register_number(text)
+        low, high = self.registers[number], self.registers[min(number + 1, ZERO_REGISTER)]
+        return lambda s: low[s] | high[s].astype(np.uint64) << np.uint64(32)
+
     def half_word(self, text: str, is_signed: bool = False) -> Getter:
         """The lower 16 bits, with .H1 the upper ones, as a number of 64 bits."""
         operand = Operand.parse(text)
@@ -93,12 +99,18 @@ class State:
 
     def result(self, text: str, offset: int = 0) -> np.ndarray:
         """The row of a register, or of one behind it."""
+        if text.endswith(".CC"):
+            raise ValueError(f"operand: condition codes are not understood here: {text!r}")
         number = register_number(text)
         return self.registers[_SCRAP if number == ZERO_REGISTER else number + offset]
 
-    def result_single(self, text: str) -> np.ndarray:
-        """The row of a register as float32."""
-        return self.result(text).view(np.float32)
+    def set(self, text: str, value: Getter) -> Step:
+        """The step that puts a value, of which 32 bits are kept, into a register."""
+        return _setter(self.result(text), value)
+
+    def set_single(self, text: str, value: Getter) -> Step:
+        """The step that puts a value into a register as float32."""
+        return _setter(self.result(text).view(np.float32), value)
 
     def result_predicate(self, text: str) -> np.ndarray:
         """The row of a predicate."""
@@ -111,16 +123,15 @@ class State:
         self.zero[s] = total & 0xFFFFFFFF == 0
         self.sign[s] = total & 0x80000000 != 0
 
-    def u64(self, text: str) -> Getter:
-        """Two registers as one number."""
-        number = register_number(text)
-        if number == ZERO_REGISTER:
-            return _always(np.uint64(0))
-        low, high = self.registers[number], self.registers[number + 1]
-        return lambda s: low[s] | high[s].astype(np.uint64) << np.uint64(32)
+
+# ---- getters and steps ----
 
 
-# ---- getters of getters ----
+def _setter(row: np.ndarray, value: Getter) -> Step:
+    def step(s: Lanes) -> None:
+        row[s] = value(s)
+
+    return step
 
 
 def _entries(row: np.ndarray) -> Getter:
