@@ -21,6 +21,7 @@ from benchmarks.gp100 import card as gp100
 from benchmarks.gp100 import mix
 from benchmarks.gp100.prediction import SENSITIVITIES, Model, Prediction
 from benchmarks.gp100.problems import FEATURES, Problem
+from benchmarks.gp100.report import Report
 from benchmarks.gp100.tracing import Kernels
 from fastattn import images
 
@@ -51,7 +52,11 @@ def describe(prediction: Prediction, model: Model) -> str:
         changed = model.predict(prediction.problem, assumptions)
         lines.append(f"{name}: {changed.microseconds:.0f} us, {changed.tflops:.2f} TFLOP/s")
     for launch in model.launches(prediction.problem):
-        lines += ["", f"{launch.kernel} ({launch.element}): {launch.resident} blocks on a multiprocessor"]
+        lines += [
+            "",
+            f"{launch.kernel} ({launch.element}): {launch.taken.registers} registers, {launch.taken.smem} bytes of "
+            f"shared memory, {launch.taken.resident} blocks on a multiprocessor",
+        ]
         block = launch.kinds[0].block
         rows = [(where, turn) for where, turn in mix.main_loops(launch.program).items()]
         rows.append((f"first block ({len(block.warps)} warps)", mix.mix(launch.program, block.times(launch.program))))
@@ -75,9 +80,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--feature", default="plain", choices=FEATURES)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "p100_report.md", help="the report to write")
     options = parser.parse_args(arguments)
-    model = Model(Kernels(options.kernel_dir, options.cubin), gp100.CARDS[options.card])
-    asked = options.quick._replace(dtype=getattr(torch, options.dtype), feature=options.feature)
-    print(describe(model.predict(asked), model))
+    kernels = Kernels(options.kernel_dir, options.cubin)
+    if options.quick is not None:
+        asked = options.quick._replace(dtype=getattr(torch, options.dtype), feature=options.feature)
+        model = Model(kernels, gp100.CARDS[options.card])
+        print(describe(model.predict(asked), model))
+        return 0
+    report = Report(kernels)
+    table = options.out.with_suffix(".csv")
+    options.out.write_text(report.text(table.name))
+    table.write_text(report.csv())
+    print(f"wrote {options.out} and {table.name}")
     return 0
 
 

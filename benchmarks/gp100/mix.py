@@ -12,7 +12,9 @@ from .sass import Program, bank_conflicts, loops
 
 MAIN = 64  # multiply-adds that make a loop one of the main ones
 _GROUPS = {op: op for op in ("FFMA", "LDS", "STS", "SHFL", "MUFU", "LDG", "STG")}
-_FLOAT = dict.fromkeys("FADD FMUL FMNMX FSETP FADD32I FMUL32I FFMA32I FCMP FSET".split(), "other float")
+_FLOAT = dict.fromkeys(
+    ("FADD", "FMUL", "FMNMX", "FSETP", "FADD32I", "FMUL32I", "FFMA32I", "FCMP", "FSET"), "other float"
+)
 GROUPS = (*_GROUPS, "other float", "integer", "other")
 
 

@@ -2,8 +2,9 @@
 
 A launch takes as long as the multiprocessor with most blocks. Few blocks are replayed as they come; of many, some waves
 of each kind are, and every further block takes as long as those behind the first wave. Problems with long sequences are
-replayed for shorter ones, in the same kernels, and continued along the line (forward: a block's work grows with the
-keys) or the parabola (backward: with queries and keys) through them.
+replayed for shorter ones, in the same kernels. How long each unit is busy is continued to the true length by the
+polynomial through them, which is exact; the share of the time for which the schedulers are busy by its slope over the
+inverse of the length.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SENSITIVITIES = {
     "in step": Assumptions(in_step=True),
 }
 
+ISSUE = "issue, with pairs"
 EXACT = 500_000  # instructions that are replayed as they come, whatever they are
 WAVES = 4  # replayed of many alike, if they are short enough
 STEP = 64  # a multiple of every tile: sequences that are whole tiles longer have the same ragged end
@@ -66,10 +68,10 @@ class Model:
         lengths = lengths_replayed(problem)
         traced = [self.tracer.trace(problem, length) for length in lengths]
         quantities = [
-            {"time": sum(self._cycles(launch, assumptions) for launch in launches), **self._bounds(launches)}
+            {"time": sum(self.cycles(launch, assumptions) for launch in launches), **self._bounds(launches)}
             for launches in traced
         ]
-        cycles = {name: _continued(lengths, [q[name] for q in quantities], problem.seqlen) for name in quantities[0]}
+        cycles = quantities[0] if lengths == [problem.seqlen] else _continued(lengths, quantities, problem.seqlen)
         times = {name: self.card.microseconds(value) for name, value in cycles.items()}
         launches = traced[0]
         waiting = len(launches) * gp100.LAUNCH_SECONDS * 1e6
@@ -81,32 +83,35 @@ class Model:
 
     # ---- the time of a launch
 
-    def _cycles(self, launch: TracedLaunch, assumptions: Assumptions) -> float:
-        """Of the multiprocessor with most blocks."""
+    def cycles(self, launch: TracedLaunch, assumptions: Assumptions = USUAL) -> float:
+        """How long the multiprocessor with most blocks works."""
         blocks = launch.on_fullest(self.card.multiprocessors)
-        if sum(block.instructions for block in blocks) <= EXACT or len(blocks) <= launch.resident:
+        if sum(block.instructions for block in blocks) <= EXACT or len(blocks) <= launch.taken.resident:
             return self._replay(launch, blocks, assumptions)[-1]
         numbers = {kind.block: blocks.count(kind.block) for kind in launch.kinds}
         filling, cycles = 0.0, 0.0
         for block, number in numbers.items():
-            waves = max(2, min(WAVES, EXACT // (block.instructions * launch.resident)))
-            ends = self._replay(launch, [block] * (waves * launch.resident), assumptions)
-            first, last = ends[launch.resident - 1], ends[-1]
-            period = (last - first) / (len(ends) - launch.resident)
-            filling = max(filling, first - launch.resident * period)
+            waves = max(1, min(WAVES, EXACT // (block.instructions * launch.taken.resident)))
+            ends = self._replay(launch, [block] * (waves * launch.taken.resident), assumptions)
+            if waves == 1:  # blocks so long that it does not matter how they begin
+                cycles += number / launch.taken.resident * ends[-1]
+                continue
+            first, last = ends[launch.taken.resident - 1], ends[-1]
+            period = (last - first) / (len(ends) - launch.taken.resident)
+            filling = max(filling, first - launch.taken.resident * period)
             cycles += number * period
         return filling + cycles
 
     def _replay(self, launch: TracedLaunch, blocks: list[Block], assumptions: Assumptions) -> list[float]:
         """When the blocks of one multiprocessor end."""
         active = min(self.card.multiprocessors, launch.blocks)
-        key = (tuple(map(id, blocks)), launch.resident, active, assumptions)
+        key = (tuple(map(id, blocks)), launch.taken.resident, active, assumptions)
         if key not in self._replayed:
             share = Share.of(self.card, active, assumptions)
             encoder = Encoder(launch.program, share, assumptions)
             issued = {block: [encoder.for_schedulers(warp) for warp in block.warps] for block in set(blocks)}
             queue = [issued[block] for block in blocks]
-            self._replayed[key] = Multiprocessor(queue, launch.resident, assumptions).run()
+            self._replayed[key] = Multiprocessor(queue, launch.taken.resident, assumptions).run()
         return self._replayed[key]
 
     # ---- what no schedule can beat
@@ -143,7 +148,7 @@ def block_bounds(program: Program, block: Block, card: gp100.Card) -> dict[str, 
         "FP32 lanes": lanes / gp100.SCHEDULERS,
         "FP32 lanes with conflicts": (lanes + executed @ conflicts) / gp100.SCHEDULERS,
         "issue, one at a time": executed.sum() / gp100.SCHEDULERS,
-        "issue, with pairs": (executed.sum() - executed @ pairs) / gp100.SCHEDULERS,
+        ISSUE: (executed.sum() - executed @ pairs) / gp100.SCHEDULERS,
         "shared memory": smem_cycles + executed @ shuffles,
         "special functions": executed @ of_unit[gp100.SFU] / gp100.SCHEDULERS,
         "L2": gp100.SECTOR * sectors / share.l2,
@@ -157,17 +162,20 @@ def block_bounds(program: Program, block: Block, card: gp100.Card) -> dict[str, 
 
 def lengths_replayed(problem: Problem) -> list[int]:
     """The lengths that are replayed for a problem: its own, or shorter ones with the same ragged end."""
-    longest, count = (2 * STEP, 3) if problem.is_backward else (8 * STEP, 2)
-    if problem.seqlen <= longest:
+    if problem.seqlen < (4 * STEP if problem.is_backward else 9 * STEP):
         return [problem.seqlen]
     ragged = problem.seqlen % STEP
-    if problem.is_backward:
-        return [ragged + STEP * n for n in (1, 2, 3)]
-    return [ragged + STEP * n for n in (4, 8)]
+    return [ragged + STEP * tiles for tiles in ((1, 2, 3) if problem.is_backward else (4, 8))]
 
 
-def _continued(lengths: list[int], values: list[float], length: int) -> float:
-    """The polynomial through the points, at another length."""
-    if lengths == [length]:
-        return values[0]
-    return float(np.polyval(np.polyfit(lengths, values, len(lengths) - 1), length))
+def _continued(lengths: list[int], quantities: list[dict[str, float]], length: int) -> dict[str, float]:
+    """Time and bounds at another length."""
+    degree = len(lengths) - 1
+    there = {
+        name: float(np.polyval(np.polyfit(lengths, [q[name] for q in quantities], degree), length))
+        for name in quantities[0]
+        if name != "time"
+    }
+    shares = [q[ISSUE] / q["time"] for q in quantities]
+    share = float(np.polyval(np.polyfit(1 / np.array(lengths), shares, 1), 1 / length))
+    return {"time": there[ISSUE] / share, **there}

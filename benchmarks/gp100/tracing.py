@@ -46,10 +46,8 @@ class Kernels:
             self._programs[key] = sass.disassemble(self.file(element), kernel)
         return self._programs[key]
 
-    def resident(self, launch: Launch) -> int:
-        """Blocks on a multiprocessor at a time."""
-        used = cubin.kernels(self.file(launch.element))[launch.kernel]
-        return gp100.resident_blocks(launch.threads, used.registers, launch.smem + used.static_smem)
+    def resources(self, kernel: str, element: str) -> cubin.Resources:
+        return cubin.kernels(self.file(element))[kernel]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +72,15 @@ class Kind(NamedTuple):
     count: int
 
 
+class Taken(NamedTuple):
+    """What a launch takes of a multiprocessor."""
+
+    threads: int  # of a block
+    registers: int  # of a thread
+    smem: int  # bytes of a block
+    resident: int  # blocks at a time
+
+
 @dataclass(frozen=True, eq=False)
 class TracedLaunch:
     """A launch with its blocks, in the order in which they start."""
@@ -81,7 +88,7 @@ class TracedLaunch:
     kernel: str
     element: str
     program: sass.Program
-    resident: int  # blocks on a multiprocessor at a time
+    taken: Taken
     kinds: tuple[Kind, ...]
 
     @property
@@ -117,7 +124,9 @@ class Tracer:
 
     def _trace(self, problem: Problem, seqlen: int, launch: Launch, executed: Launch) -> TracedLaunch:
         program = self.kernels.program(launch.kernel, launch.element)
-        resident = self.kernels.resident(launch)
+        used = self.kernels.resources(launch.kernel, launch.element)
+        smem = launch.smem + used.static_smem
+        resident = gp100.resident_blocks(launch.threads, used.registers, smem)
         columns, rows = launch.grid[:2]
         at_once = min(resident * self._multiprocessors, columns * rows)
         # Blocks of the same (batch, head) read the same tensors while they run at once; masks and biases serve many.
@@ -132,9 +141,10 @@ class Tracer:
             if key not in self._blocks:
                 what = (launch.grid, launch.threads, launch.smem, executed.params_bytes, executed.buffers)
                 traces = execute(program, *what, [(0, row)])
-                self._blocks[key] = _block(traces[0, row], gp100.L2_BYTES // gp100.SECTOR // at_once, sharing)
+                self._blocks[key] = block(traces[0, row], gp100.L2_BYTES // gp100.SECTOR // at_once, sharing)
             kinds.append(Kind(self._blocks[key], count * columns))
-        return TracedLaunch(launch.kernel, launch.element, program, resident, tuple(kinds))
+        taken = Taken(launch.threads, used.registers, smem, resident)
+        return TracedLaunch(launch.kernel, launch.element, program, taken, tuple(kinds))
 
 
 def _rows(rows: int, rows_executed: int, is_alike: bool) -> list[tuple[int, int]]:
@@ -151,7 +161,7 @@ def _rows(rows: int, rows_executed: int, is_alike: bool) -> list[tuple[int, int]
     return [(int(begin + end) // 2, int(end - begin)) for begin, end in zip(first[:-1], first[1:], strict=True)]
 
 
-def _block(trace: BlockTrace, sectors: int, sharing: dict[str, float]) -> Block:
+def block(trace: BlockTrace, sectors: int, sharing: dict[str, float]) -> Block:
     """The block, with what of its traffic misses its share of L2.
 
     Args:

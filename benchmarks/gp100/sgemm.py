@@ -1,0 +1,43 @@
+"""A plausibility check: the model's rate of a plain product of matrices, beside rates of the P100 that are public."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import torch
+
+from fastattn import nvrtc
+
+from . import card as gp100
+from . import cubin, sass
+from .execute import execute
+from .tracing import Kind, Taken, TracedLaunch, block
+
+SOURCE = Path(__file__).with_name("sgemm.cu")
+TILE, THREADS = 128, 256
+# TFLOP/s of cuBLAS's SGEMM of square matrices on "Tesla P100", from the times in the README of github.com/hma02/
+# cublasHgemm-P100; which of the two cards it was is not said.
+CUBLAS = {1024: 3.58, 4096: 7.61, 8192: 8.54, 32768: 8.72}
+
+
+def trace(folder: Path, m: int, n: int, k: int, multiprocessors: int) -> TracedLaunch:
+    """The launch for a product of (m, k) and (k, n), compiled into a folder.
+
+    Raises:
+        nvrtc.NotFound: there is no compiler.
+    """
+    file = folder / "sgemm.cubin"
+    file.write_bytes(nvrtc.find(60).compile(SOURCE.read_text(), "sm_60", name=SOURCE.name).image)
+    used = cubin.kernels(file)["sgemm"]
+    program = sass.disassemble(file, "sgemm")
+    a, b, c = torch.empty(k, m), torch.empty(k, n), torch.empty(m, n)
+    params = struct.pack("<3Q3if", *(x.data_ptr() for x in (a, b, c)), m, n, k, 1.0)
+    grid = (n // TILE, m // TILE, 1)
+    buffers = [(a, "a", False), (b, "b", False), (c, "c", True)]
+    traced = execute(program, grid, THREADS, used.static_smem, params, buffers, [(0, 0)])[0, 0]
+    taken = Taken(THREADS, used.registers, used.static_smem, gp100.resident_blocks(THREADS, *used))
+    at_once = min(taken.resident * multiprocessors, grid[0] * grid[1])
+    sharing = {"a": min(grid[0], at_once), "b": max(1.0, at_once / grid[0]), "c": 1.0}
+    one = block(traced, gp100.L2_BYTES // gp100.SECTOR // at_once, sharing)
+    return TracedLaunch("sgemm", "float32", program, taken, (Kind(one, grid[0] * grid[1]),))
