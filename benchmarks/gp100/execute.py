@@ -16,9 +16,9 @@ from torch import Tensor
 from . import control
 from .control import Warps, as_bits, as_lanes
 from .instructions import step_of
-from .memory import Access, GlobalMemory, LaneError, sectors, wavefronts
+from .memory import Access, GlobalMemory, LaneError, check, sectors, wavefronts
 from .sass import Instruction, Program
-from .state import WARP, Getter, Lanes, State, Step
+from .state import WARP, Lanes, State, Step
 from .trace import BlockTrace, Recorder
 
 WARPS_AT_ONCE = 64
@@ -92,11 +92,10 @@ class Machine:
         self.warps = Warps(as_bits(thread < threads))
         self.recorder = Recorder(len(blocks) * self.warps_per_block)
         self.stride = -(-smem_bytes // 16) * 16
-        self.shared = np.zeros(self.stride * len(blocks), np.uint8)
+        self.shared = np.full(self.stride * len(blocks), 0xFF, np.uint8)  # NaN, until it is written
         self.block_of = self.state.lanes // per_block
         self.accessed: list[tuple[str, bool, np.ndarray]] = []
         self._steps: list[Step | None] = [None] * len(program.instructions)
-        self._takers: dict[int, Getter] = {}
 
     def run(self) -> None:
         """To the end of all warps."""
@@ -128,19 +127,13 @@ class Machine:
             raise ExecutionError(self._report(instructions[index], error)) from error
 
     def _flow(self, i: Instruction, index: int, warps: np.ndarray) -> None:
-        taken = self.warps.active[warps]
-        everyone = slice(None)
+        taken = self.warps.active.copy()
         if i.guard:
-            taken = taken & as_bits(self.state.predicate(i.guard)(everyone))[warps]
-        if i.operands and i.operands[0].startswith("CC."):
-            conditions = {"CC.EQ": self.state.zero, "CC.NE": ~self.state.zero}
-            if i.operands[0] not in conditions:
-                raise ValueError(f"condition: not understood: {i.operands[0]}")
-            taken = taken & as_bits(conditions[i.operands[0]])[warps]
-        counts = np.zeros(len(self.warps.active), np.int64)
-        counts[warps] = _popcount(taken)
-        self.recorder.note("lanes", index, counts)
-        self.warps.step(i, warps, taken)
+            taken &= as_bits(self.state.predicate(i.guard)(slice(None)))
+        if i.op == "BRA" and i.operands:
+            taken &= as_bits(self.state.condition(i.operands[0]))
+        self.recorder.note("lanes", index, _popcount(taken))
+        self.warps.step(i, warps, taken[warps])
 
     # ---- instructions become steps when they are first executed
 
@@ -179,10 +172,11 @@ class Machine:
 
         def step(s: Lanes) -> None:
             lanes, address = state.lanes[s], access.address(s)
-            access.check_aligned(state, s, address)
+            access.check_aligned(lanes, address)
+            parts = self.memory.parts(access, lanes, address)
             touched = sectors(lanes // WARP, address)
             self.recorder.note("sectors", index, np.bincount(touched >> 48, minlength=len(self.warps.active)))
-            for buffer, part in self.memory.parts(access, lanes, address):
+            for buffer, part in parts:
                 is_all = isinstance(part, slice)
                 move(s if is_all else lanes[part], buffer.bytes, address[part] - buffer.base)
                 own = touched if is_all else sectors(lanes[part] // WARP, address[part])
@@ -196,12 +190,9 @@ class Machine:
 
         def step(s: Lanes) -> None:
             lanes, address = state.lanes[s], access.address(s)
-            access.check_aligned(state, s, address)
+            access.check_aligned(lanes, address)
             inside = (address >= 0) & (address + access.size <= self.smem_bytes)
-            if not inside.all():
-                wrong = int(np.argmin(inside))
-                where = f"address {int(address[wrong]):#x} is not in the {self.smem_bytes} bytes of shared memory"
-                raise LaneError(int(lanes[wrong]), where)
+            check(inside, lanes, address, f"is not in the {self.smem_bytes} bytes of shared memory")
             cycles = wavefronts(lanes, address, access.size, len(self.warps.active))
             self.recorder.note("smem_cycles", index, cycles)
             move(s, self.shared, address + base[s])

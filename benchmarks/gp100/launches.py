@@ -28,12 +28,12 @@ class Launch:
     buffers: list[tuple[Tensor, str, bool]]  # what it may access, by name, and whether it may be written
 
 
-_KERNELS = {kernel.name: kernel for kernel in _launcher.KERNELS}
+KERNELS = {kernel.name: kernel for kernel in _launcher.KERNELS}
 
 
 def launch_of(name: str, element: str, grid: tuple[int, int, int], p: AttentionParams, buffers: cuda.Buffers) -> Launch:
     """What a call of fastattn.cuda.launch stands for."""
-    kernel = _KERNELS[name]
+    kernel = KERNELS[name]
     read = [(x, field, False) for field, x in p._asdict().items() if isinstance(x, Tensor)]
     written = [(x, field, True) for field, x in buffers._asdict().items() if x is not None]
     params = _launcher.pack(element, p, buffers)

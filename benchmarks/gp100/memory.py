@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
@@ -51,8 +51,8 @@ class Access:
         self.rows = [state.registers[ZERO_REGISTER] if is_zero else state.result(register, n) for n in words]
         self.address = _address(address, "E" in i.modifiers, state)
 
-    def check_aligned(self, state: State, s: Lanes, address: np.ndarray) -> None:
-        _check(address % self.size == 0, state.lanes[s], address, f"is not aligned to {self.size} bytes")
+    def check_aligned(self, lanes: np.ndarray, address: np.ndarray) -> None:
+        check(address % self.size == 0, lanes, address, f"is not aligned to {self.size} bytes")
 
     def load(self, s: Lanes, memory: np.ndarray, offset: np.ndarray) -> None:
         """From the bytes of a memory, at these offsets, into the registers of these lanes."""
@@ -88,7 +88,8 @@ def _address(text: str, is_wide: bool, state: State) -> Getter:
     return lambda s: get(s) + offset
 
 
-def _check(is_right: np.ndarray, lanes: np.ndarray, address: np.ndarray, what: str) -> None:
+def check(is_right: np.ndarray, lanes: np.ndarray, address: np.ndarray, what: str) -> None:
+    """Raises LaneError for the first lane that is not right."""
     if not is_right.all():
         wrong = int(np.argmin(is_right))
         raise LaneError(int(lanes[wrong]), f"address {int(address[wrong]):#x} {what}")
@@ -118,20 +119,24 @@ class GlobalMemory:
     def __init__(self, buffers: Sequence[tuple[Tensor, str, bool]]):
         self.buffers = [Buffer(*buffer) for buffer in buffers]
 
-    def parts(self, access: Access, lanes: np.ndarray, address: np.ndarray) -> Iterator[tuple[Buffer, Lanes]]:
-        """Which buffer is accessed by which of the lanes."""
-        rest = np.ones(len(lanes), bool)
+    def parts(self, access: Access, lanes: np.ndarray, address: np.ndarray) -> list[tuple[Buffer, Lanes]]:
+        """Which buffer is accessed by which of the lanes.
+
+        Raises:
+            LaneError: a lane accesses what it may not.
+        """
+        rest, found = np.ones(len(lanes), bool), []
         for buffer in self.buffers:
             if access.is_store and not buffer.is_written:
                 continue
             inside = rest & (address >= buffer.begin) & (address + access.size <= buffer.end)
             if inside.all():
-                yield buffer, slice(None)
-                return
+                return [(buffer, slice(None))]
             if inside.any():
-                yield buffer, np.flatnonzero(inside)
+                found.append((buffer, np.flatnonzero(inside)))
                 rest &= ~inside
-        _check(~rest, lanes, address, f"is in no buffer that may be {'written' if access.is_store else 'read'}")
+        check(~rest, lanes, address, f"is in no buffer that may be {'written' if access.is_store else 'read'}")
+        return found
 
 
 def sectors(warps: np.ndarray, address: np.ndarray) -> np.ndarray:

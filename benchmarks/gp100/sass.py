@@ -76,11 +76,12 @@ def disassemble(cubin: Path, kernel: str) -> Program:
         ValueError: the cubin has no such kernel.
         nvdisasm.NotFound: see `nvdisasm.path`.
     """
-    return parse(_listing(cubin.read_bytes()), kernel)
+    return parse(listing(cubin.read_bytes()), kernel)
 
 
 @functools.lru_cache(maxsize=4)
-def _listing(cubin: bytes) -> str:
+def listing(cubin: bytes) -> str:
+    """All that nvdisasm prints about a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -82,6 +82,12 @@ class State:
         get = _entries(self.predicates[predicate_number(text.lstrip("!"))])
         return _then(np.logical_not, get) if text.startswith("!") else get
 
+    def condition(self, text: str) -> np.ndarray:
+        """What the condition codes say, for every lane."""
+        if text not in ("CC.EQ", "CC.NE"):
+            raise ValueError(f"condition: not understood: {text!r}")
+        return self.zero if text == "CC.EQ" else ~self.zero
+
     def _bits(self, operand: Operand) -> Getter:
         if operand.kind == "register":
             get = _entries(self.registers[operand.number])

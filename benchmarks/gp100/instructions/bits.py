@@ -25,7 +25,7 @@ def shr(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("SHF", "L R W HI U64 S64")
 def shf(i: Instruction, state: State) -> Step:
-    """Shifts two words, the third source above the first. L and HI give the upper word of the result, R the lower one."""
+    """Shifts two words, the third source on top; the result is the upper word with L and HI, else the lower."""
     low, high = state.wide(i.operands[1]), state.wide(i.operands[3])
     amount = _amount(i, state, 63 if {"U64", "S64"} & {*i.modifiers} else 32)
     kind = np.int64 if "S64" in i.modifiers else np.uint64

@@ -173,7 +173,7 @@ def fmnmx(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("IMNMX", "U32 XLO XHI")
 def imnmx(i: Instruction, state: State) -> Step:
-    """Minimum or maximum; of pairs of words, first XHI, which notes in the condition codes how they compare, then XLO."""
+    """Minimum or maximum; of pairs of words, first XHI, whose comparison the condition codes tell XLO."""
     a, b = (state.wide(text, "U32" not in i.modifiers) for text in i.operands[1:3])
     is_min, row = state.predicate(i.operands[3]), state.result(i.operands[0].removesuffix(".CC"))
     if i.operands[0].endswith(".CC") != ("XHI" in i.modifiers):

@@ -38,7 +38,7 @@ def iadd(i: Instruction, state: State) -> Step:
     return _set_sum(i, state, total)
 
 
-@TABLE.enter("ISCADD LEA", "HI X")
+@TABLE.enter("ISCADD ISCADD32I LEA", "HI X")
 def lea(i: Instruction, state: State) -> Step:
     """The first source shifted left, plus the second; with HI, the upper word, before which the third source stands."""
     if any(map(_is_negative, i.operands[1:])) or ("X" in i.modifiers and "HI" not in i.modifiers):

@@ -57,7 +57,7 @@ def shfl(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("VOTE", "ALL ANY EQ")
 def vote(i: Instruction, state: State) -> Step:
-    """A bit for every lane for which the predicate holds; whether these are all, any, or all or none of the active ones."""
+    """A bit for every lane for which the predicate holds; and whether it holds for all, for any, or equally for all."""
     row, result = state.result(i.operands[0]), state.result_predicate(i.operands[1])
     holds = state.predicate(i.operands[2])
 
