@@ -52,11 +52,8 @@ def describe(prediction: Prediction, model: Model) -> str:
         changed = model.predict(prediction.problem, assumptions)
         lines.append(f"{name}: {changed.microseconds:.0f} us, {changed.tflops:.2f} TFLOP/s")
     for launch in model.launches(prediction.problem):
-        lines += [
-            "",
-            f"{launch.kernel} ({launch.element}): {launch.taken.registers} registers, {launch.taken.smem} bytes of "
-            f"shared memory, {launch.taken.resident} blocks on a multiprocessor",
-        ]
+        used = f"{launch.taken.registers} registers, {launch.taken.smem} bytes of shared memory"
+        lines += ["", f"{launch.kernel} ({launch.element}): {used}, {launch.taken.resident} blocks on a multiprocessor"]
         block = launch.kinds[0].block
         rows = [(where, turn) for where, turn in mix.main_loops(launch.program).items()]
         rows.append((f"first block ({len(block.warps)} warps)", mix.mix(launch.program, block.times(launch.program))))

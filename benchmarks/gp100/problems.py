@@ -80,6 +80,8 @@ def params(problem: Problem, seqlen: int | None = None) -> AttentionParams:
         problem: what is computed.
         seqlen: compute only so many queries and keys of each sequence.
     """
+    if problem.feature == "packed" and seqlen is not None:  # its sequences lie one behind the other
+        problem = problem._replace(seqlen=seqlen)
     shape: tuple[int, ...] = (problem.batch, problem.nheads, problem.seqlen, problem.head_dim)
     if problem.feature == "packed":
         shape = (problem.batch * problem.seqlen, problem.nheads, problem.head_dim)

@@ -96,14 +96,9 @@ class Report:
             base, *others = self.predict(p, gp100.SXM2)
             wanted = "" if goal.tflops is None else f"{goal.tflops:.2f}"
             rates = (f"{prediction.tflops:.2f}" for prediction in others)
-            line = (
-                p.pass_,
-                f"{p.batch} x {p.seqlen}",
-                wanted,
-                f"**{base.tflops:.2f}**",
-                verdict(base.tflops, goal.tflops),
-            )
-            lines.append((*line, *rates, f"{base.microseconds:.0f}", binding(base)))
+            got = (f"**{base.tflops:.2f}**", verdict(base.tflops, goal.tflops))
+            line = (p.pass_, f"{p.batch} x {p.seqlen}", wanted, *got, *rates)
+            lines.append((*line, f"{base.microseconds:.0f}", binding(base)))
         return table(header, lines)
 
     def _published(self) -> str:
@@ -139,9 +134,8 @@ class Report:
         return table(header, [(f"{name}, TFLOP/s" if name == "plain" else name, *line) for name, line in lines.items()])
 
     def _used(self) -> list[TracedLaunch]:
-        return sorted(
-            self._launches.values(), key=lambda launch: (launch.element != "float32", launch.element, launch.kernel)
-        )
+        elements = [*ELEMENTS]
+        return sorted(self._launches.values(), key=lambda launch: (elements.index(launch.element), launch.kernel))
 
     def _kernels(self) -> str:
         header = ("kernel", "registers", "spills", "threads", "shared memory", "blocks", "warps")

@@ -1,0 +1,403 @@
+"""The model of the P100: on programs whose time is known, and the committed report."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import p100_model
+from benchmarks.gp100 import cache, cubin, goals, mix, prediction, report, sgemm, tracing
+from benchmarks.gp100 import card as gp100
+from benchmarks.gp100.pipeline import USUAL, Assumptions, Encoder, Multiprocessor, Share, WarpTrace
+from benchmarks.gp100.prediction import SENSITIVITIES
+from benchmarks.gp100.problems import FEATURES, Problem, params
+from benchmarks.gp100.sass import Instruction, Program
+from benchmarks.gp100.trace import BlockTrace, Trace
+from benchmarks.gp100.tracing import Block, Kind, Taken, TracedLaunch
+from fastattn import images, nvrtc
+from fastattn.kernel_sources import ELEMENTS
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "p100_report.md"
+
+
+def make(op: str, *operands: str, **control: object) -> Instruction:
+    """An instruction that takes a cycle and waits for nothing, unless `control` says otherwise."""
+    usual = {
+        "stall": 1,
+        "yields": True,
+        "write_barrier": None,
+        "read_barrier": None,
+        "waits": (),
+        "pairs_with_next": False,
+    }
+    return Instruction(0, op, (), operands, None, **{**usual, "target": None, **control})
+
+
+FREE = make("FFMA", "R0", "R1", "R2", "R3")  # three banks
+CONFLICT = make("FFMA", "R0", "R1", "R5", "R3")
+LDS, MUFU, MINIMUM = make("LDS", "R0", "[R1]"), make("MUFU", "R0", "R1"), make("FMNMX", "R0", "R1", "R2", "PT")
+LDG = make("LDG", "R0", "[R2]", write_barrier=0)
+
+
+def traced(instructions: list[Instruction], smem_cycles: int = 1, sectors: int = 4, dram: int = 4) -> WarpTrace:
+    """A warp that executes these, one behind the other."""
+    ops = [instruction.op for instruction in instructions]
+    columns = (
+        [smem_cycles * (op in ("LDS", "STS")) for op in ops],
+        *([n * (op in ("LDG", "STG")) for op in ops] for n in (sectors, dram)),
+    )
+    return WarpTrace(np.arange(len(ops)), *map(np.array, columns))
+
+
+def replay(
+    warps: list[list[Instruction]],
+    blocks: int = 1,
+    resident: int = 1,
+    assumptions: Assumptions = USUAL,
+    **accesses: int,
+) -> float:
+    """Cycles for so many blocks of these warps."""
+    issued = []
+    for instructions in warps:
+        encoder = Encoder(Program("k", tuple(instructions), b""), Share.of(gp100.SXM2, 56, assumptions), assumptions)
+        issued.append(encoder.for_schedulers(traced(instructions, **accesses)))
+    return Multiprocessor([issued] * blocks, resident, assumptions).run()[-1]
+
+
+# ---- the pipeline
+
+
+@pytest.mark.parametrize(
+    ("instruction", "cycles"),
+    [(FREE, 1 / 2), (CONFLICT, 1), (MINIMUM, 1), (MUFU, 2), (LDS, 3)],
+    ids=["peak", "bank conflict", "half rate", "special functions", "shared memory"],
+)
+def test_rates_of_many_warps(instruction: Instruction, cycles: float) -> None:
+    n, warps = 256, 8
+    assert replay([[instruction] * n] * warps, smem_cycles=3) == pytest.approx(n * warps * cycles, rel=0.03)
+
+
+def test_a_chain_takes_its_latency() -> None:
+    assert replay([[make("FFMA", "R0", "R0", "R1", "R2", stall=6)] * 100]) == 600
+
+
+def test_one_warp_does_not_fill_a_scheduler_nor_two_warps_two() -> None:
+    chain = [make("FFMA", "R0", "R0", "R1", "R2", stall=6)] * 120
+    assert replay([chain] * 2) == 720
+    assert replay([chain] * 12) == pytest.approx(720, rel=0.02)
+    assert replay([chain] * 24) == pytest.approx(1440, rel=0.02)
+
+
+def test_pairs_are_issued_together_if_their_units_are_free() -> None:
+    first, second = make("FFMA", "R0", "R1", "R2", "R3", stall=0, pairs_with_next=True), LDS
+    warps = [[first, second] * 100] * 8
+    assert replay(warps) == pytest.approx(800, rel=0.1)  # shared memory takes one access per cycle
+    alone = [[first, make("NOP")] * 100] * 8
+    assert replay(alone) == pytest.approx(400, rel=0.02)
+    assert replay(alone, assumptions=Assumptions(dual_issue=False)) == pytest.approx(800, rel=0.02)
+
+
+def test_a_result_is_waited_for() -> None:
+    warp = [make("LDS", "R0", "[R1]", write_barrier=3), make("FFMA", "R0", "R0", "R1", "R2", waits=(3,))]
+    assert replay([warp], smem_cycles=2) == 2 + gp100.TIMINGS["LDS"].latency + 1
+    other = [warp[0], make("FFMA", "R0", "R0", "R1", "R2", waits=(2,))]
+    assert replay([other], smem_cycles=2) == 2
+
+
+def test_depbar_leaves_some_outstanding() -> None:
+    loads = [make("LDG", "R0", "[R2]", write_barrier=1)] * 3
+    times = [replay([[*loads, make("DEPBAR", "SB1", hex(n)), FREE]], sectors=4, dram=0) for n in (0, 1, 2, 3)]
+    assert times[0] > times[1] > times[2] > times[3] == 5
+
+
+def test_a_barrier_waits_for_the_slowest_warp() -> None:
+    slow = [make("FFMA", "R0", "R0", "R1", "R2", stall=6)] * 50
+    barrier = make("BAR", "0x0")
+    assert replay([[barrier, FREE], [*slow, barrier, FREE]]) == 300 + 1 + gp100.BARRIER_LATENCY + 1
+    assert replay([[barrier, FREE], slow]) == 300 + gp100.BARRIER_LATENCY + 1  # a warp that has ended is not waited for
+
+
+@pytest.mark.parametrize("assumptions", [USUAL, SENSITIVITIES["in step"], SENSITIVITIES["half of DRAM"]])
+def test_a_stream_gets_the_bandwidth(assumptions: Assumptions) -> None:
+    loads, warps, blocks = 64, 8, 8
+    warp = [*[LDG] * loads, make("FFMA", "R0", "R0", "R1", "R2", waits=(0,))]
+    cycles = replay([warp] * warps, blocks=blocks, resident=4, assumptions=assumptions, sectors=16, dram=16)
+    per_cycle = 0.78 * 732 / 56 / 1.48 * assumptions.dram_rate
+    moved = 32 * 16 * loads * warps * blocks
+    assert moved / per_cycle < cycles < 1.05 * moved / per_cycle
+
+
+def test_a_burst_is_served_at_once_unless_all_are_in_step() -> None:
+    work = [make("FFMA", "R0", "R0", "R1", "R2", stall=6)] * 500
+    load = [*[LDG] * 8, make("FFMA", "R0", "R0", "R1", "R2", waits=(0,))]
+    usual, in_step = (replay([[*work, *load]], assumptions=a) for a in (USUAL, SENSITIVITIES["in step"]))
+    assert usual == 3000 + 8 + gp100.DRAM_LATENCY + 1
+    assert in_step == pytest.approx(3000 + 8 * 128 / (0.78 * 732 / 56 / 1.48) + gp100.DRAM_LATENCY, abs=2)
+
+
+def test_blocks_take_turns() -> None:
+    block = [[make("FFMA", "R0", "R0", "R1", "R2", stall=6)] * 100] * 2
+    assert replay(block, blocks=3, resident=1) == 3 * 600 + 2 * gp100.BLOCK_LAUNCH
+    assert replay(block, blocks=3, resident=3) == 600 + 2 * gp100.BLOCK_STAGGER
+
+
+def test_no_assumption_makes_it_slower_than_without_it() -> None:
+    pair = [make("FFMA", "R0", "R1", "R2", "R3", stall=0, pairs_with_next=True), make("NOP")]
+    turn = [LDG, *[*pair, *pair, *pair, CONFLICT] * 10, make("FFMA", "R0", "R0", "R1", "R2", waits=(0,))]
+    times = {name: replay([turn * 4] * 8, 4, 2, a) for name, a in {"usual": USUAL, **SENSITIVITIES}.items()}
+    usual = times.pop("usual")
+    assert times.pop("no register conflicts") < usual
+    assert all(time >= 0.99 * usual for time in times.values()), times
+    assert times["no pairs"] > 1.1 * usual
+
+
+# ---- the card, the cache
+
+
+@pytest.mark.parametrize(
+    ("threads", "registers", "smem", "blocks"),
+    [
+        (256, 32, 0, 8),  # 64 warps
+        (32, 16, 0, 32),  # 32 blocks
+        (64, 184, 0, 5),  # 10 warps of 5888 registers
+        (128, 255, 0, 2),
+        (64, 32, 20480, 3),
+        (128, 32, 32768, 2),
+        (128, 32, 32769, 1),
+        (256, 125, 16384, 2),
+    ],
+)
+def test_resident_blocks(threads: int, registers: int, smem: int, blocks: int) -> None:
+    assert gp100.resident_blocks(threads, registers, smem) == blocks
+
+
+def test_peaks_are_those_of_the_data_sheets() -> None:
+    peaks = {name: round(card.peak_flops * 1e-12, 1) for name, card in gp100.CARDS.items()}
+    assert peaks == {"sxm2": 10.6, "pcie": 9.3, "quadro": 10.3}
+
+
+def test_cache_keeps_what_was_used_last() -> None:
+    share = cache.CacheShare(2)
+    assert share.read([1, 2]) == [1, 2]
+    assert share.read([1]) == []
+    assert share.read([3]) == [3]  # 2 was pushed out
+    assert share.read([1, 2]) == [2]
+
+
+def test_cache_writes_a_sector_once_while_it_stays() -> None:
+    share = cache.CacheShare(2)
+    assert share.write([1, 1]) == [1]
+    assert share.read([1]) == []
+    assert share.write([1]) == []
+    share.read([2, 3])
+    assert share.write([1]) == [1]
+
+
+# ---- traces
+
+
+def test_block_lays_misses_beside_the_accesses() -> None:
+    sectors = np.array([0, 2, 0, 3, 2], np.int16)
+    trace = Trace(np.arange(5), np.full(5, 32), np.zeros(5, int), sectors)
+    reads = [("k", False, np.array([10, 11])), ("q", False, np.array([20])), ("k", False, np.array([11, 12]))]
+    accesses = [*reads, ("out", True, np.array([30, 31]))]
+    alone = tracing.block(BlockTrace([trace], accesses, {}, {}), 100, {"q": 1.0, "k": 1.0, "out": 1.0})
+    assert alone.warps[0].dram_sectors.tolist() == [0, 2, 0, 2, 2]  # 11 is there already
+    shared = tracing.block(BlockTrace([trace], accesses, {}, {}), 100, {"q": 1.0, "k": 3.0, "out": 9.0})
+    assert shared.warps[0].dram_sectors.sum() == 1 + 1 + 2  # 3 sectors of k for three blocks; writes are nobody else's
+
+
+def test_rows_stand_for_all() -> None:
+    assert tracing._rows(1, 1, is_alike=True) == [(0, 1)]
+    assert tracing._rows(8, 3, is_alike=True) == [(0, 7), (2, 1)]
+    assert tracing._rows(3, 3, is_alike=False) == [(0, 1), (1, 1), (2, 1)]
+    assert tracing._rows(16, 16, is_alike=False) == [(2, 4), (6, 4), (10, 4), (14, 4)]
+
+
+def launch(kinds: list[tuple[list[Instruction], int]], resident: int = 2) -> TracedLaunch:
+    """Of blocks of two warps; all instructions of the kinds are those of one program."""
+    program, made = [], []
+    for instructions, count in kinds:
+        one = traced(instructions)
+        one = one._replace(index=one.index + len(program))
+        program += instructions
+        made.append(Kind(Block((one, one)), count))
+    return TracedLaunch("k", "float32", Program("k", tuple(program), b""), Taken(64, 32, 0, resident), tuple(made))
+
+
+def test_fullest_multiprocessor() -> None:
+    two = launch([([FREE], 100), ([MUFU], 50)])
+    first, second = (kind.block for kind in two.kinds)
+    assert two.blocks == 150
+    assert two.on_fullest(56) == [first, first, second]
+
+
+def test_many_blocks_take_as_long_as_when_all_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = launch([([FREE] * 300, 56 * 30), ([CONFLICT] * 300, 56 * 10)])
+    model = prediction.Model(tracing.Kernels(ROOT))
+    exact = model.cycles(many)
+    monkeypatch.setattr(prediction, "EXACT", 10_000)
+    continued = prediction.Model(tracing.Kernels(ROOT)).cycles(many)
+    assert continued != exact
+    assert continued == pytest.approx(exact, rel=0.03)
+
+
+def test_bounds_of_a_block() -> None:
+    pair = make("FFMA", "R0", "R1", "R5", "R3", pairs_with_next=True)
+    one = launch([([pair, LDS, MUFU, MINIMUM, make("SHFL", "R0"), LDG], 1)])
+    bounds = prediction.block_bounds(one.program, one.kinds[0].block, gp100.SXM2)
+    dram = 2 * 4 * 32 / (0.78 * 732 / 56 / 1.48)
+    assert bounds == {
+        "FP32 lanes": 3,
+        "FP32 lanes with conflicts": 4,
+        "issue, one at a time": 6,
+        "issue, with pairs": 5,
+        "shared memory": 4,
+        "special functions": 4,
+        "L2": pytest.approx(2 * 4 * 32 / (1624 / 56 / 1.48)),
+        "DRAM": pytest.approx(dram),
+    }
+
+
+def test_long_sequences_are_continued() -> None:
+    backward, forward = Problem("backward", 1, 1, 1000, 64), Problem("forward", 1, 1, 1000, 64)
+    assert prediction.lengths_replayed(backward) == [104, 168, 232]  # as ragged as 1000
+    assert prediction.lengths_replayed(forward) == [296, 552]
+    assert prediction.lengths_replayed(backward._replace(seqlen=255)) == [255]
+    assert prediction.lengths_replayed(forward._replace(seqlen=575)) == [575]
+
+    def quantities(n: int) -> dict[str, float]:
+        busy = 3.0 * n * n + 70 * n + 900
+        return {prediction.ISSUE: busy, "DRAM": 5.0 * n, "time": busy / (0.9 - 20 / n)}
+
+    lengths = prediction.lengths_replayed(backward)
+    continued = prediction._continued(lengths, [quantities(n) for n in lengths], 1000)
+    assert continued == pytest.approx(quantities(1000))
+
+
+def test_mix_and_main_loops() -> None:
+    loop = [FREE, CONFLICT] * 32
+    program = Program("k", (make("IADD"), *loop, make("BRA", target=1), MUFU), b"")
+    ((name, turn),) = mix.main_loops(program).items()
+    assert name == "0x0 ... 0x0"
+    assert turn.counts["FFMA"] == 64 and turn.conflicts == 32 and turn.total == 65
+    assert turn.conflicts_per_256 == 128
+    whole = mix.mix(program, np.array([1, *[10] * 65, 2]))
+    assert (whole.counts["integer"], whole.counts["FFMA"], whole.counts["MUFU"], whole.counts["other"]) == (
+        1,
+        640,
+        2,
+        10,
+    )
+    assert mix.row("x", whole)[-1] == f"{640 / 653:.2f}"
+
+
+# ---- problems and goals
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_problems_are_calls(feature: str) -> None:
+    problem = Problem("backward", 2, 3, 40, 8, feature=feature)
+    p = params(problem, 24)
+    assert (p.max_seqlen_q, p.max_seqlen_k, p.batch_size(), p.q.shape[-1]) == (24, 24, 2, 8)
+    assert p.is_packed() == (feature == "packed")
+    assert torch.isfinite(p.q[:24, 0] if p.is_packed() else p.q[0, 0]).all()
+    given = {name for name in ("mask", "bias", "seed") if getattr(p, name) is not None}
+    expected = {"key padding mask": "mask", "full mask": "mask", "dropout 0.1": "seed"} | dict.fromkeys(
+        ("bias", "bias and its gradient"), "bias"
+    )
+    assert given == {expected[feature]} if feature in expected else not given
+
+
+def test_flops() -> None:
+    assert Problem("forward", 2, 3, 10, 8).flops == 4 * 6 * 100 * 8
+    assert Problem("backward", 2, 3, 10, 8).flops == 10 * 6 * 100 * 8
+    assert Problem("backward", 2, 3, 10, 8, feature="causal").flops == 5 * 6 * 100 * 8
+
+
+def test_goals() -> None:
+    rates = {(goal.problem.pass_, goal.problem.seqlen): goal.tflops for goal in goals.goals(gp100.SXM2)}
+    assert rates["forward", 82] == 6.2 and rates["backward", 128] == 7.8 and rates["backward", 512] is None
+    assert rates["forward", 32] == pytest.approx(0.95 * 4.5, rel=0.02)
+    assert rates["backward", 32] == pytest.approx(0.95 * 6.5, rel=0.02)
+    with (ROOT / "benchmarks" / "data" / "published_gp100.csv").open() as file:
+        assert len(goals.published_problems()) == len([*csv.reader(file)]) - 1
+    vanilla = {
+        step.backward.batch * step.backward.nheads: step.vanilla_us
+        for step in goals.steps()
+        if step.backward.seqlen == 82
+    }
+    assert vanilla == {8192: pytest.approx(6893 + 9070)}
+    scaled = [step.vanilla_us for step in goals.steps() if step.backward.seqlen == 256]
+    assert scaled == [pytest.approx(3421 * 2400 / 768 + 13249)]
+
+
+def test_verdicts() -> None:
+    assert report.verdict(5.0, None) == "no target"
+    assert report.verdict(6.2, 6.2) == "reached"
+    assert report.verdict(4.5, 6.0) == "missed by 25 %"
+
+
+def test_cases_of_the_command() -> None:
+    assert p100_model.problem("fwd:8192x82x64") == Problem("forward", 8192, 1, 82, 64)
+    assert p100_model.problem("bwd:16x8x128x40") == Problem("backward", 16, 8, 128, 40)
+    with pytest.raises(Exception, match="must be like fwd:8192x82x64"):
+        p100_model.problem("fwd:82")
+
+
+# ---- cubins, the report
+
+
+def test_resources_of_a_cubin(tmp_path: Path) -> None:
+    try:
+        compiled = nvrtc.find(60).compile(sgemm.SOURCE.read_text(), "sm_60", options=("--ptxas-options=-v",))
+    except nvrtc.NotFound as error:
+        pytest.skip(str(error))
+    file = tmp_path / "sgemm.cubin"
+    file.write_bytes(compiled.image)
+    said = nvrtc.resources(compiled.log)["sgemm"]
+    assert cubin.kernels(file) == {"sgemm": (said.registers, said.shared_bytes)}
+    assert said.spill_bytes == 0
+    file.write_bytes(b"\x7fELF\x01")
+    with pytest.raises(ValueError, match="must be a 64-bit ELF file"):
+        cubin.kernels(file)
+
+
+def test_the_report_is_that_of_this_build() -> None:
+    installed = images.installed()
+    kernels = tracing.Kernels(p100_model.FOLDER)
+    files = [kernels.file(element) for element in ELEMENTS]
+    if not all(file.is_file() for file in files):
+        pytest.skip(f"there are no cubins for sm_60: {installed.reason or 'this build has none'}")
+    if installed.nvrtc != "12.9":
+        pytest.skip(f"the report is that of NVRTC 12.9, this build of {installed.nvrtc}")
+    noted = dict(re.findall(r"^\| `(\S+\.cubin)` \| `([0-9a-f]{64})` \|$", PAGE.read_text(), re.MULTILINE))
+    assert noted == {file.name: report.digest(file) for file in files}, "if this is meant: make kernel-report"
+
+
+def test_the_report_has_every_prediction() -> None:
+    with PAGE.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    shown = {(row["pass"], row["dtype"], row["seqlen"], row["feature"]) for row in rows}
+    for problem in [*(p for p, _ in goals.published_problems()), *goals.feature_problems()]:
+        dtype = str(problem.dtype).removeprefix("torch.")
+        assert (problem.pass_, dtype, str(problem.seqlen), problem.feature) in shown
+    for row in rows:
+        assert (
+            0
+            < float(row["tflops"])
+            < min(float(row[name]) for name in row if name.startswith("bound: ") and row[name]) * 1.01
+        )
+        assert math.isclose(float(row["tflops"]) * float(row["us"]), problem_of(row).flops * 1e-6, rel_tol=0.01)
+
+
+def problem_of(row: dict[str, str]) -> Problem:
+    sizes = (int(row[name]) for name in ("batch", "nheads", "seqlen", "head_dim"))
+    return Problem(row["pass"], *sizes, getattr(torch, row["dtype"]), row["feature"])
