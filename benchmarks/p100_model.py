@@ -27,6 +27,7 @@ from fastattn import images
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(images.__file__).parent / "_kernels"
+LONGEST_WAITS = 8  # that are shown
 _CASE = re.compile(r"(?P<pass>fwd|bwd):(?P<sizes>\d+(?:x\d+){2,3})")
 
 
@@ -58,6 +59,12 @@ def describe(prediction: Prediction, model: Model) -> str:
         rows = [(where, turn) for where, turn in mix.main_loops(launch.program).items()]
         rows.append((f"first block ({len(block.warps)} warps)", mix.mix(launch.program, block.times(launch.program))))
         lines += aligned([mix.HEADER, *(mix.row(*named) for named in rows)])
+        idle = model.idle(launch)
+        lines.append(
+            f"schedulers have nothing to issue for {100 * sum(idle.values()):.0f} % of the time, most of it until"
+        )
+        for index, share in sorted(idle.items(), key=lambda item: -item[1])[:LONGEST_WAITS]:
+            lines.append(f"{100 * share:6.1f} %  {launch.program.instructions[index]}")
     return "\n".join(lines)
 
 
@@ -77,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--feature", default="plain", choices=FEATURES)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "p100_report.md", help="the report to write")
     options = parser.parse_args(arguments)
+    if options.cubin is not None and options.quick is None:
+        parser.error("--cubin needs --quick, because the report is about all element types")
     kernels = Kernels(options.kernel_dir, options.cubin)
     if options.quick is not None:
         asked = options.quick._replace(dtype=getattr(torch, options.dtype), feature=options.feature)

@@ -221,6 +221,11 @@ def test_rows_stand_for_all() -> None:
     assert tracing._rows(16, 16, is_alike=False) == [(2, 4), (6, 4), (10, 4), (14, 4)]
 
 
+def test_how_many_read_the_same_mask() -> None:
+    for shape, served in {(1, 1): 96, (12, 1): 8, (1, 8): 12, (12, 8): 1}.items():
+        assert tracing._served(torch.empty(*shape, 2, 2), nheads=8, running=96) == served
+
+
 def launch(kinds: list[tuple[list[Instruction], int]], resident: int = 2) -> TracedLaunch:
     """Of blocks of two warps; all instructions of the kinds are those of one program."""
     program, made = [], []

@@ -72,6 +72,7 @@ class Effect(NamedTuple):
 class Op(NamedTuple):
     """One instruction to issue, in the order in which the loop below unpacks it."""
 
+    index: int  # in the program
     unit: int  # of _Units
     cycles: int  # that it is busy
     ahead: int  # cycles of work that may lie before it
@@ -144,6 +145,7 @@ class Encoder:
         elif timing.unit == gp100.GLOBAL:
             cycles = max(gp100.SECTOR * sectors // gp100.SMEM_BYTES_PER_CYCLE, cycles)
         return Op(
+            index=index,
             unit=_unit(timing.unit, scheduler),
             cycles=cycles,
             ahead=gp100.QUEUE if timing.unit in (gp100.SHARED, gp100.GLOBAL) else 0,
@@ -219,6 +221,7 @@ class Multiprocessor:
         self, blocks: Iterable[Sequence[Sequence[list[Op]]]], resident: int, assumptions: Assumptions = USUAL
     ) -> None:
         self.finished: list[float] = []  # when, block by block
+        self.idle: dict[int, float] = {}  # cycles in which a scheduler had nothing to issue, by what came next
         self._waiting = iter(blocks)
         self._heaps: tuple[list[tuple[float, int, _Warp]], ...] = ([], [])
         self._free = [0.0] * _UNITS
@@ -236,7 +239,7 @@ class Multiprocessor:
             heap = heaps[turn]
             ready, _, warp = heap[0]
             now = ready if ready > slots[turn] else slots[turn]
-            unit, cycles, ahead, stall, _, effect, paired = warp.ops[warp.next]
+            index, unit, cycles, ahead, stall, _, effect, paired = warp.ops[warp.next]
             possible = free[unit] - ahead
             if paired is not None:
                 possible = max(possible, free[paired.unit] - paired.ahead)
@@ -244,6 +247,8 @@ class Multiprocessor:
             if possible > now:
                 heapreplace(heap, (possible, self._order, warp))
                 continue
+            if now > slots[turn]:
+                self.idle[index] = self.idle.get(index, 0.0) + now - slots[turn]
             slots[turn] = now + 1
             begin = free[unit]
             if begin < now:

@@ -104,15 +104,25 @@ class Model:
 
     def _replay(self, launch: TracedLaunch, blocks: list[Block], assumptions: Assumptions) -> list[float]:
         """When the blocks of one multiprocessor end."""
-        active = min(self.card.multiprocessors, launch.blocks)
-        key = (tuple(map(id, blocks)), launch.taken.resident, active, assumptions)
+        key = (tuple(map(id, blocks)), launch.taken.resident, self._active(launch), assumptions)
         if key not in self._replayed:
-            share = Share.of(self.card, active, assumptions)
-            encoder = Encoder(launch.program, share, assumptions)
-            issued = {block: [encoder.for_schedulers(warp) for warp in block.warps] for block in set(blocks)}
-            queue = [issued[block] for block in blocks]
-            self._replayed[key] = Multiprocessor(queue, launch.taken.resident, assumptions).run()
+            self._replayed[key] = self._multiprocessor(launch, blocks, assumptions).run()
         return self._replayed[key]
+
+    def _multiprocessor(self, launch: TracedLaunch, blocks: list[Block], assumptions: Assumptions) -> Multiprocessor:
+        encoder = Encoder(launch.program, Share.of(self.card, self._active(launch), assumptions), assumptions)
+        issued = {block: [encoder.for_schedulers(warp) for warp in block.warps] for block in set(blocks)}
+        return Multiprocessor([issued[block] for block in blocks], launch.taken.resident, assumptions)
+
+    def _active(self, launch: TracedLaunch) -> int:
+        return min(self.card.multiprocessors, launch.blocks)
+
+    def idle(self, launch: TracedLaunch) -> dict[int, float]:
+        """For which share of the time schedulers have nothing to issue, by the instruction that ends their waiting."""
+        block = launch.kinds[0].block
+        multiprocessor = self._multiprocessor(launch, [block] * 2 * launch.taken.resident, USUAL)
+        cycles = gp100.SCHEDULERS * multiprocessor.run()[-1]
+        return {index: idle / cycles for index, idle in multiprocessor.idle.items()}
 
     # ---- what no schedule can beat
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import math
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,6 +49,7 @@ class Report:
         row |= {name: f"{other.tflops:.2f}" for name, other in zip(SENSITIVITIES, others, strict=False)}
         if row not in self.rows:
             self.rows.append(row)
+        print(f"{card.name}: {problem}: {base.tflops:.2f} TFLOP/s", file=sys.stderr)
         for launch in model.launches(problem):
             self._launches.setdefault((launch.kernel, launch.element), launch)
         return [base, *others]

@@ -131,13 +131,16 @@ class Tracer:
         at_once = min(resident * self._multiprocessors, columns * rows)
         # Blocks of the same (batch, head) read the same tensors while they run at once; masks and biases serve many.
         together = max(1.0, at_once / columns)
+        running = min(columns, at_once)
         sharing = {
-            name: max(together, min(columns, at_once) / _copies(tensor) if name in BROADCAST else 1.0)
+            name: max(together, _served(tensor, problem.nheads, running) if name in BROADCAST else 1.0)
             for tensor, name, _ in executed.buffers
         }
+        # Without a feature, nothing but its own (batch, head) matters to a block.
+        alike = problem._replace(batch=1, nheads=1, seqlen=1) if problem.feature == "plain" else problem
         kinds = []
         for row, count in _rows(rows, executed.grid[1], is_alike=problem.feature != "causal"):
-            key = (launch.kernel, launch.element, *problem[4:], seqlen, row, at_once, together)
+            key = (launch.kernel, launch.element, alike, seqlen, row, at_once, *sharing.values())
             if key not in self._blocks:
                 what = (launch.grid, launch.threads, launch.smem, executed.params_bytes, executed.buffers)
                 traces = execute(program, *what, [(0, row)])
@@ -198,6 +201,7 @@ def _warp(trace: Trace, missed: list[tuple[int, float]]) -> WarpTrace:
     return WarpTrace(trace.index, trace.smem_cycles, trace.sectors, whole.astype(np.int64))
 
 
-def _copies(tensor: torch.Tensor) -> int:
-    """Of scores: one for how many (batch, head)."""
-    return tensor.shape[0] * tensor.shape[1]
+def _served(scores: torch.Tensor, nheads: int, running: int) -> float:
+    """How many of the first (batch, head) that run at once read the same of a mask or a bias."""
+    batch, heads = (size > 1 for size in scores.shape[:2])
+    return running / len({(n // nheads * batch, n % nheads * heads) for n in range(running)})
