@@ -18,7 +18,7 @@ from . import card as gp100
 from .pipeline import USUAL, Assumptions, Encoder, Multiprocessor, Share
 from .problems import Problem
 from .sass import Program, bank_conflicts
-from .tracing import Block, Kernels, TracedLaunch, Tracer
+from .tracing import STEP, Block, Kernels, TracedLaunch, Tracer
 
 SENSITIVITIES = {
     "no pairs": Assumptions(dual_issue=False),
@@ -30,7 +30,6 @@ SENSITIVITIES = {
 ISSUE = "issue, with pairs"
 EXACT = 500_000  # instructions that are replayed as they come, whatever they are
 WAVES = 4  # replayed of many alike, if they are short enough
-STEP = 64  # a multiple of every tile: sequences that are whole tiles longer have the same ragged end
 
 
 class Prediction(NamedTuple):
@@ -89,7 +88,7 @@ class Model:
         if sum(block.instructions for block in blocks) <= EXACT or len(blocks) <= launch.taken.resident:
             return self._replay(launch, blocks, assumptions)[-1]
         numbers = {kind.block: blocks.count(kind.block) for kind in launch.kinds}
-        filling, cycles = 0.0, 0.0
+        cycles = 0.0
         for block, number in numbers.items():
             waves = max(1, min(WAVES, EXACT // (block.instructions * launch.taken.resident)))
             ends = self._replay(launch, [block] * (waves * launch.taken.resident), assumptions)
@@ -98,9 +97,10 @@ class Model:
                 continue
             first, last = ends[launch.taken.resident - 1], ends[-1]
             period = (last - first) / (len(ends) - launch.taken.resident)
-            filling = max(filling, first - launch.taken.resident * period)
+            if cycles == 0.0:  # the first wave of all
+                cycles = first - launch.taken.resident * period
             cycles += number * period
-        return filling + cycles
+        return cycles
 
     def _replay(self, launch: TracedLaunch, blocks: list[Block], assumptions: Assumptions) -> list[float]:
         """When the blocks of one multiprocessor end."""

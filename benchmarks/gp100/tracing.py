@@ -22,6 +22,7 @@ from .trace import BlockTrace, Trace
 
 BROADCAST = ("mask", "bias")
 SECTOR_BITS = (1 << 48) - 1
+STEP = 64  # a multiple of every tile
 MOST_ROWS = 4  # of a grid that are executed where each of them does something else
 
 
@@ -139,7 +140,7 @@ class Tracer:
         # Without a feature, nothing but its own (batch, head) matters to a block.
         alike = problem._replace(batch=1, nheads=1, seqlen=1) if problem.feature == "plain" else problem
         kinds = []
-        for row, count in _rows(rows, executed.grid[1], is_alike=problem.feature != "causal"):
+        for row, count in _rows(rows, executed.grid[1], problem.feature == "causal", is_ragged=seqlen % STEP != 0):
             key = (launch.kernel, launch.element, alike, seqlen, row, at_once, *sharing.values())
             if key not in self._blocks:
                 what = (launch.grid, launch.threads, launch.smem, executed.params_bytes, executed.buffers)
@@ -150,16 +151,17 @@ class Tracer:
         return TracedLaunch(launch.kernel, launch.element, program, taken, tuple(kinds))
 
 
-def _rows(rows: int, rows_executed: int, is_alike: bool) -> list[tuple[int, int]]:
+def _rows(rows: int, rows_executed: int, is_causal: bool, is_ragged: bool) -> list[tuple[int, int]]:
     """The rows of a grid that are executed, and for how many rows each of them stands.
 
     Args:
         rows: of the launch.
         rows_executed: of the launch that is executed.
-        is_alike: only the last row differs from the others, because it may be cut off.
+        is_causal: each row does something else.
+        is_ragged: the last row is cut off.
     """
-    if is_alike:
-        return [(0, rows - 1), (rows_executed - 1, 1)][rows == 1 :]
+    if not is_causal:
+        return [(0, rows - 1), (rows_executed - 1, 1)][rows == 1 :] if is_ragged else [(0, rows)]
     first = np.linspace(0, rows, min(rows, MOST_ROWS) + 1).astype(int)
     return [(int(begin + end) // 2, int(end - begin)) for begin, end in zip(first[:-1], first[1:], strict=True)]
 
