@@ -28,6 +28,7 @@ CODE = [
     ("IADD3.RS R8, R0, R1, R2", (0xFFFF0000, 0x00030000, 7), (0x10002 + 7, 0)),
     ("IADD R8, R0, -0x80", (0x7F, 0, 0), (0xFFFFFFFF, 0)),
     ("ISCADD R8, R0, R1, 0x4", (0x12345678, 3, 0), (0x23456783, 0)),
+    ("ISCADD R8, -R0, R1, 0x4", (2, 33, 0), (1, 0)),
     ("LEA.HI R8, R0, R1, R2, 0x4", (0xF0000000, 1, 2), (0x2F + 1, 0)),
     ("XMAD.MRG R8, R0.H1, R1, R2", (0x20003, 0x70005, 1), (0x5000B, 0)),
     ("XMAD.PSL.CLO R8, R0, R1, R2", (3, 5, 0x70001), (0xF0001, 0)),
@@ -51,6 +52,16 @@ CODE = [
     ),
     ("ISETP.LT.AND P0, P1, R0, RZ, P6\nSEL R8, R1, R2, P0\nSEL R9, R1, R2, P1", (0xFFFFFFFF, 3, 4), (4, 4)),
     ("PSETP.XOR.OR P0, PT, PT, PT, !PT\nSEL R8, R0, R1, P0", (1, 2, 0), (2, 0)),
+    (
+        "ISETP.GT.AND P0, P2, R0, RZ, PT\nP2R R8, PR, RZ, 0x3\nR2P PR, R1, 0x6\nP2R R9, PR, RZ, 0x7f",
+        (7, 0xFD, 0),
+        (1, 5),
+    ),
+    (
+        "IADD3 RZ.CC, R0, R0, R0\nP2R R3, CC, RZ, 0xf\nIADD RZ.CC, RZ, RZ\nR2P CC, R3, 0xf\nIADD3.X R8, RZ, RZ, RZ",
+        (0xFFFFFFFF, 0, 0),
+        (2, 0),
+    ),
     ("FADD.FTZ R8, R0, RZ\nFADD R9, R0, RZ", (TINY, 0, 0), (0, TINY)),
     ("FMUL R8, -|R0|, R1\nFMUL32I R9, R0, 0.5", (bits(-2.0), bits(3.0), 0), (bits(-6.0), bits(-1.0))),
     ("FFMA.RP R8, R0, R0, RZ\nFFMA.RM R9, R0, R0, RZ", (bits(1.0000001), 0, 0), (bits(1.0000003), bits(1.0000002))),
@@ -209,6 +220,23 @@ def test_barrier_without_the_lanes_that_have_left() -> None:
     assert [executed(trace)[6] for trace in traces] == [(6, 8), (6, 8)]
     assert [trace.smem_cycles[[2, 3, 6]].tolist() for trace in traces] == [[1, 0, 1]] * 2
     assert [trace.sectors[7:].tolist() for trace in traces] == [[4, 0], [1, 0]]
+
+
+@pytest.mark.parametrize(("condition", "expected"), [("EQ", [1, 0]), ("NE", [0, 1]), ("NEU", [0, 1])])
+def test_branch_on_condition_codes(condition: str, expected: list[int]) -> None:
+    code = f"""
+        IADD RZ.CC, R5, -0x1
+        SSY `(.L_x_1)
+        BRA CC.{condition}, `(.L_x_0)
+        SYNC
+        .L_x_0:
+        IADD R4, R4, 0x1
+        SYNC
+        .L_x_1:
+        NOP
+    """
+    out, _ = run(code)
+    assert out == [expected[1], expected[0], *[expected[1]] * 30]
 
 
 @pytest.mark.parametrize(
