@@ -28,6 +28,22 @@ def small(kernel: str) -> sass.Program:
     return sass.parse(listing(), kernel)
 
 
+def assembled(text: str) -> sass.Program:
+    """A program of these lines, each an instruction or a label; it need not be one that the hardware would execute."""
+    given = [line.strip() for line in text.splitlines() if line.strip()]
+    count = sum(not line.endswith(":") for line in given)
+    lines, instructions = ["", ".text.test:"], 0
+    for line in given + ["NOP"] * (-count % 3):
+        if line.endswith(":"):
+            lines.append(line)
+            continue
+        if instructions % 3 == 0:
+            lines.append(f"/* 0x{0x7E1 | 0x7E1 << 21 | 0x7E1 << 42:016x} */")
+        lines.append(f"/*{8 * (instructions + instructions // 3 + 1):04x}*/  {line} ;  /* 0x{0:016x} */")
+        instructions += 1
+    return sass.parse("\n".join(lines), "test")
+
+
 def compiled() -> str:
     """The text of what the source is compiled to here: instructions and constants, without alignment."""
     image = nvrtc.find(60).compile(SOURCE.read_text(), "sm_60", options=("--std=c++17",)).image

@@ -260,9 +260,11 @@ def test_wavefronts(name: str) -> None:
 # ---- what must not be
 
 
-def run_memory(text: str | None = None, *, inputs: int = 1024, shift: int = 0, smem: int = 4096) -> None:
+def run_memory(
+    text: str | None = None, *, inputs: int = 1024, size: int = 64, shift: int = 0, smem: int = 4096
+) -> None:
     program = sass.parse(text or listing(), "memory")
-    x, out, bytes_ = torch.zeros(1100)[:inputs], torch.zeros(256), torch.zeros(64, dtype=torch.uint8)
+    x, out, bytes_ = torch.zeros(1100)[:inputs], torch.zeros(256), torch.zeros(64, dtype=torch.uint8)[:size]
     params = struct.pack("<QQQi", out.data_ptr(), x.data_ptr() + shift, bytes_.data_ptr(), 1)
     execute(program, (1, 1), 32, smem, params, [(out, "out", True), (x, "x", False), (bytes_, "bytes", False)])
 
@@ -275,6 +277,7 @@ def test_without_defect() -> None:
     ("defect", "message"),
     [
         ({"inputs": 1023}, r"memory 0x\w+: LDG\.E R\d+, .*: thread 31 of block \(0, 0\): address \w+ is in no buffer"),
+        ({"size": 63}, r"LDG\.E\.S16 .*: thread 31 of block .*: address \w+ is in no buffer"),
         ({"shift": 2}, r"LDG\.E .*: thread 0 of block .*: address \w+ is not aligned to 4 bytes"),
         ({"smem": 4092}, r"STS .*: thread 31 of block .*: address 0xffc is not in the 4092 bytes of shared memory"),
     ],
@@ -305,6 +308,8 @@ def test_what_is_not_understood_is_an_error(old: str, new: str, message: str) ->
 
 
 def test_store_to_an_input_is_an_error() -> None:
-    x = torch.zeros(LANES, dtype=torch.int32)
+    x = torch.zeros(8 * THREADS, dtype=torch.int32)
     with pytest.raises(ExecutionError, match="is in no buffer that may be written"):
-        execute(small("flow"), (1, 1), 32, 8, struct.pack("<QQi", x.data_ptr(), x.data_ptr(), 1), [(x, "x", False)])
+        execute(
+            small("flow"), (1, 1), THREADS, 8, struct.pack("<QQi", x.data_ptr(), x.data_ptr(), 1), [(x, "x", False)]
+        )

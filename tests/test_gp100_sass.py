@@ -26,7 +26,7 @@ TEXT = f"""
   /* 0xe240000000000000 */
 .L_x_1:
   /* 0x{word(2, 1, 7, 7, 0):016x} */
-  /*0028*/  FFMA R0, R4, R1, R9 ;  /* 0x5980000000000000 */
+  /*0028*/  FFMA R0, R4, R8, R9 ;  /* 0x5980000000000000 */
   /*0030*/  SSY `(.L_x_1) ;  /* 0xe240000000000000 */
   /*0038*/  FFMA R3, R5, R1, c[0x0][0x4] ;  /* 0x5980000000000000 */
 
@@ -58,8 +58,8 @@ def test_parse() -> None:
 def test_loops_and_bank_conflicts() -> None:
     program = sass.parse(TEXT, "k")
     assert sass.loops(program) == [(0, 2)]
-    # R4, R8, R12 lie in one bank; behind them R4 is still there, and R1 and R9 lie in another one; R5 and R1, too.
-    assert sass.bank_conflicts(program) == [0, 2, 0, 1, 0, 1]
+    # R4, R8, R12 lie in one bank; then R4 and R8 again, but R4 has been kept; R5 and R1 lie in another one.
+    assert sass.bank_conflicts(program) == [0, 2, 0, 0, 0, 1]
 
 
 def test_inner_loops_come_first() -> None:

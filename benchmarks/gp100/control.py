@@ -105,13 +105,11 @@ class Warps:
             self.active[warps] = self._lanes[warps, height]
             self.next[warps] = self._target[warps, height]
 
-    def release(self, warps_per_block: int) -> bool:
-        """Lets those blocks go on all of whose warps wait or are finished; whether there were any that waited."""
-        waiting = self.is_waiting.reshape(-1, warps_per_block)
-        finished = (self.active == 0).reshape(-1, warps_per_block)
-        complete = (waiting | finished).all(1) & waiting.any(1)
-        self.is_waiting &= ~np.repeat(complete, warps_per_block)
-        return bool(complete.any())
+    def release(self) -> bool:
+        """When no warp can go on, those that are not finished wait at their block's barrier. Whether any do."""
+        has_waited = bool(self.is_waiting.any())
+        self.is_waiting[:] = False
+        return has_waited
 
 
 def as_bits(holds: np.ndarray) -> np.ndarray:

@@ -102,7 +102,7 @@ class Machine:
         while True:
             while group := self.warps.group():
                 self._advance(*group)
-            if not self.warps.release(self.warps_per_block):
+            if not self.warps.release():
                 return
 
     def _advance(self, warps: np.ndarray, first: int, limit: int) -> None:

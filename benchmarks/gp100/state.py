@@ -84,7 +84,7 @@ class State:
 
     def condition(self, text: str) -> np.ndarray:
         """What the condition codes say, for every lane."""
-        if text not in ("CC.EQ", "CC.NE"):
+        if text not in ("CC.EQ", "CC.NE", "CC.NEU"):
             raise ValueError(f"condition: not understood: {text!r}")
         return self.zero if text == "CC.EQ" else ~self.zero
 

@@ -41,7 +41,8 @@ def iadd(i: Instruction, state: State) -> Step:
 @TABLE.enter("ISCADD ISCADD32I LEA", "HI X")
 def lea(i: Instruction, state: State) -> Step:
     """The first source shifted left, plus the second; with HI, the upper word, before which the third source stands."""
-    if any(map(_is_negative, i.operands[1:])) or ("X" in i.modifiers and "HI" not in i.modifiers):
+    is_plain = not i.modifiers and not _sets_flags(i)
+    if ("X" in i.modifiers and "HI" not in i.modifiers) or (any(map(_is_negative, i.operands[1:])) and not is_plain):
         raise not_understood(i)
     a, b, *rest = (state.wide(text) for text in i.operands[1:])
     if "HI" not in i.modifiers:

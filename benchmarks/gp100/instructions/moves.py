@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..operand import register_number
+from ..operand import TRUE_PREDICATE, register_number
 from ..sass import Instruction
 from ..state import WARP, State, Step
 from .table import Table, not_understood
 
 TABLE = Table()
+_CONDITION_CODES = "0xf"  # all of them; which bit is which, only P2R and R2P know
 
 
 @TABLE.enter("MOV MOV32I I2I", "S32 U32")
@@ -23,6 +24,39 @@ def s2r(i: Instruction, state: State) -> Step:
         raise not_understood(i)
     values = state.special[i.operands[1]]
     return state.set(i.operands[0], lambda s: values[s])
+
+
+@TABLE.enter("P2R")
+def p2r(i: Instruction, state: State) -> Step:
+    """All predicates, or the condition codes, as the bits of a register."""
+    what, other, mask = i.operands[1:]
+    if (what, other) == ("PR", "RZ"):
+        weights = 1 << np.arange(TRUE_PREDICATE)[:, None] & int(mask, 0)
+        return state.set(i.operands[0], lambda s: (state.predicates[:TRUE_PREDICATE, s] * weights).sum(0))
+    if (what, other, mask) != ("CC", "RZ", _CONDITION_CODES):
+        raise not_understood(i)
+    return state.set(i.operands[0], lambda s: state.zero[s] + 2 * state.sign[s] + 4 * state.carry[s])
+
+
+@TABLE.enter("R2P")
+def r2p(i: Instruction, state: State) -> Step:
+    """The other way; with predicates, those that the mask names."""
+    what, source, mask = i.operands
+    bits = state.wide(source)
+
+    def to_predicates(s):
+        for n in range(TRUE_PREDICATE):
+            if int(mask, 0) >> n & 1:
+                state.predicates[n, s] = bits(s) >> n & 1
+
+    def to_condition_codes(s):
+        state.zero[s], state.sign[s], state.carry[s] = bits(s) & 1, bits(s) & 2, bits(s) >> 2
+
+    if what == "PR":
+        return to_predicates
+    if (what, mask) != ("CC", _CONDITION_CODES):
+        raise not_understood(i)
+    return to_condition_codes
 
 
 @TABLE.enter("SHFL", "IDX UP DOWN BFLY")
