@@ -53,9 +53,10 @@ CODE = [
     ("ISETP.LT.AND P0, P1, R0, RZ, P6\nSEL R8, R1, R2, P0\nSEL R9, R1, R2, P1", (0xFFFFFFFF, 3, 4), (4, 4)),
     ("PSETP.XOR.OR P0, PT, PT, PT, !PT\nSEL R8, R0, R1, P0", (1, 2, 0), (2, 0)),
     (
-        "ISETP.GT.AND P0, P2, R0, RZ, PT\nP2R R8, PR, RZ, 0x3\nR2P PR, R1, 0x6\nP2R R9, PR, RZ, 0x7f",
-        (7, 0xFD, 0),
-        (1, 5),
+        "ISETP.GT.AND P0, P1, R0, RZ, PT\nPSETP.AND.AND P2, P3, P0, PT, PT\n"
+        "P2R R8, PR, RZ, 0x3\nR2P PR, R1, 0x6\nP2R R9, PR, RZ, 0x7f",
+        (7, 0xFA, 0),
+        (1, 3),
     ),
     (
         "IADD3 RZ.CC, R0, R0, R0\nP2R R3, CC, RZ, 0xf\nIADD RZ.CC, RZ, RZ\nR2P CC, R3, 0xf\nIADD3.X R8, RZ, RZ, RZ",
@@ -108,6 +109,20 @@ def test_shuffle_from_a_lane_that_is_not_there() -> None:
     (shuffle,) = assembled("SHFL.BFLY PT, R0, R1, 0x1, 0x1f").instructions[:1]
     with pytest.raises(ValueError, match="a lane that does not execute it"):
         step_of(shuffle, State(32, {}, {}))(np.arange(31))
+
+
+def test_word_of_a_buffer_that_begins_between_words() -> None:
+    x = torch.arange(9, dtype=torch.int16)[1:]
+    assert x.data_ptr() % 4 == 2
+    code = """
+        MOV R2, c[0x0][0x140]
+        MOV R3, c[0x0][0x144]
+        LDG.E R4, [R2+0x2]
+        STG.E [R2+0x6], R4
+        EXIT
+    """
+    execute(assembled(code), (1,), 1, 0, struct.pack("<Q", x.data_ptr()), [(x, "x", True)])
+    assert x.tolist() == [1, 2, 3, 2, 3, 6, 7, 8]
 
 
 # ---- the flow of control

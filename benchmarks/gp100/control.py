@@ -1,9 +1,9 @@
 """Where warps go: each has an instruction, active lanes, and a stack of lanes that wait to go on elsewhere.
 
 SSY, PBK and CAL put the active lanes on the stack, to go on at their target or, for CAL, behind it. A branch that only
-some lanes take puts these there. Lanes that execute SYNC, BRK, RET or EXIT are no longer active; BRK and RET take them
-off what has been put on the stack since PBK or CAL, EXIT off all of it. A warp without active lanes goes on with the
-uppermost entry that has lanes; it is finished when there is none.
+some lanes take puts these there; which side the hardware executes first is not known. Lanes that execute SYNC, BRK, RET
+or EXIT are no longer active; BRK and RET take them off what has been put on the stack since PBK or CAL, EXIT off all of
+it. A warp without active lanes goes on with the uppermost entry that has lanes; it is finished when there is none.
 """
 
 from __future__ import annotations

@@ -106,11 +106,10 @@ class Buffer:
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         self.begin = tensor.data_ptr()
         self.end = self.begin + (last + 1) * tensor.element_size() if tensor.numel() else self.begin
-        # From an address that every view is aligned to; what is outside the tensor is not touched.
-        self.base = self.begin // 16 * 16
-        self.bytes = np.frombuffer(
-            (ctypes.c_uint8 * (-(-(self.end - self.base) // 16) * 16)).from_address(self.base), np.uint8
-        )
+        # Whole words, so that they can be viewed as such; no access goes outside the tensor.
+        self.base = self.begin // 4 * 4
+        words = -(-(self.end - self.base) // 4)
+        self.bytes = np.frombuffer((ctypes.c_uint32 * words).from_address(self.base), np.uint8)
 
 
 class GlobalMemory:
@@ -120,7 +119,7 @@ class GlobalMemory:
         self.buffers = [Buffer(*buffer) for buffer in buffers]
 
     def parts(self, access: Access, lanes: np.ndarray, address: np.ndarray) -> list[tuple[Buffer, Lanes]]:
-        """Which buffer is accessed by which of the lanes.
+        """Which buffer is accessed by which of the lanes; where buffers overlap, the first one.
 
         Raises:
             LaneError: a lane accesses what it may not.
