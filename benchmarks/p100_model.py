@@ -19,7 +19,8 @@ import torch
 
 from benchmarks.gp100 import card as gp100
 from benchmarks.gp100 import mix
-from benchmarks.gp100.prediction import SENSITIVITIES, Model, Prediction
+from benchmarks.gp100.pipeline import SENSITIVITIES
+from benchmarks.gp100.prediction import Model, Prediction
 from benchmarks.gp100.problems import FEATURES, Problem
 from benchmarks.gp100.report import Report
 from benchmarks.gp100.tracing import Kernels

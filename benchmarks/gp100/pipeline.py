@@ -31,6 +31,12 @@ class Assumptions(NamedTuple):
 
 
 USUAL = Assumptions()
+SENSITIVITIES = {
+    "no pairs": Assumptions(dual_issue=False),
+    "no register conflicts": Assumptions(register_conflicts=False),
+    "half of DRAM": Assumptions(dram_rate=0.5),
+    "in step": Assumptions(in_step=True),
+}
 
 
 class WarpTrace(NamedTuple):

@@ -20,13 +20,6 @@ from .problems import Problem
 from .sass import Program, bank_conflicts
 from .tracing import STEP, Block, Kernels, TracedLaunch, Tracer
 
-SENSITIVITIES = {
-    "no pairs": Assumptions(dual_issue=False),
-    "no register conflicts": Assumptions(register_conflicts=False),
-    "half of DRAM": Assumptions(dram_rate=0.5),
-    "in step": Assumptions(in_step=True),
-}
-
 ISSUE = "issue, with pairs"
 EXACT = 500_000  # instructions that are replayed as they come, whatever they are
 WAVES = 4  # replayed of many alike, if they are short enough

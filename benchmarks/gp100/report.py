@@ -15,8 +15,8 @@ from fastattn.kernel_sources import ELEMENTS
 
 from . import card as gp100
 from . import goals, mix, sgemm
-from .pipeline import USUAL
-from .prediction import SENSITIVITIES, Model, Prediction
+from .pipeline import SENSITIVITIES, USUAL
+from .prediction import Model, Prediction
 from .problems import Problem
 from .tracing import Kernels, TracedLaunch
 
