@@ -79,8 +79,9 @@ def test_contract(number: int) -> None:
 
 @pytest.mark.parametrize("seqlens", [(82, 82), (129, 300)], ids=str)
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])
-def test_contract_of_longer_rows(dim: int, seqlens: tuple[int, int]) -> None:
-    case = Case(seqlens=seqlens, dims=(dim, dim), heads=(1, 1), batch=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_contract_of_longer_rows(dtype: torch.dtype, dim: int, seqlens: tuple[int, int]) -> None:
+    case = Case(dtype=dtype, seqlens=seqlens, dims=(dim, dim), heads=(1, 1), batch=1)
     with on_the_cpu(MachineCodeKernels(), multiprocessors=1 if seqlens[0] < 100 else 1000):
         check(case)
 
