@@ -76,6 +76,7 @@ def test_fullest_multiprocessor() -> None:
 
 
 def test_many_blocks_take_as_long_as_when_all_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gp100, "BLOCK_STAGGER", 40)
     many = launch([([FREE] * 300, 56 * 30), ([CONFLICT] * 300, 56 * 10)])
     model = prediction.Model(tracing.Kernels(ROOT))
     exact = model.cycles(many)
@@ -86,6 +87,7 @@ def test_many_blocks_take_as_long_as_when_all_are_replayed(monkeypatch: pytest.M
 
 def test_many_blocks_of_one_kind_are_continued_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     alike = launch([([make("FFMA", "R0", "R0", "R1", "R2", stall=6)] * 100, 56 * 40)])
+    monkeypatch.setattr(gp100, "BLOCK_STAGGER", 40)
     waves = 20 * 600 + 19 * gp100.BLOCK_LAUNCH + gp100.BLOCK_STAGGER
     assert prediction.Model(tracing.Kernels(ROOT)).cycles(alike) == waves
     monkeypatch.setattr(prediction, "EXACT", 2000)

@@ -97,7 +97,7 @@ L2_LATENCY, DRAM_LATENCY = 234, 450  # cycles of a load that misses everything n
 BARRIER_LATENCY = 20  # cycles from the last warp's arrival
 SLACK = 5000  # cycles for which unused bytes of L2 and DRAM can be made up for
 QUEUE = 40  # cycles of work that SHARED and GLOBAL accept ahead of time
-BLOCK_STAGGER = 40  # cycles between the first blocks of a multiprocessor
+BLOCK_STAGGER = 1500  # cycles between the first blocks of a multiprocessor, so that they do not run in phase
 BLOCK_LAUNCH = 300  # cycles from the end of a block to the start of the next one in its place
 LAUNCH_SECONDS = 4e-6  # from one kernel's end to the next one's start, where they follow one another in a stream
 
@@ -159,7 +159,8 @@ SOURCES = (
         "The column of half the rate shows what hangs on it",
     ),
     (
-        "a load from DRAM takes 450 cycles, a barrier 20, special functions 20; 300 cycles between two blocks; "
+        "a load from DRAM takes 450 cycles, a barrier 20, special functions 20; 300 cycles between two blocks, "
+        "1500 between the first ones of a multiprocessor, which are out of phase after some waves anyway; "
         "4 us between two kernels; 40 cycles of queued work before a memory instruction cannot be issued",
         "assumed",
     ),

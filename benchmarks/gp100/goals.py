@@ -59,7 +59,11 @@ def published_problems() -> list[tuple[Problem, Published]]:
         for shape, dtype in published.shapes():
             if (times := published.times(pass_, shape, dtype)) is not None:
                 rows.append((Problem(pass_, *shape, dtype), times))
-    return sorted(rows, key=lambda row: (row[0].dtype != torch.float32, row[0].pass_ == "backward"))
+    return sorted(rows, key=lambda row: _order(row[0]))
+
+
+def _order(p: Problem) -> tuple[bool, bool, int, int, int]:
+    return p.dtype != torch.float32, p.is_backward, -p.head_dim, p.seqlen, p.batch * p.nheads
 
 
 def feature_problems() -> list[Problem]:

@@ -16,7 +16,7 @@ from fastattn.kernel_sources import ELEMENTS
 from . import card as gp100
 from . import goals, mix, sgemm
 from .pipeline import SENSITIVITIES, USUAL
-from .prediction import Model, Prediction
+from .prediction import Model, Prediction, lengths_replayed
 from .problems import Problem
 from .tracing import Kernels, TracedLaunch
 
@@ -35,7 +35,7 @@ class Report:
         self.kernels = kernels
         self.models = {card.name: Model(kernels, card) for card in (gp100.SXM2, gp100.QUADRO)}
         self.rows: list[dict[str, object]] = []
-        self._launches: dict[tuple[str, str], TracedLaunch] = {}
+        self._launches: dict[tuple[str, str], tuple[int, TracedLaunch]] = {}  # the longest, with its length
 
     def predict(self, problem: Problem, card: gp100.Card, with_sensitivities: bool = True) -> list[Prediction]:
         """The prediction and, if wanted, those without each of the assumptions; noted for the CSV."""
@@ -51,7 +51,9 @@ class Report:
             self.rows.append(row)
         print(f"{card.name}: {problem}: {base.tflops:.2f} TFLOP/s", file=sys.stderr)
         for launch in model.launches(problem):
-            self._launches.setdefault((launch.kernel, launch.element), launch)
+            known = self._launches.get((launch.kernel, launch.element), (0, launch))
+            length = lengths_replayed(problem)[0]
+            self._launches[launch.kernel, launch.element] = max(known, (length, launch), key=lambda entry: entry[0])
         return [base, *others]
 
     def csv(self) -> str:
@@ -135,28 +137,28 @@ class Report:
         header = ("", *(f"{pass_} {seqlen}" for pass_ in goals.GOALS for seqlen in goals.FEATURE_LENGTHS))
         return table(header, [(f"{name}, TFLOP/s" if name == "plain" else name, *line) for name, line in lines.items()])
 
-    def _used(self) -> list[TracedLaunch]:
+    def _used(self) -> list[tuple[str, int, TracedLaunch]]:
         elements = [*ELEMENTS]
-        return sorted(self._launches.values(), key=lambda launch: (elements.index(launch.element), launch.kernel))
+        in_order = sorted(self._launches.items(), key=lambda item: (elements.index(item[0][1]), item[0][0]))
+        return [(f"{kernel} ({element})", *entry) for (kernel, element), entry in in_order]
 
     def _kernels(self) -> str:
         header = ("kernel", "registers", "spills", "threads", "shared memory", "blocks", "warps")
         lines = []
-        for launch in self._used():
+        for name, _, launch in self._used():
             taken = launch.taken
             spills = sum(instruction.op in ("LDL", "STL") for instruction in launch.program.instructions)
             warps = taken.resident * taken.threads // 32
             numbers = (taken.registers, spills, taken.threads, taken.smem, taken.resident, warps)
-            lines.append((f"{launch.kernel} ({launch.element})", *map(str, numbers)))
+            lines.append((name, *map(str, numbers)))
         return table(header, lines)
 
     def _loops(self) -> str:
         lines = []
-        for launch in self._used():
-            block = launch.kinds[0].block
-            executed = mix.mix(launch.program, block.times(launch.program))
-            for where, turn in {**mix.main_loops(launch.program), "a block": executed}.items():
-                lines.append((f"{launch.kernel} ({launch.element})", *mix.row(where, turn)))
+        for name, length, launch in self._used():
+            executed = mix.mix(launch.program, launch.kinds[0].block.times(launch.program))
+            for where, turn in {**mix.main_loops(launch.program), f"block, {length} tokens": executed}.items():
+                lines.append((name, *mix.row(where, turn)))
         return table(("kernel", *mix.HEADER), lines)
 
     def _sgemm(self) -> str:
