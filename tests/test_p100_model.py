@@ -94,6 +94,16 @@ def test_many_blocks_of_one_kind_are_continued_exactly(monkeypatch: pytest.Monke
     assert prediction.Model(tracing.Kernels(ROOT)).cycles(alike) == waves
 
 
+def test_the_last_blocks_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gp100, "BLOCK_STAGGER", 40)
+    monkeypatch.setattr(prediction, "EXACT", 2000)
+    chain = [make("FFMA", "R0", "R0", "R1", "R2", stall=6)] * 100
+    even, odd = (prediction.Model(tracing.Kernels(ROOT)).cycles(launch([(chain, 56 * n)])) for n in (40, 41))
+    assert odd - even == 600  # as long as two of them
+    few = launch([(chain, 56 * 3)])
+    assert prediction.Model(tracing.Kernels(ROOT)).cycles(few) == 600 + gp100.BLOCK_LAUNCH + 600
+
+
 def test_bounds_of_a_block() -> None:
     pair = make("FFMA", "R0", "R1", "R5", "R3", pairs_with_next=True)
     one = launch([([pair, LDS, MUFU, MINIMUM, make("SHFL", "R0"), LDG], 1)])

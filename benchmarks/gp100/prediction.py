@@ -77,23 +77,25 @@ class Model:
 
     def cycles(self, launch: TracedLaunch, assumptions: Assumptions = USUAL) -> float:
         """How long the multiprocessor with most blocks works."""
-        blocks = launch.on_fullest(self.card.multiprocessors)
-        if sum(block.instructions for block in blocks) <= EXACT or len(blocks) <= launch.taken.resident:
+        blocks, resident = launch.on_fullest(self.card.multiprocessors), launch.taken.resident
+        if len(blocks) <= 2 * resident or sum(block.instructions for block in blocks) <= EXACT:
             return self._replay(launch, blocks, assumptions)[-1]
-        numbers = {kind.block: blocks.count(kind.block) for kind in launch.kinds}
-        cycles = 0.0
-        for block, number in numbers.items():
-            waves = max(1, min(WAVES, EXACT // (block.instructions * launch.taken.resident)))
-            ends = self._replay(launch, [block] * (waves * launch.taken.resident), assumptions)
-            if waves == 1:  # blocks so long that it does not matter how they begin
-                cycles += number / launch.taken.resident * ends[-1]
-                continue
-            first, last = ends[launch.taken.resident - 1], ends[-1]
-            period = (last - first) / (len(ends) - launch.taken.resident)
-            if cycles == 0.0:  # the first wave of all
-                cycles = first - launch.taken.resident * period
-            cycles += number * period
+        rest = len(blocks) % resident  # run last, and alone
+        cycles = self._replay(launch, blocks[-rest:], assumptions)[-1] if rest else 0.0
+        for n, (block, number) in enumerate(Counter(blocks[: len(blocks) - rest]).items()):
+            begin, period = self._steady(launch, block, assumptions)
+            cycles += number * period + (begin if n == 0 else 0.0)
         return cycles
+
+    def _steady(self, launch: TracedLaunch, block: Block, assumptions: Assumptions) -> tuple[float, float]:
+        """Of many blocks alike: what the first ones take longer than the others, and what each of those takes."""
+        resident = launch.taken.resident
+        waves = max(1, min(WAVES, EXACT // (block.instructions * resident)))
+        ends = self._replay(launch, [block] * (waves * resident), assumptions)
+        if waves == 1:  # so long that it does not matter how they begin
+            return 0.0, ends[-1] / resident
+        period = (ends[-1] - ends[resident - 1]) / (len(ends) - resident)
+        return ends[resident - 1] - resident * period, period
 
     def _replay(self, launch: TracedLaunch, blocks: list[Block], assumptions: Assumptions) -> list[float]:
         """When the blocks of one multiprocessor end."""
