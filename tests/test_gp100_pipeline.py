@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -12,19 +14,24 @@ from benchmarks.gp100.sass import Instruction, Program
 from gp100_programs import CONFLICT, FREE, LDG, LDS, MINIMUM, MUFU, make, traced
 
 
-def replay(
+def multiprocessor(
     warps: list[list[Instruction]],
     blocks: int = 1,
     resident: int = 1,
     assumptions: Assumptions = USUAL,
     **accesses: int,
-) -> float:
-    """Cycles for so many blocks of these warps."""
+) -> Multiprocessor:
+    """With so many blocks of these warps to run."""
     issued = []
     for instructions in warps:
         encoder = Encoder(Program("k", tuple(instructions), b""), Share.of(gp100.SXM2, 56, assumptions), assumptions)
         issued.append(encoder.for_schedulers(traced(instructions, **accesses)))
-    return Multiprocessor([issued] * blocks, resident, assumptions).run()[-1]
+    return Multiprocessor([issued] * blocks, resident, assumptions)
+
+
+def replay(warps: list[list[Instruction]], *how: Any, **more: Any) -> float:
+    """The cycles that it takes."""
+    return multiprocessor(warps, *how, **more).run()[-1]
 
 
 # ---- the pipeline
@@ -67,6 +74,14 @@ def test_a_result_is_waited_for() -> None:
     assert replay([other], smem_cycles=2) == 2
     pair = [make("FFMA", "R0", "R1", "R2", "R3", stall=0, pairs_with_next=True), make("NOP", waits=(3,))]
     assert replay([[warp[0], *pair]], smem_cycles=2) == 2 + gp100.TIMINGS["LDS"].latency + 1
+
+
+def test_idle_cycles_are_those_before_an_instruction() -> None:
+    waiting = multiprocessor(
+        [[make("LDS", "R0", "[R1]", write_barrier=0), FREE, make("FFMA", "R0", "R0", "R1", "R2", waits=(0,))]]
+    )
+    cycles = waiting.run()[-1]
+    assert waiting.idle == {2: cycles - 3}
 
 
 def test_depbar_leaves_some_outstanding() -> None:

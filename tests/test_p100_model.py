@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks.gp100 import card as gp100
-from benchmarks.gp100 import cubin
+from benchmarks.gp100 import cubin, mix, nvdisasm
+from benchmarks.gp100.pipeline import SENSITIVITIES
 from benchmarks.gp100.sass import Instruction, Program
 from benchmarks.gp100.trace import BlockTrace, Trace
 from fastattn import images, nvrtc
@@ -239,3 +240,49 @@ def test_the_report_has_every_prediction() -> None:
 def problem_of(row: dict[str, str]) -> Problem:
     sizes = (int(row[name]) for name in ("batch", "nheads", "seqlen", "head_dim"))
     return Problem(row["pass"], *sizes, getattr(torch, row["dtype"]), row["feature"])
+
+
+# ---- on real kernels; it needs nvdisasm
+
+
+@pytest.fixture
+def disassembler() -> None:
+    try:
+        nvdisasm.path()
+    except nvdisasm.NotFound as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_one_problem(disassembler: None, capsys: pytest.CaptureFixture[str]) -> None:
+    if not tracing.Kernels(p100_model.FOLDER).file("float32").is_file():
+        pytest.skip(f"there are no cubins for sm_60: {images.installed().reason or 'this build has none'}")
+    assert p100_model.main(["--quick", "fwd:1024x32x64"]) == 0
+    first, allowed, *rest = capsys.readouterr().out.splitlines()
+    rate = float(re.search(r"predicted \d+ us, ([\d.]+) TFLOP/s", first)[1])
+    assert 0.5 < rate < min(map(float, re.findall(r" ([\d.]+)(?:,|$)", allowed)))
+    assert [line.split(":")[0] for line in rest[:4]] == [*SENSITIVITIES]
+
+
+@pytest.mark.slow
+def test_masks_shared_by_heads_are_read_once(disassembler: None) -> None:
+    model = prediction.Model(tracing.Kernels(p100_model.FOLDER))
+    bytes_of = {}
+    for feature in ("plain", "full mask", "bias"):
+        problem = Problem("forward", 64, 8, 64, 64, feature=feature)
+        (launch,) = model.launches(problem)
+        sectors = sum(kind.count * sum(warp.dram_sectors.sum() for warp in kind.block.warps) for kind in launch.kinds)
+        bytes_of[feature] = 32 * sectors / 512
+    assert bytes_of["full mask"] - bytes_of["plain"] == pytest.approx(64 * 64 / 8, rel=0.2)
+    assert bytes_of["bias"] - bytes_of["plain"] < 64 * 64 * 4 / 8
+
+
+@pytest.mark.slow
+def test_sgemm_is_right(disassembler: None, tmp_path: Path) -> None:
+    launch = sgemm.trace(tmp_path, 128, 128, 64, 56)
+    executed = mix.mix(launch.program, launch.kinds[0].block.times(launch.program))
+    assert executed.counts["FFMA"] == 128 * 128 * 64 // 32
+    a, b = torch.randn(64, 128), torch.randn(64, 128)
+    c = torch.full((128, 128), torch.nan)
+    sgemm.run(tmp_path / "sgemm.cubin", a, b, c, alpha=2.0)
+    torch.testing.assert_close(c, 2 * a.T @ b)
