@@ -1,5 +1,5 @@
 # Each target sets up .venv first if need be; TORCH="torch==2.7.1" picks another torch, ARGS is passed on.
-.PHONY: demo wmt14-smoke test test-all check gpu
+.PHONY: demo wmt14-smoke test test-all check kernel-report gpu
 .NOTPARALLEL:
 
 demo:      # train a small translator on the CPU or GPU found and score it
@@ -16,6 +16,9 @@ test-all:  # the full products of cases
 
 check:     # style and types
 	scripts/check.sh
+
+kernel-report: # what the model of the P100 predicts for the sm_60 kernels, into docs/; about ten minutes
+	scripts/kernel_report.sh $(ARGS)
 
 gpu:       # on a CUDA device: its tests, tuning and benchmarks into benchmarks/results/; ARGS=--full for every case
 	scripts/gpu.sh $(ARGS)

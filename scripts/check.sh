@@ -5,6 +5,6 @@ failed=0
 ruff check . || failed=1
 ruff format --check . || failed=1
 mypy || failed=1
-find csrc tests \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \) \
+find csrc tests benchmarks \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \) \
     -exec clang-format --dry-run -Werror {} + || failed=1
 exit $failed

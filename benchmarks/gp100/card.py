@@ -1,0 +1,172 @@
+"""What a GP100 can do: the cards, the rates and latencies of its multiprocessors, and where each number comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+SCHEDULERS = 2  # of a multiprocessor, each with 32 lanes, 8 special-function lanes and half of the registers
+REGISTERS, REGISTER_UNIT = 65536, 256  # of a multiprocessor; a warp gets them in units
+SMEM, SMEM_UNIT = 64 << 10, 256  # bytes
+WARPS, BLOCKS = 64, 32  # resident at most
+SMEM_BYTES_PER_CYCLE = 128
+SECTOR = 32  # bytes of the smallest access to global memory
+L2_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Card:
+    """One product with the chip."""
+
+    name: str
+    clock_hz: float
+    dram_bytes_per_s: float  # of the data sheet
+    multiprocessors: int = 56
+    dram_share: float = 0.78  # of it that a kernel reaches
+    l2_bytes_per_s: float = 1624e9
+
+    @property
+    def peak_flops(self) -> float:
+        """Fused multiply-adds of every lane in every cycle, two operations each."""
+        return 2 * 32 * SCHEDULERS * self.multiprocessors * self.clock_hz
+
+    def microseconds(self, cycles: float) -> float:
+        return cycles / self.clock_hz * 1e6
+
+    def dram_bytes_per_cycle(self) -> float:
+        """Of the whole card."""
+        return self.dram_share * self.dram_bytes_per_s / self.clock_hz
+
+    def l2_bytes_per_cycle(self) -> float:
+        """Of the whole card."""
+        return self.l2_bytes_per_s / self.clock_hz
+
+
+SXM2 = Card("Tesla P100 SXM2", 1.480e9, 732e9)
+PCIE = Card("Tesla P100 PCIe", 1.303e9, 732e9)
+QUADRO = Card("Quadro GP100", 1.443e9, 717e9)
+CARDS = {"sxm2": SXM2, "pcie": PCIE, "quadro": QUADRO}
+
+
+def resident_blocks(threads: int, registers: int, smem: int) -> int:
+    """How many blocks of a kernel one multiprocessor runs at a time.
+
+    Args:
+        threads: of a block.
+        registers: of a thread.
+        smem: bytes of a block.
+    """
+    warps = -(-threads // 32)
+    of_warp = _units(32 * registers, REGISTER_UNIT)
+    by_registers = REGISTERS // SCHEDULERS // of_warp * SCHEDULERS // warps
+    by_smem = SMEM // _units(smem, SMEM_UNIT) if smem else BLOCKS
+    return min(BLOCKS, WARPS // warps, by_registers, by_smem)
+
+
+def _units(amount: int, unit: int) -> int:
+    return -(-amount // unit) * unit
+
+
+# ---- what an instruction occupies ----
+
+FP32, SFU, SHARED, GLOBAL, CONTROL = range(5)  # the first two once for each scheduler
+
+
+class Timing(NamedTuple):
+    """Of one instruction of one warp."""
+
+    unit: int
+    cycles: int  # that the unit is busy, before bank conflicts; SHARED and GLOBAL: per 128 bytes and per access
+    latency: int = 0  # until a result is there, where scoreboards tell; else the control words know
+    read_latency: int = 12  # until the operands have been read, where scoreboards tell
+
+
+_TABLE = {
+    Timing(FP32, 1): "FFMA FADD FMUL FFMA32I FADD32I FMUL32I HFMA2 HADD2 HMUL2 IADD IADD32I IADD3 XMAD LOP LOP32I LOP3 "
+    "MOV MOV32I SEL LEA ISCADD PRMT CSETP P2R R2P VOTE",
+    Timing(FP32, 2): "FMNMX FCMP FSET FSETP FCHK IMNMX ICMP ISET ISETP SHL SHR SHF BFE BFI PSET PSETP",
+    Timing(SFU, 4, latency=20): "MUFU RRO F2F F2I I2F I2I POPC FLO",
+    Timing(SHARED, 1, latency=24, read_latency=6): "LDS STS SHFL",
+    Timing(GLOBAL, 1, latency=0, read_latency=30): "LDG STG LD ST LDL STL ATOM RED",
+    Timing(CONTROL, 0, latency=25, read_latency=15): "S2R CS2R LDC DEPBAR MEMBAR BAR NOP SSY SYNC PBK BRK PCNT CONT "
+    "BRA BRX CAL RET EXIT",
+}
+TIMINGS = {op: timing for timing, ops in _TABLE.items() for op in ops.split()}
+
+L2_LATENCY, DRAM_LATENCY = 234, 450  # cycles of a load that misses everything nearer
+BARRIER_LATENCY = 20  # cycles from the last warp's arrival
+SLACK = 5000  # cycles for which unused bytes of L2 and DRAM can be made up for
+QUEUE = 40  # cycles of work that SHARED and GLOBAL accept ahead of time
+BLOCK_STAGGER = 1500  # cycles between the first blocks of a multiprocessor, so that they do not run in phase
+BLOCK_LAUNCH = 300  # cycles from the end of a block to the start of the next one in its place
+LAUNCH_SECONDS = 4e-6  # from one kernel's end to the next one's start, where they follow one another in a stream
+
+# Every number above that is not arithmetic: what it is, and where it comes from.
+SOURCES = (
+    (
+        "SXM2 1.480 GHz, PCIe 1.303 GHz (both boost clocks; 10.6 and 9.3 TFLOP/s), 56 multiprocessors, 732 GB/s",
+        "NVIDIA's data sheet of the Tesla P100",
+    ),
+    (
+        "Quadro GP100: 1.443 GHz, so that the peak is the 10.3 TFLOP/s of its data sheet; 717 GB/s",
+        "NVIDIA's data sheet of the Quadro GP100; whether the published times were taken at this clock is not known",
+    ),
+    (
+        "two schedulers, each with 32 lanes and half of 64 K registers; registers in units of 256 per warp; 64 KB of "
+        "shared memory in units of 256 bytes; 64 warps, 32 blocks",
+        "CUDA C++ Programming Guide, technical specifications of compute capability 6.0; cuda_occupancy.h of CUDA 11",
+    ),
+    (
+        "lane rates: 64 per cycle and multiprocessor for float and integer addition, multiplication, logic and moves; "
+        "32 for comparisons, minima, shifts and bit fields; 16 for special functions and conversions; 32 for shuffles",
+        "CUDA C++ Programming Guide, throughput of native arithmetic instructions, column 6.0; which machine "
+        "instruction belongs to which row is known from the assembler maxas",
+    ),
+    (
+        "registers lie in 4 banks; an operand beyond the first of a bank costs a cycle of the float pipe, unless the "
+        "reuse cache holds it",
+        "maxas (written for Maxwell); the compiler emits the same code for 5.2 and 6.0. Not measured on GP100",
+    ),
+    (
+        "two instructions that the compiler pairs are issued in one cycle, by one scheduler, if both units are free",
+        "the control words; that GP100 honours them is assumed",
+    ),
+    (
+        "shared memory gives 128 bytes per cycle; how many such accesses an instruction needs comes from the addresses",
+        "CUDA C++ Programming Guide, shared memory of 5.x and 6.x",
+    ),
+    (
+        "latencies: shared memory 24 cycles, L2 234",
+        "Jia et al. 2018, arXiv:1804.06826, the columns of the P100; quoted from memory",
+    ),
+    (
+        "the L2 cache gives 1624 GB/s to the whole card",
+        "Jia et al. 2018, arXiv:1804.06826, the columns of the P100; quoted from memory",
+    ),
+    (
+        "a multiprocessor that loads less than its share of L2 and DRAM can load more for the next 5000 cycles: "
+        "the others are at other places of their blocks",
+        "assumed; the column in step takes it away",
+    ),
+    (
+        "L2 has 4 MB, in equal shares for all resident blocks; each share keeps what was used last. What another block "
+        "used is found only if both run at once or if all of it fits; loads are not kept in L1",
+        "the size from NVIDIA's data sheet; the rest is assumed",
+    ),
+    (
+        "a kernel reaches 0.78 of the data sheet's bytes per second of DRAM",
+        "assumed. Public are 444 GB/s (0.61) of a device-to-device copy on a PCIe card (gearshifft, pull request 82). "
+        "The column of half the rate shows what hangs on it",
+    ),
+    (
+        "a load from DRAM takes 450 cycles, a barrier 20, special functions 20; 300 cycles between two blocks, "
+        "1500 between the first ones of a multiprocessor, which are out of phase after some waves anyway; "
+        "4 us between two kernels; 40 cycles of queued work before a memory instruction cannot be issued",
+        "assumed",
+    ),
+    (
+        "free of charge: instruction fetches, tags of the L1 cache, address translation, error correction, the memory "
+        "fence that the compiler puts behind every barrier (one issue slot), throttling of the clock",
+        "not modelled; a card is expected to reach 0.85 to 0.95 of a prediction",
+    ),
+)

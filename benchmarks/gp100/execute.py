@@ -1,0 +1,243 @@
+"""Executes the machine code of a kernel, block by block, on the memory of CPU tensors.
+
+What is computed is right up to what floats.py says; nothing here knows about time, whose model replays the traces. All
+warps of some blocks are executed together: the group that is furthest behind, until it reaches the next one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from . import control
+from .control import Warps, as_bits, as_lanes
+from .instructions import step_of
+from .memory import Access, GlobalMemory, LaneError, check, sectors, wavefronts
+from .sass import Instruction, Program
+from .state import WARP, Lanes, State, Step
+from .trace import BlockTrace, Recorder
+
+WARPS_AT_ONCE = 64
+PARAMETERS = 0x140  # where the kernel's parameters begin in constant bank 0
+
+
+class ExecutionError(RuntimeError):
+    """A kernel does what it must not, or what is not understood; the message names the instruction and the thread."""
+
+
+def execute(
+    program: Program,
+    grid: Sequence[int],
+    block_threads: int,
+    smem_bytes: int,
+    params: bytes,
+    buffers: Sequence[tuple[Tensor, str, bool]],
+    blocks: Iterable[tuple[int, int]] | None = None,
+) -> dict[tuple[int, int], BlockTrace]:
+    """Runs blocks of a launch.
+
+    Args:
+        program: the kernel.
+        grid: how many blocks there are in x, y and, if it is given, z, where there must be one.
+        block_threads: of a block, in x.
+        smem_bytes: of a block.
+        params: the kernel's parameters.
+        buffers: all memory that it may access: CPU tensors, their names, and whether they may be written.
+        blocks: which blocks (x, y) run; by default, all of them.
+
+    Raises:
+        ExecutionError: an access outside the buffers or shared memory, or not aligned; a barrier that not all lanes
+            reach; an instruction that is not understood.
+    """
+    grid = (*grid, 1, 1)[:3]
+    chosen = iter(itertools.product(range(grid[0]), range(grid[1])) if blocks is None else blocks)
+    warps_per_block = -(-block_threads // WARP)
+    memory = GlobalMemory(buffers)
+    header = struct.pack("<8x6i", block_threads, 1, 1, *grid)
+    constants = {0: header.ljust(PARAMETERS, b"\0") + params, 2: program.constants}
+    traces: dict[tuple[int, int], BlockTrace] = {}
+    while batch := [*itertools.islice(chosen, max(1, WARPS_AT_ONCE // warps_per_block))]:
+        machine = Machine(program, batch, block_threads, smem_bytes, constants, memory)
+        with np.errstate(all="ignore"):
+            machine.run()
+        traces.update(machine.traces())
+    return traces
+
+
+class Machine:
+    """Some blocks and all that they work on."""
+
+    def __init__(
+        self,
+        program: Program,
+        blocks: list[tuple[int, int]],
+        threads: int,
+        smem_bytes: int,
+        constants: dict[int, bytes],
+        memory: GlobalMemory,
+    ):
+        self.program, self.blocks, self.memory, self.smem_bytes = program, blocks, memory, smem_bytes
+        self.warps_per_block = -(-threads // WARP)
+        per_block = self.warps_per_block * WARP
+        thread = np.tile(np.arange(per_block, dtype=np.uint32), len(blocks))
+        x, y = (np.repeat(np.array(side, np.uint32), per_block) for side in zip(*blocks, strict=True))
+        zero = np.zeros_like(thread)
+        special = {"SR_TID.X": thread, "SR_TID.Y": zero, "SR_TID.Z": zero, "SR_LANEID": thread % WARP}
+        special |= {"SR_CTAID.X": x, "SR_CTAID.Y": y, "SR_CTAID.Z": zero}
+        self.state = State(len(thread), constants, special)
+        self.warps = Warps(as_bits(thread < threads))
+        self.recorder = Recorder(len(blocks) * self.warps_per_block)
+        self.stride = -(-smem_bytes // 16) * 16
+        self.shared = np.full(self.stride * len(blocks), 0xFF, np.uint8)  # NaN, until it is written
+        self.block_of = self.state.lanes // per_block
+        self.accessed: list[tuple[str, bool, np.ndarray]] = []
+        self._steps: list[Step | None] = [None] * len(program.instructions)
+
+    def run(self) -> None:
+        """To the end of all warps."""
+        while True:
+            while group := self.warps.group():
+                self._advance(*group)
+            if not self.warps.release():
+                return
+
+    def _advance(self, warps: np.ndarray, first: int, limit: int) -> None:
+        """These warps execute until they reach the limit, or have executed an instruction of flow control."""
+        instructions, end = self.program.instructions, first
+        while end < limit and instructions[end].op not in control.OPERATIONS:
+            end += 1
+        is_flow = end < limit
+        bits = self.warps.active[warps]
+        self.recorder.begin(warps, first, end - first + is_flow, _popcount(bits))
+        lanes = as_lanes(warps, bits)
+        s: Lanes = slice(None) if len(lanes) == len(self.state.lanes) else lanes
+        index = first
+        try:
+            for index in range(first, end):
+                (self._steps[index] or self._prepare(index))(s)
+            self.warps.next[warps] = end
+            if is_flow:
+                index = end
+                self._flow(instructions[end], end, warps)
+        except ValueError as error:
+            raise ExecutionError(self._report(instructions[index], error)) from error
+
+    def _flow(self, i: Instruction, index: int, warps: np.ndarray) -> None:
+        taken = self.warps.active.copy()
+        if i.guard:
+            taken &= as_bits(self.state.predicate(i.guard)(slice(None)))
+        if i.op == "BRA" and i.operands:
+            taken &= as_bits(self.state.condition(i.operands[0]))
+        self.recorder.note("lanes", index, _popcount(taken))
+        self.warps.step(i, warps, taken[warps])
+
+    # ---- instructions become steps when they are first executed
+
+    def _prepare(self, index: int) -> Step:
+        i = self.program.instructions[index]
+        if i.op in ("LDG", "STG"):
+            step = self._global(i, index)
+        elif i.op in ("LDS", "STS"):
+            step = self._shared(i, index)
+        else:
+            step = step_of(i, self.state)
+        self._steps[index] = step = self._guarded(step, i.guard, index) if i.guard else step
+        return step
+
+    def _guarded(self, step: Step, guard: str, index: int) -> Step:
+        holds, lanes = self.state.predicate(guard), self.state.lanes
+
+        def guarded(s: Lanes) -> None:
+            chosen = holds(s)
+            if chosen.all():
+                step(s)
+                return
+            some = lanes[s][chosen]
+            self.recorder.note("lanes", index, self._per_warp(some))
+            if len(some):
+                step(some)
+
+        return guarded
+
+    def _per_warp(self, lanes: np.ndarray) -> np.ndarray:
+        return np.bincount(lanes // WARP, minlength=len(self.warps.active))
+
+    def _global(self, i: Instruction, index: int) -> Step:
+        access, state = Access(i, self.state), self.state
+        move = access.store if access.is_store else access.load
+
+        def step(s: Lanes) -> None:
+            lanes, address = state.lanes[s], access.address(s)
+            access.check_aligned(lanes, address)
+            parts = self.memory.parts(access, lanes, address)
+            touched = sectors(lanes // WARP, address)
+            self.recorder.note("sectors", index, np.bincount(touched >> 48, minlength=len(self.warps.active)))
+            for buffer, part in parts:
+                is_all = isinstance(part, slice)
+                move(s if is_all else lanes[part], buffer.bytes, address[part] - buffer.base)
+                own = touched if is_all else sectors(lanes[part] // WARP, address[part])
+                self.accessed.append((buffer.name, access.is_store, own))
+
+        return step
+
+    def _shared(self, i: Instruction, index: int) -> Step:
+        access, state = Access(i, self.state), self.state
+        move, base = access.store if access.is_store else access.load, self.block_of * self.stride
+
+        def step(s: Lanes) -> None:
+            lanes, address = state.lanes[s], access.address(s)
+            access.check_aligned(lanes, address)
+            inside = (address >= 0) & (address + access.size <= self.smem_bytes)
+            check(inside, lanes, address, f"is not in the {self.smem_bytes} bytes of shared memory")
+            cycles = wavefronts(lanes, address, access.size, len(self.warps.active))
+            self.recorder.note("smem_cycles", index, cycles)
+            move(s, self.shared, address + base[s])
+
+        return step
+
+    # ---- what comes out
+
+    def _report(self, i: Instruction, error: ValueError) -> str:
+        where = ""
+        if isinstance(error, LaneError):
+            block, thread = divmod(error.lane, self.warps_per_block * WARP)
+            where = f"thread {thread} of block {self.blocks[block]}: "
+        return f"{self.program.name} {i}: {where}{error}"
+
+    def traces(self) -> Iterator[tuple[tuple[int, int], BlockTrace]]:
+        """By block."""
+        warps = self.recorder.traces()
+        accessed = _by_block(self.accessed, self.warps_per_block, len(self.blocks))
+        for n, block in enumerate(self.blocks):
+            own = warps[n * self.warps_per_block : (n + 1) * self.warps_per_block]
+            yield block, BlockTrace(own, self._accesses(n), accessed[n, False], accessed[n, True])
+
+    def _accesses(self, block: int) -> list[tuple[str, bool, np.ndarray]]:
+        first, after = (n * self.warps_per_block << 48 for n in (block, block + 1))
+        parts = (
+            (name, is_store, keys[(keys >= first) & (keys < after)] - first) for name, is_store, keys in self.accessed
+        )
+        return [part for part in parts if len(part[2])]
+
+
+def _by_block(
+    accessed: list[tuple[str, bool, np.ndarray]], warps_per_block: int, blocks: int
+) -> dict[tuple[int, bool], dict[str, np.ndarray]]:
+    """For every block and for reading and writing, the sectors of every buffer."""
+    result: dict[tuple[int, bool], dict[str, np.ndarray]] = {
+        key: {} for key in itertools.product(range(blocks), (False, True))
+    }
+    for name, is_store in sorted({entry[:2] for entry in accessed}):
+        keys = np.concatenate([keys for *which, keys in accessed if which == [name, is_store]])
+        keys = np.unique((keys >> 48) // warps_per_block << 48 | keys & (1 << 48) - 1)
+        for block in np.unique(keys >> 48):
+            result[int(block), is_store][name] = keys[keys >> 48 == block] & (1 << 48) - 1
+    return result
+
+
+def _popcount(bits: np.ndarray) -> np.ndarray:
+    return np.unpackbits(bits.view(np.uint8).reshape(-1, 4), axis=1).sum(1)
