@@ -58,6 +58,7 @@ CODE = [
         (7, 0xFA, 0),
         (1, 3),
     ),
+    ("R2P PR, R1.B1, 0x7f\nP2R R8, PR, RZ, 0x7f", (0, 0x3A56, 0), (0x3A, 0)),
     (
         "IADD3 RZ.CC, R0, R0, R0\nP2R R3, CC, RZ, 0xf\nIADD RZ.CC, RZ, RZ\nR2P CC, R3, 0xf\nIADD3.X R8, RZ, RZ, RZ",
         (0xFFFFFFFF, 0, 0),

@@ -40,9 +40,14 @@ def p2r(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("R2P")
 def r2p(i: Instruction, state: State) -> Step:
-    """The other way; with predicates, those that the mask names."""
+    """The other way; with predicates, those that the mask names, from the lowest bit of a byte of the register on."""
     what, source, mask = i.operands
-    bits = state.wide(source)
+    source, _, byte = source.partition(".B")
+    word, shift = state.wide(source), 8 * int(byte or 0)
+
+    def bits(s):
+        return word(s) >> shift
+
 
     def to_predicates(s):
         for n in range(TRUE_PREDICATE):
