@@ -46,11 +46,11 @@ def test_block_lays_misses_beside_the_accesses() -> None:
 
 
 def test_rows_stand_for_all() -> None:
-    assert tracing._rows(1, 1, is_causal=False, is_ragged=True) == [(0, 1)]
-    assert tracing._rows(8, 3, is_causal=False, is_ragged=True) == [(0, 7), (2, 1)]
-    assert tracing._rows(8, 3, is_causal=False, is_ragged=False) == [(0, 8)]
-    assert tracing._rows(3, 3, is_causal=True, is_ragged=True) == [(0, 1), (1, 1), (2, 1)]
-    assert tracing._rows(16, 16, is_causal=True, is_ragged=False) == [(2, 4), (6, 4), (10, 4), (14, 4)]
+    assert tracing._tiles(1, 1, is_causal=False, is_ragged=True) == [(0, 1)]
+    assert tracing._tiles(8, 3, is_causal=False, is_ragged=True) == [(0, 7), (2, 1)]
+    assert tracing._tiles(8, 3, is_causal=False, is_ragged=False) == [(0, 8)]
+    assert tracing._tiles(3, 3, is_causal=True, is_ragged=True) == [(0, 1), (1, 1), (2, 1)]
+    assert tracing._tiles(16, 16, is_causal=True, is_ragged=False) == [(2, 4), (6, 4), (10, 4), (14, 4)]
 
 
 def test_how_many_read_the_same_mask() -> None:
@@ -124,9 +124,9 @@ def test_bounds_of_a_block() -> None:
 
 def test_long_sequences_are_continued() -> None:
     backward, forward = Problem("backward", 1, 1, 1000, 64), Problem("forward", 1, 1, 1000, 64)
-    assert prediction.lengths_replayed(backward) == [104, 168, 232]  # as ragged as 1000
+    assert prediction.lengths_replayed(backward) == [168, 232, 296]  # as ragged as 1000
     assert prediction.lengths_replayed(forward) == [296, 552]
-    assert prediction.lengths_replayed(backward._replace(seqlen=255)) == [255]
+    assert prediction.lengths_replayed(backward._replace(seqlen=319)) == [319]
     assert prediction.lengths_replayed(forward._replace(seqlen=575)) == [575]
 
     def quantities(n: int) -> dict[str, float]:

@@ -167,10 +167,10 @@ def block_bounds(program: Program, block: Block, card: gp100.Card) -> dict[str, 
 
 def lengths_replayed(problem: Problem) -> list[int]:
     """The lengths that are replayed for a problem: its own, or shorter ones with the same ragged end."""
-    if problem.seqlen < (4 * STEP if problem.is_backward else 9 * STEP):
+    if problem.seqlen < (5 * STEP if problem.is_backward else 9 * STEP):
         return [problem.seqlen]
     ragged = problem.seqlen % STEP
-    return [ragged + STEP * tiles for tiles in ((1, 2, 3) if problem.is_backward else (4, 8))]
+    return [ragged + STEP * tiles for tiles in ((2, 3, 4) if problem.is_backward else (4, 8))]
 
 
 def _continued(lengths: list[int], quantities: list[dict[str, float]], length: int) -> dict[str, float]:

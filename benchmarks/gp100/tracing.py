@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,14 @@ from .trace import BlockTrace, Trace
 BROADCAST = ("mask", "bias")
 SECTOR_BITS = (1 << 48) - 1
 STEP = 64  # a multiple of every tile
-MOST_ROWS = 4  # of a grid that are executed where each of them does something else
+SHARED = {  # what the tiles of a (batch, head) read together
+    "attention_fwd": frozenset({"k", "v"}),
+    "attention_bwd": frozenset({"q", "dout", "lse", "delta"}),
+    "attention_bwd_dq": frozenset({"k", "v"}),
+    "attention_bwd_dbias": frozenset({"q", "k", "v", "dout", "lse", "delta"}),
+}
+MOST_TILES = 4  # of a (batch, head) that are executed where each of them does something else
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples spread evenly
 
 
 class Kernels:
@@ -84,7 +92,7 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TracedLaunch:
-    """A launch with its blocks, in the order in which they start."""
+    """A launch with its blocks."""
 
     kernel: str
     element: str
@@ -97,9 +105,9 @@ class TracedLaunch:
         return sum(kind.count for kind in self.kinds)
 
     def on_fullest(self, multiprocessors: int) -> list[Block]:
-        """The blocks of the multiprocessor that has most of them."""
+        """The blocks of the multiprocessor that has most of them: all kinds mixed, as they start."""
         ends = np.cumsum([kind.count for kind in self.kinds])
-        numbers = range(0, self.blocks, multiprocessors)
+        numbers = (np.arange(-(-self.blocks // multiprocessors)) + 0.5) * GOLDEN_RATIO % 1 * self.blocks
         return [self.kinds[i].block for i in np.searchsorted(ends, numbers, side="right")]
 
 
@@ -128,41 +136,47 @@ class Tracer:
         used = self.kernels.resources(launch.kernel, launch.element)
         smem = launch.smem + used.static_smem
         resident = gp100.resident_blocks(launch.threads, used.registers, smem)
-        columns, rows = launch.grid[:2]
-        at_once = min(resident * self._multiprocessors, columns * rows)
-        # Blocks of the same (batch, head) read the same tensors while they run at once; masks and biases serve many.
-        together = max(1.0, at_once / columns)
-        running = min(columns, at_once)
+        heads_in_x = problem.nheads if launch.kernel.startswith("attention_bwd_dbias") else 1
+        tiles, pairs = launch.grid[0] // heads_in_x, heads_in_x * launch.grid[1] * launch.grid[2]
+        at_once = min(resident * self._multiprocessors, tiles * pairs)
+        # The tiles of a (batch, head) start one behind the other, and read some tensors together; masks and biases
+        # serve many.
+        together, running = min(tiles, at_once), math.ceil(at_once / tiles)
+        shared = SHARED.get(launch.kernel.partition("_d")[0], frozenset())
         sharing = {
-            name: max(together, _served(tensor, problem.nheads, running) if name in BROADCAST else 1.0)
+            name: max(
+                together if name in shared else 1.0,
+                together * _served(tensor, problem.nheads, running) if name in BROADCAST else 1.0,
+            )
             for tensor, name, _ in executed.buffers
         }
         # Without a feature, nothing but its own (batch, head) matters to a block.
         alike = problem._replace(batch=1, nheads=1, seqlen=1) if problem.feature == "plain" else problem
         kinds = []
-        for row, count in _rows(rows, executed.grid[1], problem.feature == "causal", is_ragged=seqlen % STEP != 0):
-            key = (launch.kernel, launch.element, alike, seqlen, row, at_once, *sharing.values())
+        tiles_executed, is_causal = executed.grid[0] // heads_in_x, problem.feature == "causal"
+        for tile, count in _tiles(tiles, tiles_executed, is_causal, is_ragged=seqlen % STEP != 0):
+            key = (launch.kernel, launch.element, alike, seqlen, tile, at_once, *sharing.values())
             if key not in self._blocks:
                 what = (launch.grid, launch.threads, launch.smem, executed.params_bytes, executed.buffers)
-                traces = execute(program, *what, [(0, row)])
-                self._blocks[key] = block(traces[0, row], gp100.L2_BYTES // gp100.SECTOR // at_once, sharing)
-            kinds.append(Kind(self._blocks[key], count * columns))
+                traces = execute(program, *what, [(tile, 0)])
+                self._blocks[key] = block(traces[tile, 0], gp100.L2_BYTES // gp100.SECTOR // at_once, sharing)
+            kinds.append(Kind(self._blocks[key], count * pairs))
         taken = Taken(launch.threads, used.registers, smem, resident)
         return TracedLaunch(launch.kernel, launch.element, program, taken, tuple(kinds))
 
 
-def _rows(rows: int, rows_executed: int, is_causal: bool, is_ragged: bool) -> list[tuple[int, int]]:
-    """The rows of a grid that are executed, and for how many rows each of them stands.
+def _tiles(tiles: int, executed: int, is_causal: bool, is_ragged: bool) -> list[tuple[int, int]]:
+    """The tiles of a (batch, head) that are executed, and for how many tiles each of them stands.
 
     Args:
-        rows: of the launch.
-        rows_executed: of the launch that is executed.
-        is_causal: each row does something else.
-        is_ragged: the last row is cut off.
+        tiles: of the launch.
+        executed: of the launch that is executed.
+        is_causal: each tile does something else.
+        is_ragged: the last tile is cut off.
     """
     if not is_causal:
-        return [(0, rows - 1), (rows_executed - 1, 1)][rows == 1 :] if is_ragged else [(0, rows)]
-    first = np.linspace(0, rows, min(rows, MOST_ROWS) + 1).astype(int)
+        return [(0, tiles - 1), (executed - 1, 1)][tiles == 1 :] if is_ragged else [(0, tiles)]
+    first = np.linspace(0, tiles, min(tiles, MOST_TILES) + 1).astype(int)
     return [(int(begin + end) // 2, int(end - begin)) for begin, end in zip(first[:-1], first[1:], strict=True)]
 
 

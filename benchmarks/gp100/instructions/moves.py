@@ -48,7 +48,6 @@ def r2p(i: Instruction, state: State) -> Step:
     def bits(s):
         return word(s) >> shift
 
-
     def to_predicates(s):
         for n in range(TRUE_PREDICATE):
             if int(mask, 0) >> n & 1:
