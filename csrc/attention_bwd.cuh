@@ -4,7 +4,7 @@
 // thread in a fixed order: two runs give the same bits, and nothing is atomic.
 //
 // attention_bwd: a block computes dK and dV of one (batch, key head). It walks over key tiles, over the query heads of
-//   the group and over query tiles. With gridDim.y = 1 it has all key tiles and computes dQ, too: each tile of it is
+//   the group and over query tiles. With gridDim.x = 1 it has all key tiles and computes dQ, too: each tile of it is
 //   read and written again for the next key tile by the thread that owns it. Five products, S and dP once.
 // attention_bwd_dq: where there are too few (batch, head) pairs to fill the card, attention_bwd runs with a block for
 //   each key tile and leaves dQ to this kernel, a block for each query tile. It goes first, because it writes delta.
@@ -18,213 +18,335 @@
 
 namespace fastattn {
 
-// ---- what all of them compute: P and dS of one tile
+// ---- what all of them read, and delta
 
-// delta of queries i0 ... i0 + kBlockM - 1, a warp per row. The barriers of the next product are between it and its
-// readers.
-template <class E, class T>
-__device__ __forceinline__ void write_delta(const AttentionParams& p, const Sequence& s, int h, int i0) {
-    const TileRows<E> out = tile_rows<E>(p.out, s.b, h, s.first_q, i0, s.seqlen_q, p.head_dim_v);
-    const TileRows<E> dout = tile_rows<E>(p.dout, s.b, h, s.first_q, i0, s.seqlen_q, p.head_dim_v);
-    float* delta = per_row(p.delta, s, h) + i0;
-    const int lane = threadIdx.x % 32;
-    for (int row = threadIdx.x / 32; row < min(T::kBlockM, out.rows); row += T::kWarps) {
-        float sum = 0.0f;
-        for (int d = lane; d < p.head_dim_v; d += 32)
-            sum = fmaf(to_float(out.data[row * out.stride + d]), to_float(dout.data[row * dout.stride + d]), sum);
+// A head's rows from some query on. What there is one of for each row lies alike in lse, delta and dlse.
+template <class E>
+struct Queries {
+    TileRows<E> q, out, dout;
+    index_t first;
+
+    __device__ __forceinline__ Queries(const AttentionParams& p, const Sequence& s, int h, int i0)
+        : q(tile_rows<E>(p.q, s.b, h, s.first_q, s.seqlen_q, p.head_dim)),
+          out(tile_rows<E>(p.out, s.b, h, s.first_q, s.seqlen_q, p.head_dim_v)),
+          dout(tile_rows<E>(p.dout, s.b, h, s.first_q, s.seqlen_q, p.head_dim_v)),
+          first(s.b * p.lse.batch + h * p.lse.head + s.first_q) {
+        advance(i0);
+    }
+
+    __device__ __forceinline__ void advance(int n) {
+        q.advance(n);
+        out.advance(n);
+        dout.advance(n);
+        first += n;
+    }
+};
+
+// rowsum(out dout) of kCount rows, `step` rows apart, whose loads are on their way together; four elements per lane.
+template <bool kAligned, int kLanes, class E, int kCount>
+__device__ __forceinline__ void multiply_out_dout(float (&sum)[kCount], const Queries<E>& queries, int row, int step,
+                                                  int d0) {
 #pragma unroll
-        for (int bit = 16; bit > 0; bit /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit);
-        const float dlse = p.dlse.data == nullptr ? 0.0f : per_row(p.dlse, s, h)[i0 + row];
-        if (lane == 0) delta[row] = sum - dlse;
+    for (int n = 0; n < kCount; ++n) sum[n] = 0.0f;
+#pragma unroll 1
+    for (int d = d0; d < queries.out.dims; d += 4 * kLanes) {
+#pragma unroll
+        for (int n = 0; n < kCount; ++n) {
+            const E *out = queries.out.row(row + n * step), *dout = queries.dout.row(row + n * step);
+            const float4 x =
+                kAligned ? to_floats(*reinterpret_cast<const Quad<E>*>(out + d)) : queries.out.load(out, d);
+            const float4 y =
+                kAligned ? to_floats(*reinterpret_cast<const Quad<E>*>(dout + d)) : queries.dout.load(dout, d);
+            sum[n] = fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, sum[n]))));
+        }
     }
 }
 
-// Row values of this thread's rows; `beyond` where the sequence has no such query.
+// delta of `count` queries. The barriers of the next product are between it and its readers.
+template <class E, class T>
+__device__ __forceinline__ void write_delta(const AttentionParams& p, const Queries<E>& queries, int count) {
+    constexpr int kLanes = T::kHeadDim / 4 < 32 ? T::kHeadDim / 4 : 32;  // for each row
+    constexpr int kStep = T::kThreads / kLanes, kAtOnce = 4;
+    const int d0 = threadIdx.x % kLanes * 4, first = threadIdx.x / kLanes;
+    const bool is_aligned = min(queries.out.aligned_dims, queries.dout.aligned_dims) > 0;
+#pragma unroll 1
+    for (int row = first; row - first < count; row += kAtOnce * kStep) {
+        float sum[kAtOnce];
+        if (is_aligned)
+            multiply_out_dout<true, kLanes>(sum, queries, row, kStep, d0);
+        else
+            multiply_out_dout<false, kLanes>(sum, queries, row, kStep, d0);
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+#pragma unroll
+            for (int bit = kLanes / 2; bit > 0; bit /= 2) sum[n] += __shfl_xor_sync(0xffffffffu, sum[n], bit);
+            if (d0 > 0 || row + n * kStep >= count) continue;
+            const index_t query = queries.first + row + n * kStep;
+            p.delta.data[query] = sum[n] - (p.dlse.data == nullptr ? 0.0f : p.dlse.data[query]);
+        }
+    }
+}
+
+// Values of this thread's rows; `beyond` where there is no such query.
 template <class T>
-__device__ __forceinline__ void load_per_row(float (&x)[T::kRows], const PerRow& from, const Sequence& s, int h, int i0,
-                                             float beyond, const Lane<T>& lane) {
+__device__ __forceinline__ void load_per_row(float (&x)[T::kRows], const float* from, int rows, float beyond,
+                                             const Lane<T>& lane) {
 #pragma unroll
     for (int i = 0; i < T::kRows; ++i) {
-        const int query = i0 + lane.template row<T::kRows>(i);
-        x[i] = query < s.seqlen_q ? per_row(from, s, h)[query] : beyond;
+        const int row = lane.template row<T::kRows>(i);
+        x[i] = row < rows ? from[row] : beyond;
     }
 }
 
-// weights = f P and dscores = dS of the tile (i0, j0).
+// ---- what all of them compute: P and dS of one tile
+
+// P = exp(scores - lse)
+template <class E, class T>
+__device__ __forceinline__ void to_weights(float (&scores)[T::kRows][T::kKeys], const AttentionParams& p,
+                                           const Queries<E>& queries, const Lane<T>& lane) {
+    float lse[T::kRows];
+    load_per_row(lse, p.lse.data + queries.first, queries.q.rows, INFINITY, lane);
+#pragma unroll
+    for (int i = 0; i < T::kRows; ++i) {
+        const float reference = lse[i] == -INFINITY ? INFINITY : lse[i] * kLog2E;  // no key allowed: weights are 0
+#pragma unroll
+        for (int j = 0; j < T::kKeys; ++j) scores[i][j] = exp2_approx(scores[i][j] - reference);
+    }
+}
+
+// delta of rows whose keys are all in this tile: rowsum(P dP). Divided by rowsum(P), which is 1 but for rounding, it is
+// their mean; so that dS of a row with one key is 0.
+template <class T>
+__device__ __forceinline__ void delta_of_rows(float (&delta)[T::kRows], const float (&weights)[T::kRows][T::kKeys],
+                                              const float (&dweights)[T::kRows][T::kKeys]) {
+#pragma unroll
+    for (int i = 0; i < T::kRows; ++i) {
+        float sum = 0.0f, total = 0.0f;
+#pragma unroll
+        for (int j = 0; j < T::kKeys; ++j) {
+            sum = fmaf(weights[i][j], dweights[i][j], sum);
+            total += weights[i][j];
+        }
+        sum = row_sum<T>(sum), total = row_sum<T>(total);
+        delta[i] = total == 0.0f ? 0.0f : __fdividef(sum, total);
+    }
+}
+
+// weights = P where it is kept, else 0, and dscores = dS of a tile.
 template <class E, class T>
 __device__ __forceinline__ void tile_gradients(float (&weights)[T::kRows][T::kKeys],
                                                float (&dscores)[T::kRows][T::kKeys], const AttentionParams& p,
-                                               const Sequence& s, int h, int h_k, int i0, int j0, float* left,
+                                               const Sequence& s, const Queries<E>& queries, const TileRows<E>& k,
+                                               const TileRows<E>& v, int h, int i0, int j0, bool has_delta, float* left,
                                                float* right, const Lane<T>& lane) {
-    multiply_rows(weights, tile_rows<E>(p.q, s.b, h, s.first_q, i0, s.seqlen_q, p.head_dim),
-                  tile_rows<E>(p.k, s.b, h_k, s.first_k, j0, s.seqlen_k, p.head_dim), left, right, lane);
+    // In this order what the next products read again was read last, and is still in L2: q, k, dout.
+    multiply_rows(dscores, queries.dout, v, left, right, lane);
+    multiply_rows(weights, queries.q, k, left, right, lane);
     finish_scores<E>(weights, p, s, h, i0, j0, lane);
-    float row[T::kRows];
-    load_per_row(row, p.lse, s, h, i0, INFINITY, lane);
-#pragma unroll
-    for (int i = 0; i < T::kRows; ++i) {
-        if (row[i] == -INFINITY) row[i] = INFINITY;  // no key allowed: all weights are 0
-#pragma unroll
-        for (int j = 0; j < T::kKeys; ++j) weights[i][j] = __expf(weights[i][j] - row[i]);
-    }
+    to_weights(weights, p, queries, lane);
 
-    multiply_rows(dscores, tile_rows<E>(p.dout, s.b, h, s.first_q, i0, s.seqlen_q, p.head_dim_v),
-                  tile_rows<E>(p.v, s.b, h_k, s.first_k, j0, s.seqlen_k, p.head_dim_v), left, right, lane);
-    load_per_row(row, p.delta, s, h, i0, 0.0f, lane);
-    const Dropout dropout(p, s.b, h);
-    constexpr int kGroup = kGroupOf<T::kKeys>;
+    float delta[T::kRows];
+    if (has_delta) {
+        load_per_row(delta, p.delta.data + queries.first, queries.q.rows, 0.0f, lane);
+    } else {
+        delta_of_rows<T>(delta, weights, dscores);
+        if (p.dlse.data != nullptr) {
+            float dlse[T::kRows];
+            load_per_row(dlse, p.dlse.data + queries.first, queries.q.rows, 0.0f, lane);
 #pragma unroll
-    for (int i = 0; i < T::kRows; ++i)
-#pragma unroll
-        for (int j = 0; j < T::kKeys; j += kGroup) {
-            float factor[kGroup];
-#pragma unroll
-            for (int e = 0; e < kGroup; ++e) factor[e] = 1.0f;
-            if (dropout.is_on)
-                dropout.factors(factor, i0 + lane.template row<T::kRows>(i), j0 + lane.template column<T::kKeys>(j));
-#pragma unroll
-            for (int e = 0; e < kGroup; ++e) {
-                dscores[i][j + e] = weights[i][j + e] * (dscores[i][j + e] * factor[e] - row[i]);
-                weights[i][j + e] *= factor[e];
-            }
+            for (int i = 0; i < T::kRows; ++i) delta[i] -= dlse[i];
         }
+    }
+    const Dropout dropout(p, s.b, h);
+    if (!dropout.is_on) {
+        for_each_score<T>(lane, i0, j0,
+                          [&](int i, int j, int, int) { dscores[i][j] = weights[i][j] * (dscores[i][j] - delta[i]); });
+        return;
+    }
+    const unsigned kept = dropout.keep_scores(i0, j0, lane);
+    for_each_score<T>(lane, i0, j0, [&](int i, int j, int, int) {
+        const bool is_kept = kept >> (i * T::kKeys + j) & 1;
+        dscores[i][j] = weights[i][j] * ((is_kept ? p.dropout_rescale * dscores[i][j] : 0.0f) - delta[i]);
+        if (!is_kept) weights[i][j] = 0.0f;
+    });
 }
 
 template <class E, class T, int kRows>
 __device__ __forceinline__ void store_rows(const TileRows<E>& to, const float (&x)[kRows][T::kDims], float factor,
                                            const Lane<T>& lane) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
+    for_each_row<kRows>(to, lane, [&](int i, E* row) {
 #pragma unroll
         for (int d = 0; d < T::kDims; d += 4)
-            to.store(lane.template row<kRows>(i), lane.template column<T::kDims>(d),
+            to.store(row, lane.template column<T::kDims>(d),
                      make_float4(x[i][d] * factor, x[i][d + 1] * factor, x[i][d + 2] * factor, x[i][d + 3] * factor));
+    });
 }
 
 // ---- attention_bwd
 
 // Where dQ is summed up between key tiles: in dq itself if that holds floats, else in dq_sum.
 template <class E>
-__device__ __forceinline__ TileRows<float> dq_sum_rows(const AttentionParams& p, const Sequence& s, int h, int i0) {
-    if (p.dq_sum.data == nullptr) return tile_rows<float>(p.dq, s.b, h, s.first_q, i0, s.seqlen_q, p.head_dim);
-    float* data = p.dq_sum.data + (s.b * p.dq_sum.batch + h * p.dq_sum.head + s.first_q + i0) * p.head_dim;
-    return {data, p.head_dim, max(s.seqlen_q - i0, 0), p.head_dim, p.head_dim % 4 == 0};
+__device__ __forceinline__ TileRows<float> dq_sum_rows(const AttentionParams& p, const Sequence& s, int h) {
+    if (p.dq_sum.data == nullptr) return tile_rows<float>(p.dq, s.b, h, s.first_q, s.seqlen_q, p.head_dim);
+    float* data = p.dq_sum.data + (s.b * p.dq_sum.batch + h * p.dq_sum.head + s.first_q) * p.head_dim;
+    return {data, p.head_dim, s.seqlen_q, p.head_dim, p.head_dim % 4 == 0 ? p.head_dim : 0};
 }
 
 // dQ of one query tile += scale dS K, or the first part of it.
 template <class E, class T>
-__device__ __forceinline__ void add_to_dq(const float (&dscores)[T::kRows][T::kKeys], const TileRows<E>& k,
-                                          const AttentionParams& p, const Sequence& s, int h, int i0, int j0,
-                                          float* left, float* right, const Lane<T>& lane) {
+__device__ __forceinline__ void add_to_dq(const TileRows<float>& dq_sum, const float (&dscores)[T::kRows][T::kKeys],
+                                          const TileRows<E>& k, const AttentionParams& p, const Sequence& s, int h,
+                                          int i0, int j0, float* left, float* right, const Lane<T>& lane) {
     float sums[T::kRows][T::kDims];
     clear(sums);
-    add_weighted(sums, dscores, k, left, right, lane);
+    add_weighted<T::kKeySlice>(sums, dscores, k, left, right, lane);
     const Range keys = key_range<T>(p, s, i0);
-    const TileRows<float> so_far = dq_sum_rows<E>(p, s, h, i0);
-    const TileRows<E> dq = tile_rows<E>(p.dq, s.b, h, s.first_q, i0, s.seqlen_q, p.head_dim);
     const bool is_first = j0 == keys.begin, is_last = j0 + T::kBlockN >= keys.end;
-#pragma unroll
-    for (int i = 0; i < T::kRows; ++i)
+    for_each_row<T::kRows>(dq_sum, lane, [&](int i, float* row) {
 #pragma unroll
         for (int d = 0; d < T::kDims; d += 4) {
-            const int row = lane.template row<T::kRows>(i), dim = lane.template column<T::kDims>(d);
-            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (!is_first) sum = so_far.load(row, dim);
-            sum.x = fmaf(p.scale, sums[i][d], sum.x);
-            sum.y = fmaf(p.scale, sums[i][d + 1], sum.y);
-            sum.z = fmaf(p.scale, sums[i][d + 2], sum.z);
-            sum.w = fmaf(p.scale, sums[i][d + 3], sum.w);
-            if (is_last)
-                dq.store(row, dim, sum);
-            else
-                so_far.store(row, dim, sum);
+            const int dim = lane.template column<T::kDims>(d);
+            const float4 x = is_first ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : dq_sum.load(row, dim);
+            sums[i][d] = fmaf(p.scale, sums[i][d], x.x);
+            sums[i][d + 1] = fmaf(p.scale, sums[i][d + 1], x.y);
+            sums[i][d + 2] = fmaf(p.scale, sums[i][d + 2], x.z);
+            sums[i][d + 3] = fmaf(p.scale, sums[i][d + 3], x.w);
+            if (sizeof(E) == sizeof(float) || !is_last)
+                dq_sum.store(row, dim, make_float4(sums[i][d], sums[i][d + 1], sums[i][d + 2], sums[i][d + 3]));
         }
+    });
+    if (sizeof(E) == sizeof(float) || !is_last) return;
+    TileRows<E> dq = tile_rows<E>(p.dq, s.b, h, s.first_q, s.seqlen_q, p.head_dim);
+    dq.advance(i0);
+    store_rows(dq, sums, 1.0f, lane);
 }
 
-// delta of all rows of the group's heads, and dQ = 0 where no key tile will come by.
+// dQ = 0 where no key tile will come by.
 template <class E, class T>
-__device__ __forceinline__ void prepare_rows(const AttentionParams& p, const Sequence& s, int h_k, int group,
-                                             const Lane<T>& lane) {
-    const Orphans tokens = orphans(p.cu_seqlens_q, s.b, p.batch, s.first_q, s.seqlen_q, p.total_q);
-    for (int h = h_k * group; h < (h_k + 1) * group; ++h) {
-        clear_rows<E>(p.dq, h, tokens, p.head_dim);
-        for (int i0 = 0; i0 < s.seqlen_q; i0 += T::kBlockM) {
-            write_delta<E, T>(p, s, h, i0);
-            const Range keys = key_range<T>(p, s, i0);
-            if (keys.begin < keys.end) continue;
-            float zeros[T::kRows][T::kDims];
-            clear(zeros);
-            store_rows(tile_rows<E>(p.dq, s.b, h, s.first_q, i0, s.seqlen_q, p.head_dim), zeros, 1.0f, lane);
-        }
+__device__ __forceinline__ void clear_dq(const AttentionParams& p, const Sequence& s, int h, const Lane<T>& lane) {
+    TileRows<E> dq = tile_rows<E>(p.dq, s.b, h, s.first_q, s.seqlen_q, p.head_dim);
+#pragma unroll 1
+    for (int i0 = 0; i0 < s.seqlen_q; i0 += T::kBlockM, dq.advance(T::kBlockM)) {
+        const Range keys = key_range<T>(p, s, i0);
+        if (keys.begin < keys.end) continue;
+        float zeros[T::kRows][T::kDims];
+        clear(zeros);
+        store_rows(dq, zeros, 1.0f, lane);
     }
 }
 
+// The tokens of no sequence have gradients of 0.
+template <class E>
+__device__ __forceinline__ void clear_orphans(const AttentionParams& p, const Sequence& s, int h_k, bool has_all_keys) {
+    const int group = p.nheads / p.nheads_k;
+    const Orphans queries = orphans(p.cu_seqlens_q, s.b, p.batch, s.first_q, s.seqlen_q, p.total_q);
+    for (int h = h_k * group; has_all_keys && h < (h_k + 1) * group; ++h) clear_rows<E>(p.dq, h, queries, p.head_dim);
+    const Orphans keys = orphans(p.cu_seqlens_k, s.b, p.batch, s.first_k, s.seqlen_k, p.total_k);
+    clear_rows<E>(p.dk, h_k, keys, p.head_dim);
+    clear_rows<E>(p.dv, h_k, keys, p.head_dim_v);
+}
+
+// dK and dV of batch b and key head h_k; with all keys, dQ.
 template <class E, class T>
-__device__ __forceinline__ void attention_bwd(const AttentionParams& p) {
+__device__ __forceinline__ void key_head_gradients(const AttentionParams& p, int b, int h_k) {
     extern __shared__ __align__(16) unsigned char smem[];
     float* left = reinterpret_cast<float*>(smem);
     float* right = left + BackwardSmem<T>::kLeft;
 
-    const int h_k = blockIdx.x % p.nheads_k, group = p.nheads / p.nheads_k;
-    const Sequence s(p, blockIdx.x / p.nheads_k);
-    const Lane<T> lane;
-    const bool has_all_keys = gridDim.y == 1;
-    if (has_all_keys) prepare_rows<E, T>(p, s, h_k, group, lane);
-    const Orphans tokens = orphans(p.cu_seqlens_k, s.b, p.batch, s.first_k, s.seqlen_k, p.total_k);
-    clear_rows<E>(p.dk, h_k, tokens, p.head_dim);
-    clear_rows<E>(p.dv, h_k, tokens, p.head_dim_v);
+    const int group = p.nheads == p.nheads_k ? 1 : p.nheads / p.nheads_k;
+    const Sequence s(p, b);
+    const bool has_all_keys = gridDim.x == 1;
+    // A row that this tile has all keys of needs nothing but the tile for its delta, unless others read it, too.
+    const bool has_delta = !has_all_keys || s.seqlen_k > T::kBlockN || p.seed != nullptr || p.bias.data != nullptr;
+    if (p.cu_seqlens_q != nullptr) clear_orphans<E>(p, s, h_k, has_all_keys);
+    for (int h = h_k * group; has_all_keys && h < (h_k + 1) * group; ++h) {
+        if (has_delta) write_delta<E, T>(p, Queries<E>(p, s, h, 0), s.seqlen_q);
+        clear_dq<E>(p, s, h, Lane<T>());
+    }
 
+    TileRows<E> k = tile_rows<E>(p.k, b, h_k, s.first_k, s.seqlen_k, p.head_dim);
+    TileRows<E> v = tile_rows<E>(p.v, b, h_k, s.first_k, s.seqlen_k, p.head_dim_v);
+    const int first_j0 = blockIdx.x * T::kBlockN, step = gridDim.x * T::kBlockN;
+    k.advance(first_j0), v.advance(first_j0);
 #pragma unroll 1
-    for (int j0 = blockIdx.y * T::kBlockN; j0 < s.seqlen_k; j0 += gridDim.y * T::kBlockN) {
-        const Range queries = query_range<T>(p, s, j0);
-        const TileRows<E> k = tile_rows<E>(p.k, s.b, h_k, s.first_k, j0, s.seqlen_k, p.head_dim);
+    for (int j0 = first_j0; j0 < s.seqlen_k; j0 += step) {
+        const Range range = query_range<T>(p, s, j0);
         float dk[T::kKeyRows][T::kDims], dv[T::kKeyRows][T::kDims];
         clear(dk);
         clear(dv);
 #pragma unroll 1
         for (int h = h_k * group; h < (h_k + 1) * group; ++h) {
+            Queries<E> queries(p, s, h, range.begin);
+            TileRows<float> dq_sum = dq_sum_rows<E>(p, s, h);
+            dq_sum.advance(range.begin);
 #pragma unroll 1
-            for (int i0 = queries.begin; i0 < queries.end; i0 += T::kBlockM) {
+            for (int i0 = range.begin; i0 < range.end; i0 += T::kBlockM) {
+                const Lane<T> lane;
                 float weights[T::kRows][T::kKeys], dscores[T::kRows][T::kKeys];
-                tile_gradients<E>(weights, dscores, p, s, h, h_k, i0, j0, left, right, lane);
-                const TileRows<E> q = tile_rows<E>(p.q, s.b, h, s.first_q, i0, s.seqlen_q, p.head_dim);
-                const TileRows<E> dout = tile_rows<E>(p.dout, s.b, h, s.first_q, i0, s.seqlen_q, p.head_dim_v);
-                add_weighted_transposed(dv, weights, dout, left, right, lane);
-                add_weighted_transposed(dk, dscores, q, left, right, lane);
-                if (has_all_keys) add_to_dq<E>(dscores, k, p, s, h, i0, j0, left, right, lane);
+                tile_gradients(weights, dscores, p, s, queries, k, v, h, i0, j0, has_delta, left, right, lane);
+                add_weighted_transposed(dk, dscores, queries.q, left, right, lane);
+                if (has_all_keys) add_to_dq(dq_sum, dscores, k, p, s, h, i0, j0, left, right, lane);
+                add_weighted_transposed(dv, weights, queries.dout, left, right, lane);
+                queries.advance(T::kBlockM);
+                dq_sum.advance(T::kBlockM);
             }
         }
-        store_rows(tile_rows<E>(p.dk, s.b, h_k, s.first_k, j0, s.seqlen_k, p.head_dim), dk, p.scale, lane);
-        store_rows(tile_rows<E>(p.dv, s.b, h_k, s.first_k, j0, s.seqlen_k, p.head_dim_v), dv, 1.0f, lane);
+        TileRows<E> to_dk = tile_rows<E>(p.dk, b, h_k, s.first_k, s.seqlen_k, p.head_dim);
+        TileRows<E> to_dv = tile_rows<E>(p.dv, b, h_k, s.first_k, s.seqlen_k, p.head_dim_v);
+        to_dk.advance(j0), to_dv.advance(j0);
+        const Lane<T> lane;
+        store_rows(to_dk, dk, p.scale, lane);
+        store_rows(to_dv, dv, p.dropout_rescale, lane);
+        k.advance(step), v.advance(step);
     }
 }
 
-// ---- attention_bwd_dq, grid: (batch * nheads, query tiles)
-
+// grid: (1 or key tiles, nheads_k, batch)
 template <class E, class T>
-__device__ __forceinline__ void attention_bwd_dq(const AttentionParams& p) {
+__device__ __forceinline__ void attention_bwd(const AttentionParams& p) {
+    for_each_batch(p, [&](int b) { key_head_gradients<E, T>(p, b, blockIdx.y); });
+}
+
+// ---- attention_bwd_dq
+
+// dQ of rows i0 ... of batch b and head h.
+template <class E, class T>
+__device__ __forceinline__ void query_gradients(const AttentionParams& p, int b, int h, int i0) {
     extern __shared__ __align__(16) unsigned char smem[];
     float* left = reinterpret_cast<float*>(smem);
     float* right = left + BackwardSmem<T>::kLeft;
 
-    const int h = blockIdx.x % p.nheads, h_k = h / (p.nheads / p.nheads_k), i0 = blockIdx.y * T::kBlockM;
-    const Sequence s(p, blockIdx.x / p.nheads);
+    const int h_k = key_head(p, h);
+    const Sequence s(p, b);
     const Lane<T> lane;
-    clear_rows<E>(p.dq, h, orphans(p.cu_seqlens_q, s.b, p.batch, s.first_q, s.seqlen_q, p.total_q), p.head_dim);
+    if (p.cu_seqlens_q != nullptr)
+        clear_rows<E>(p.dq, h, orphans(p.cu_seqlens_q, b, p.batch, s.first_q, s.seqlen_q, p.total_q), p.head_dim);
     if (i0 >= s.seqlen_q) return;
 
-    write_delta<E, T>(p, s, h, i0);
-    float dq[T::kRows][T::kDims];
-    clear(dq);
+    const Queries<E> queries(p, s, h, i0);
+    write_delta<E, T>(p, queries, min(T::kBlockM, queries.q.rows));
+    float sums[T::kRows][T::kDims];
+    clear(sums);
     const Range keys = key_range<T>(p, s, i0);
+    TileRows<E> k = tile_rows<E>(p.k, b, h_k, s.first_k, s.seqlen_k, p.head_dim);
+    TileRows<E> v = tile_rows<E>(p.v, b, h_k, s.first_k, s.seqlen_k, p.head_dim_v);
+    k.advance(keys.begin), v.advance(keys.begin);
 #pragma unroll 1
     for (int j0 = keys.begin; j0 < keys.end; j0 += T::kBlockN) {
         float weights[T::kRows][T::kKeys], dscores[T::kRows][T::kKeys];
-        tile_gradients<E>(weights, dscores, p, s, h, h_k, i0, j0, left, right, lane);
-        const TileRows<E> k = tile_rows<E>(p.k, s.b, h_k, s.first_k, j0, s.seqlen_k, p.head_dim);
-        add_weighted(dq, dscores, k, left, right, lane);
+        tile_gradients(weights, dscores, p, s, queries, k, v, h, i0, j0, true, left, right, lane);
+        add_weighted<T::kKeySlice>(sums, dscores, k, left, right, lane);
+        k.advance(T::kBlockN), v.advance(T::kBlockN);
     }
-    store_rows(tile_rows<E>(p.dq, s.b, h, s.first_q, i0, s.seqlen_q, p.head_dim), dq, p.scale, lane);
+    TileRows<E> dq = tile_rows<E>(p.dq, b, h, s.first_q, s.seqlen_q, p.head_dim);
+    dq.advance(i0);
+    store_rows(dq, sums, p.scale, lane);
+}
+
+// grid: (query tiles, nheads, batch)
+template <class E, class T>
+__device__ __forceinline__ void attention_bwd_dq(const AttentionParams& p) {
+    for_each_batch(p, [&](int b) { query_gradients<E, T>(p, b, blockIdx.y, blockIdx.x * T::kBlockM); });
 }
 
 // ---- attention_bwd_dbias, grid: (tiles of the bias, copies)
@@ -260,7 +382,7 @@ template <class E, class T>
 __device__ __forceinline__ void attention_bwd_dbias(const AttentionParams& p) {
     extern __shared__ __align__(16) unsigned char smem[];
     float* left = reinterpret_cast<float*>(smem);
-    float* right = left + BackwardSmem<T>::kLeft;
+    float* right = left + ScoresSmem<T>::kLeft;
     const Lane<T> lane;
 
     // Which tile of the bias this block has, and the tiles of scores it stands for.
@@ -286,8 +408,12 @@ __device__ __forceinline__ void attention_bwd_dbias(const AttentionParams& p) {
         const Sequence s(p, own_b + outer / all.heads);
         const Range keys = key_range<T>(p, s, i0);
         if (i0 >= s.seqlen_q || j0 < keys.begin || j0 >= keys.end) continue;
+        const int h_k = key_head(p, h);
+        TileRows<E> k = tile_rows<E>(p.k, s.b, h_k, s.first_k, s.seqlen_k, p.head_dim);
+        TileRows<E> v = tile_rows<E>(p.v, s.b, h_k, s.first_k, s.seqlen_k, p.head_dim_v);
+        k.advance(j0), v.advance(j0);
         float weights[T::kRows][T::kKeys], dscores[T::kRows][T::kKeys];
-        tile_gradients<E>(weights, dscores, p, s, h, h / (p.nheads / p.nheads_k), i0, j0, left, right, lane);
+        tile_gradients(weights, dscores, p, s, Queries<E>(p, s, h, i0), k, v, h, i0, j0, true, left, right, lane);
         for_each_score<T>(lane, i0, j0, [&](int i, int j, int, int) { sums[i][j] += dscores[i][j]; });
     }
 

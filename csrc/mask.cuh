@@ -32,6 +32,18 @@ struct Sequence {
     }
 };
 
+// A grid has at most 65535 blocks in z.
+template <class F>
+__device__ __forceinline__ void for_each_batch(const AttentionParams& p, F f) {
+#pragma unroll 1
+    for (int b = blockIdx.z; b < p.batch; b += gridDim.z) f(b);
+}
+
+// The key head of a query head.
+__device__ __forceinline__ int key_head(const AttentionParams& p, int h) {
+    return p.nheads == p.nheads_k ? h : h / (p.nheads / p.nheads_k);
+}
+
 __device__ __forceinline__ float* per_row(const PerRow& x, const Sequence& s, int h) {
     return x.data + s.b * x.batch + h * x.head + s.first_q;
 }
@@ -42,29 +54,31 @@ struct Range {
     int begin, end;
 };
 
+// The band's edges, where none is beyond every key. Lengths are below kLongest, so that all sums here fit 32 bits.
+__device__ __forceinline__ int left_edge(const AttentionParams& p) { return min(p.left, 2 * kLongest); }
+__device__ __forceinline__ int right_edge(const AttentionParams& p) { return min(p.right, 2 * kLongest); }
+
 // Key tiles that the queries of tile i0 may look into; begin is a multiple of kBlockN.
 template <class T>
 __device__ __forceinline__ Range key_range(const AttentionParams& p, const Sequence& s, int i0) {
-    const index_t first = static_cast<index_t>(i0) + s.shift;
-    const index_t last = static_cast<index_t>(min(i0 + T::kBlockM, s.seqlen_q)) - 1 + s.shift;
-    const index_t begin = max(first - p.left, index_t{0});
-    const index_t end = min(last + p.right + 1, static_cast<index_t>(s.seqlen_k));
+    const int first = i0 + s.shift, last = min(i0 + T::kBlockM, s.seqlen_q) - 1 + s.shift;
+    const int begin = max(first - left_edge(p), 0), end = min(last + right_edge(p) + 1, s.seqlen_k);
     if (begin >= end) return {0, 0};
-    return {static_cast<int>(begin) / T::kBlockN * T::kBlockN, static_cast<int>(end)};
+    return {begin / T::kBlockN * T::kBlockN, end};
 }
 
 // Query tiles that may look into the keys of tile j0: exactly those whose key_range has it.
 template <class T>
 __device__ __forceinline__ Range query_range(const AttentionParams& p, const Sequence& s, int j0) {
-    const index_t first = static_cast<index_t>(j0) - s.shift;
-    const index_t last = static_cast<index_t>(min(j0 + T::kBlockN, s.seqlen_k)) - 1 - s.shift;
-    const index_t begin = max(first - p.right, index_t{0});
-    const index_t end = min(last + p.left + 1, static_cast<index_t>(s.seqlen_q));
+    const int first = j0 - s.shift, last = min(j0 + T::kBlockN, s.seqlen_k) - 1 - s.shift;
+    const int begin = max(first - right_edge(p), 0), end = min(last + left_edge(p) + 1, s.seqlen_q);
     if (begin >= end) return {0, 0};
-    return {static_cast<int>(begin) / T::kBlockM * T::kBlockM, static_cast<int>(end)};
+    return {begin / T::kBlockM * T::kBlockM, end};
 }
 
-// ---- scores
+// ---- scores, in units of ln 2: their exponential is a power of 2
+
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 // Calls f(i, j, query, key) for every score of this thread.
 template <class T, class F>
@@ -76,20 +90,45 @@ __device__ __forceinline__ void for_each_score(const Lane<T>& lane, int i0, int 
             f(i, j, i0 + lane.template row<T::kRows>(i), j0 + lane.template column<T::kKeys>(j));
 }
 
+// Calls f(i, j, x) with what a mask or a bias has for every score of this thread that is inside the sequence. It walks
+// from element to element, because a multiplication of 64 bits is many instructions.
+template <class B, class T, class F>
+__device__ __forceinline__ void for_each_element(const Scores& x, const Sequence& s, int h, int i0, int j0,
+                                                 const Lane<T>& lane, F f) {
+    constexpr int kRowGroup = kGroupOf<T::kRows>, kKeyGroup = kGroupOf<T::kKeys>;
+    int query = i0 + lane.template row<T::kRows>(0);
+    const int first_key = j0 + lane.template column<T::kKeys>(0);
+    const B* row = static_cast<const B*>(x.data) + s.b * x.batch + h * x.head + query * x.row + first_key * x.key;
+#pragma unroll
+    for (int i = 0; i < T::kRows; ++i) {
+        const B* element = row;
+        int key = first_key;
+#pragma unroll
+        for (int j = 0; j < T::kKeys; ++j) {
+            if (query < s.seqlen_q && key < s.seqlen_k) f(i, j, *element);
+            const int step = j % kKeyGroup < kKeyGroup - 1 ? 1 : (T::kLanesX - 1) * kKeyGroup + 1;
+            key += step;
+            element += step * x.key;
+        }
+        const int step = i % kRowGroup < kRowGroup - 1 ? 1 : (T::kLanesY - 1) * kRowGroup + 1;
+        query += step;
+        row += step * x.row;
+    }
+}
+
 template <class B, class T>
 __device__ __forceinline__ void add_bias(float (&scores)[T::kRows][T::kKeys], const Scores& bias, const Sequence& s,
                                          int h, int i0, int j0, const Lane<T>& lane) {
-    const B* data = static_cast<const B*>(bias.data) + s.b * bias.batch + h * bias.head;
-    for_each_score<T>(lane, i0, j0, [&](int i, int j, int query, int key) {
-        if (query < s.seqlen_q && key < s.seqlen_k) scores[i][j] += to_float(data[query * bias.row + key * bias.key]);
-    });
+    for_each_element<B>(bias, s, h, i0, j0, lane,
+                        [&](int i, int j, B x) { scores[i][j] = fmaf(to_float(x), kLog2E, scores[i][j]); });
 }
 
-// q k^T  ->  scale * q k^T + bias, and -inf where the query must not attend to the key.
+// q k^T  ->  (scale * q k^T + bias) / ln 2, and -inf where the query must not attend to the key.
 template <class E, class T>
 __device__ __forceinline__ void finish_scores(float (&scores)[T::kRows][T::kKeys], const AttentionParams& p,
                                               const Sequence& s, int h, int i0, int j0, const Lane<T>& lane) {
-    for_each_score<T>(lane, i0, j0, [&](int i, int j, int, int) { scores[i][j] *= p.scale; });
+    const float scale = p.scale * kLog2E;
+    for_each_score<T>(lane, i0, j0, [&](int i, int j, int, int) { scores[i][j] *= scale; });
     if (p.bias.data != nullptr) {
         // A bias is in float or in the call's own type.
         if (sizeof(E) == sizeof(float) || p.bias_type == kBiasFloat32)
@@ -97,22 +136,17 @@ __device__ __forceinline__ void finish_scores(float (&scores)[T::kRows][T::kKeys
         else
             add_bias<E>(scores, p.bias, s, h, i0, j0, lane);
     }
-    const index_t first = static_cast<index_t>(i0) + s.shift, last = first + T::kBlockM - 1;
-    const bool is_inside =
-        j0 + T::kBlockN <= s.seqlen_k && j0 >= last - p.left && j0 + T::kBlockN - 1 <= first + p.right;
+    const int first = i0 + s.shift, last = first + T::kBlockM - 1, left = left_edge(p), right = right_edge(p);
+    const bool is_inside = j0 + T::kBlockN <= s.seqlen_k && j0 >= last - left && j0 + T::kBlockN - 1 <= first + right;
     if (!is_inside) {
         for_each_score<T>(lane, i0, j0, [&](int i, int j, int query, int key) {
-            const index_t offset = static_cast<index_t>(key) - query - s.shift;
-            if (key >= s.seqlen_k || offset < -static_cast<index_t>(p.left) || offset > p.right)
-                scores[i][j] = -INFINITY;
+            const int offset = key - query - s.shift;
+            if (key >= s.seqlen_k || offset < -left || offset > right) scores[i][j] = -INFINITY;
         });
     }
     if (p.mask.data != nullptr) {
-        const unsigned char* mask =
-            static_cast<const unsigned char*>(p.mask.data) + s.b * p.mask.batch + h * p.mask.head;
-        for_each_score<T>(lane, i0, j0, [&](int i, int j, int query, int key) {
-            const bool is_score = query < s.seqlen_q && key < s.seqlen_k;
-            if (is_score && !mask[query * p.mask.row + key * p.mask.key]) scores[i][j] = -INFINITY;
+        for_each_element<unsigned char>(p.mask, s, h, i0, j0, lane, [&](int i, int j, unsigned char is_allowed) {
+            if (!is_allowed) scores[i][j] = -INFINITY;
         });
     }
 }
@@ -134,7 +168,7 @@ __device__ __forceinline__ Orphans orphans(const int* cu_seqlens, int b, int bat
 // Zeros in their rows of head h, shared out among the blocks of one (batch, head).
 template <class E>
 __device__ __forceinline__ void clear_rows(const Rows& x, int h, const Orphans& tokens, int dims) {
-    for (index_t token = tokens.begin + blockIdx.y; token < tokens.end; token += gridDim.y) {
+    for (index_t token = tokens.begin + blockIdx.x; token < tokens.end; token += gridDim.x) {
         E* row = static_cast<E*>(x.data) + h * x.head + token * x.row;
         for (int d = threadIdx.x; d < dims; d += blockDim.x) row[d] = from_float<E>(0.0f);
     }

@@ -71,6 +71,14 @@ inline int to_int(py::handle number, const char* name) {
     return static_cast<int>(value);
 }
 
+inline int to_length(py::handle number, const char* name) {
+    const index_t value = to_index(number);
+    if (value < 0 || value >= kLongest) {
+        throw py::value_error(std::string(name) + ": must be below 2^29, got " + std::to_string(value));
+    }
+    return static_cast<int>(value);
+}
+
 inline double to_double(py::handle number) {
     const double value = PyFloat_AsDouble(number.ptr());
     if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
@@ -227,8 +235,8 @@ inline void set_sizes(AttentionParams& params, const py::tuple& p, const Layout&
     }
     params.nheads = static_cast<int>(q[1]);
     params.nheads_k = static_cast<int>(k[1]);
-    params.seqlen_q = to_int(field(p, kMaxSeqlenQ), "max_seqlen_q");
-    params.seqlen_k = to_int(field(p, kMaxSeqlenK), "max_seqlen_k");
+    params.seqlen_q = to_length(field(p, kMaxSeqlenQ), "max_seqlen_q");
+    params.seqlen_k = to_length(field(p, kMaxSeqlenK), "max_seqlen_k");
     params.head_dim = static_cast<int>(q.last());
     params.head_dim_v = static_cast<int>(v.last());
 }

@@ -2,8 +2,7 @@
 // so that any tile of any kernel computes the same ones.
 #pragma once
 
-#include "attention.h"
-#include "platform.h"
+#include "tile_mma.cuh"
 
 namespace fastattn {
 
@@ -19,35 +18,42 @@ __device__ __forceinline__ uint4 philox4x32(uint2 key, uint4 counter) {
     return counter;
 }
 
-// What dropout multiplies a weight by: 0, or dropout_rescale where the weight is kept.
+// Which weights dropout keeps. What is kept is multiplied by dropout_rescale, but not here: a factor of all of them can
+// wait for their sum.
 struct Dropout {
     uint2 key;
     unsigned threshold, head, batch;
-    float rescale;
     bool is_on;
 
     __device__ __forceinline__ Dropout(const AttentionParams& p, int b, int h)
-        : key(make_uint2(0, 0)),
-          threshold(p.dropout_threshold),
-          head(h),
-          batch(b),
-          rescale(p.dropout_rescale),
-          is_on(p.seed != nullptr) {
+        : key(make_uint2(0, 0)), threshold(p.dropout_threshold), head(h), batch(b), is_on(p.seed != nullptr) {
         if (is_on) key = make_uint2(static_cast<unsigned>(*p.seed), static_cast<unsigned>(*p.seed >> 32));
     }
 
-    // Factors of the 4 or 2 keys from j on, a multiple of their number, of query i.
-    __device__ __forceinline__ void factors(float (&factor)[4], int i, int j) const {
+    // Of query i and the keys from j on: bit e says whether key j + e is kept. j is a multiple of kCount, 4 or 2.
+    template <int kCount>
+    __device__ __forceinline__ unsigned keep(int i, int j) const {
         const uint4 words = philox4x32(key, make_uint4(j / 4, i, head, batch));
-        factor[0] = of(words.x), factor[1] = of(words.y), factor[2] = of(words.z), factor[3] = of(words.w);
-    }
-    __device__ __forceinline__ void factors(float (&factor)[2], int i, int j) const {
-        const uint4 words = philox4x32(key, make_uint4(j / 4, i, head, batch));
-        const bool is_first_half = j % 4 == 0;
-        factor[0] = of(is_first_half ? words.x : words.z), factor[1] = of(is_first_half ? words.y : words.w);
+        unsigned bits = (words.x >= threshold) | (words.y >= threshold) << 1;
+        const unsigned upper = (words.z >= threshold) | (words.w >= threshold) << 1;
+        if (kCount == 4) return bits | upper << 2;
+        return j % 4 == 0 ? bits : upper;
     }
 
-    __device__ __forceinline__ float of(unsigned word) const { return word >= threshold ? rescale : 0.0f; }
+    // Of all scores of this thread: bit i * kKeys + j. A loop, so that its registers do not add up with those of a
+    // tile.
+    template <class T>
+    __device__ __forceinline__ unsigned keep_scores(int i0, int j0, const Lane<T>& lane) const {
+        constexpr int kGroup = kGroupOf<T::kKeys>;
+        static_assert(T::kRows * T::kKeys <= 32 && kGroup > 1, "one word has all of them");
+        unsigned bits = 0;
+#pragma unroll 1
+        for (int n = 0; n < T::kRows * T::kKeys; n += kGroup) {
+            const int i = n / T::kKeys, j = n % T::kKeys;
+            bits |= keep<kGroup>(i0 + lane.template row<T::kRows>(i), j0 + lane.template column<T::kKeys>(j)) << n;
+        }
+        return bits;
+    }
 };
 
 }  // namespace fastattn

@@ -16,8 +16,8 @@ struct Lane {
     int warp, x, y;
 
     __device__ __forceinline__ Lane() {
-        const int lane = threadIdx.x % 32;
-        warp = threadIdx.x / 32;
+        const int thread = opaque(threadIdx.x), lane = thread % 32;
+        warp = thread / 32;
         x = lane / 2 % T::kLanesX;
         y = lane % 2 + lane / 2 / T::kLanesX * 2;
     }
@@ -34,6 +34,22 @@ struct Lane {
         return j / kGroup * (T::kLanesX * kGroup) + x * kGroup + j % kGroup;
     }
 };
+
+// Calls f(i, row) for those rows of a product's kCount rows per thread that a tensor has, from one to the next without
+// a multiplication, which is many instructions for 64 bits.
+template <int kCount, class T, class E, class F>
+__device__ __forceinline__ void for_each_row(const TileRows<E>& rows, const Lane<T>& lane, F f) {
+    constexpr int kGroup = kGroupOf<kCount>;
+    int index = lane.template row<kCount>(0);
+    E* row = rows.data + index * rows.stride;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        if (index < rows.rows) f(i, row);
+        const int step = i % kGroup < kGroup - 1 ? 1 : (T::kLanesY - 1) * kGroup + 1;
+        index += step;
+        row += step * rows.stride;
+    }
+}
 
 // The sum or maximum of a row: over the lanes of equal y.
 template <class T>
@@ -84,35 +100,74 @@ __device__ __forceinline__ void store_group(float* to, const float (&r)[kCount])
     else if constexpr (kCount == 2)
         *reinterpret_cast<float2*>(to) = make_float2(r[0], r[1]);
     else
-        store_quad(to, r[0], r[1], r[2], r[3]);
+        *reinterpret_cast<float4*>(to) = make_float4(r[0], r[1], r[2], r[3]);
 }
 
-// c += left^T right over `length` values of k, a multiple of 8.
-template <class T, int kLeftLine, int kRightLine, int kRows, int kColumns>
-__device__ __forceinline__ void multiply(float (&c)[kRows][kColumns], const float* left, const float* right,
-                                         int length) {
+// Where weights of a lane's own keys lie: neighbours in x put them into lines of different banks.
+__device__ __forceinline__ constexpr int swapped(int key) { return key ^ (key >> 2 & 1); }
+
+// c += left^T right over `length` values of k, a multiple of kStep. With kSwapped, line swapped(k) of left is the k-th.
+// From line 4 to line 7 of 8, rows and columns lie left_shift and right_shift further on.
+//
+// The outer product goes up one column and down the next. A register stays in the cache of operands from one FMA to the
+// next, and of those that are read from the register file on sm_60 hardly ever two lie in one bank; other orders cost
+// up to a fifth of all cycles.
+template <class T, int kLeftLine, int kRightLine, int kStep = 8, bool kSwapped = false, int kRows, int kColumns>
+__device__ __forceinline__ void multiply(float (&c)[kRows][kColumns], const float* left, const float* right, int length,
+                                         int left_shift = 0, int right_shift = 0) {
     constexpr int kLeftStep = T::kLanesY * kGroupOf<kRows>, kRightStep = T::kLanesX * kGroupOf<kColumns>;
+    const float *upper_left = left + left_shift, *upper_right = right + right_shift;
 #pragma unroll 1
-    for (int k = 0; k < length; k += 8) {
+    for (int k = 0; k < length; k += kStep) {
 #pragma unroll
-        for (int step = 0; step < 8; ++step) {
+        for (int step = 0; step < kStep; ++step) {
             float a[kRows], b[kColumns];
-            load_groups(a, left + step * kLeftLine, kLeftStep);
-            load_groups(b, right + step * kRightLine, kRightStep);
+            load_groups(a, (step % 8 < 4 ? left : upper_left) + (kSwapped ? swapped(step) : step) * kLeftLine,
+                        kLeftStep);
+            load_groups(b, (step % 8 < 4 ? right : upper_right) + step * kRightLine, kRightStep);
 #pragma unroll
-            for (int i = 0; i < kRows; ++i)
+            for (int j = 0; j < kColumns; ++j)
 #pragma unroll
-                for (int j = 0; j < kColumns; ++j) c[i][j] = fmaf(a[i], b[j], c[i][j]);
+                for (int n = 0; n < kRows; ++n) {
+                    const int i = j % 2 == 0 ? kRows - 1 - n : n;
+                    c[i][j] = fmaf(a[i], b[j], c[i][j]);
+                }
         }
-        left += 8 * kLeftLine;
-        right += 8 * kRightLine;
+        left += kStep * kLeftLine, upper_left += kStep * kLeftLine;
+        right += kStep * kRightLine, upper_right += kStep * kRightLine;
     }
 }
 
-__device__ __forceinline__ int multiple_of_8(int n) { return (n + 7) / 8 * 8; }
+__device__ __forceinline__ int multiple_of(int step, int n) { return (n + step - 1) / step * step; }
 
 // ---- the three products of attention. Each begins with a barrier, after which all threads are done with what lay in
 // shared memory, and reads what it staged until its end.
+
+// Waits until all threads are done with left and right, and stages a slice of head_dim there.
+template <class T, class E>
+__device__ __forceinline__ void sync_and_stage(float* left, float* right, const TileRows<E>& queries,
+                                               const TileRows<E>& keys, int d0, bool queries_are_staged) {
+    using QueryCopy = TransposedCopy<E, T::kThreads, T::kBlockM, T::kSlice>;
+    using KeyCopy = TransposedCopy<E, T::kThreads, T::kBlockN, T::kSlice>;
+    if (d0 + T::kSlice > min(queries.aligned_dims, keys.aligned_dims)) {
+        __syncthreads();
+        if (!queries_are_staged) QueryCopy::copy(left, queries, d0);
+        KeyCopy::copy(right, keys, d0);
+    } else if (queries_are_staged) {
+        KeyCopy key_copy;
+        key_copy.load(keys, d0);
+        __syncthreads();
+        key_copy.store(right);
+    } else {
+        QueryCopy query_copy;
+        KeyCopy key_copy;
+        query_copy.load(queries, d0);
+        key_copy.load(keys, d0);
+        __syncthreads();
+        query_copy.store(left);
+        key_copy.store(right);
+    }
+}
 
 // scores = queries keys^T: q k^T or dout v^T, a slice of the head dimension at a time. Queries that are still there
 // from the call before are not staged again.
@@ -123,41 +178,43 @@ __device__ __forceinline__ void multiply_rows(float (&scores)[T::kRows][T::kKeys
     clear(scores);
 #pragma unroll 1
     for (int d0 = 0; d0 < queries.dims; d0 += T::kSlice) {
+        sync_and_stage<T>(left, right, queries, keys, d0, queries_are_staged);
         __syncthreads();
-        if (!queries_are_staged) stage_transposed<T::kThreads, T::kBlockM, T::kSlice>(left, queries, d0);
-        stage_transposed<T::kThreads, T::kBlockN, T::kSlice>(right, keys, d0);
-        __syncthreads();
-        multiply<T, T::kBlockM, T::kBlockN>(scores, left + lane.template row<T::kRows>(0),
-                                            right + lane.template column<T::kKeys>(0),
-                                            multiple_of_8(min(T::kSlice, queries.dims - d0)));
+        const int row = lane.template row<T::kRows>(0), column = lane.template column<T::kKeys>(0);
+        multiply<T, T::kBlockM, T::kBlockN, 16>(scores, left + row, right + column,
+                                                multiple_of(16, min(T::kSlice, queries.dims - d0)),
+                                                (row ^ staggered(4)) - row, (column ^ staggered(4)) - column);
     }
 }
 
-// sums += weights rows: weights v or dS k. The weights go through shared memory, where each warp reads only its own.
-template <class T, class E>
+// sums += weights rows: weights v or dS k, kRowSlice rows at a time. The weights go through shared memory, where each
+// warp reads only its own.
+template <int kRowSlice, class T, class E>
 __device__ __forceinline__ void add_weighted(float (&sums)[T::kRows][T::kDims],
                                              const float (&weights)[T::kRows][T::kKeys], const TileRows<E>& rows,
                                              float* left, float* right, const Lane<T>& lane) {
     constexpr int kRowGroup = kGroupOf<T::kRows>, kKeyGroup = kGroupOf<T::kKeys>;
     float* own = left + lane.warp * (T::kKeySlice * T::kWarpRows);
 #pragma unroll
-    for (int slice = 0; slice < T::kKeys / kKeyGroup; ++slice) {
-        if (slice * T::kKeySlice >= rows.rows) break;
+    for (int i0 = 0; i0 < T::kBlockN; i0 += kRowSlice) {
+        if (i0 >= rows.rows) break;
+        sync_and_stage_rows<T::kThreads, kRowSlice, T::kHeadDim>(right, rows, i0);
+        if (i0 % T::kKeySlice == 0) {
+#pragma unroll
+            for (int j = 0; j < kKeyGroup; ++j)
+#pragma unroll
+                for (int i = 0; i < T::kRows; i += kRowGroup) {
+                    float column[kRowGroup];
+#pragma unroll
+                    for (int e = 0; e < kRowGroup; ++e) column[e] = weights[i + e][i0 / T::kKeySlice * kKeyGroup + j];
+                    const int line = swapped(lane.x * kKeyGroup + j);
+                    store_group(own + line * T::kWarpRows + i * T::kLanesY + lane.y * kRowGroup, column);
+                }
+        }
         __syncthreads();
-#pragma unroll
-        for (int j = 0; j < kKeyGroup; ++j)
-#pragma unroll
-            for (int i = 0; i < T::kRows; i += kRowGroup) {
-                float column[kRowGroup];
-#pragma unroll
-                for (int e = 0; e < kRowGroup; ++e) column[e] = weights[i + e][slice * kKeyGroup + j];
-                store_group(own + (j * T::kLanesX + lane.x) * T::kWarpRows + i * T::kLanesY + lane.y * kRowGroup,
-                            column);
-            }
-        stage_rows<T::kThreads, T::kKeySlice, T::kHeadDim, kKeyGroup>(right, rows, slice * T::kKeySlice);
-        __syncthreads();
-        multiply<T, T::kWarpRows, T::kHeadDim>(sums, own + lane.y * kRowGroup,
-                                               right + lane.template column<T::kDims>(0), T::kKeySlice);
+        multiply<T, T::kWarpRows, T::kHeadDim, 8, true>(
+            sums, own + i0 % T::kKeySlice * T::kWarpRows + lane.y * kRowGroup,
+            right + lane.template column<T::kDims>(0), min(kRowSlice, multiple_of(8, rows.rows - i0)));
     }
 }
 
@@ -168,7 +225,7 @@ __device__ __forceinline__ void add_weighted_transposed(float (&sums)[T::kKeyRow
                                                         const TileRows<E>& rows, float* left, float* right,
                                                         const Lane<T>& lane) {
     constexpr int kKeyGroup = kGroupOf<T::kKeys>;
-    __syncthreads();
+    sync_and_stage_rows<T::kThreads, T::kBlockM, T::kHeadDim>(right, rows, 0);
 #pragma unroll
     for (int i = 0; i < T::kRows; ++i)
 #pragma unroll
@@ -178,11 +235,10 @@ __device__ __forceinline__ void add_weighted_transposed(float (&sums)[T::kKeyRow
             for (int e = 0; e < kKeyGroup; ++e) group[e] = weights[i][j + e];
             store_group(left + lane.template row<T::kRows>(i) * T::kBlockN + lane.template column<T::kKeys>(j), group);
         }
-    stage_rows<T::kThreads, T::kBlockM, T::kHeadDim, 1>(right, rows, 0);
     __syncthreads();
     multiply<T, T::kBlockN, T::kHeadDim>(sums, left + lane.template row<T::kKeyRows>(0),
                                          right + lane.template column<T::kDims>(0),
-                                         min(T::kBlockM, multiple_of_8(rows.rows)));
+                                         min(T::kBlockM, multiple_of(8, rows.rows)));
 }
 
 }  // namespace fastattn

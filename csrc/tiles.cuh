@@ -29,18 +29,22 @@ struct Tile {
     static constexpr bool kOneSlice = kSlice == HeadDim;
 
     static_assert(kRows >= 1 && kKeys >= 1 && kDims >= 1 && kKeyRows >= 1, "every thread has a part of every product");
-    static_assert(BlockN % kKeySlice == 0 && kSlice % 8 == 0, "whole slices");
+    static_assert(BlockN % kKeySlice == 0 && kSlice % 16 == 0, "whole slices");
+    static_assert((kRows <= 4 || kLanesY != 4) && (kKeys <= 4 || kLanesX != 4), "staggered() moves all groups alike");
 };
 
 // Shared memory of each pass, in floats: two operands, both with the contracted dimension outermost.
 //   left:  q^T slice (kSlice, kBlockM)                  or weights^T (kKeySlice, kBlockM)
-//   right: k^T slice (kSlice, kBlockN), and later on    v (kKeySlice, head_dim)
+//   right: k^T slice (kSlice, kBlockN), and later on    v (kValueSlice, head_dim)
 // With one slice, q^T stays for the whole pass, and the weights lie behind v.
 template <class T>
 struct ForwardSmem {
-    static constexpr int kWeights = T::kKeySlice * T::kBlockM, kValues = T::kKeySlice * T::kHeadDim;
+    static constexpr int kKeys = T::kSlice * T::kBlockN, kWeights = T::kKeySlice * T::kBlockM;
+    // With half the values at a time if they and the weights fit where the keys were.
+    static constexpr bool kHalves = T::kOneSlice && T::kKeySlice * T::kHeadDim + kWeights > kKeys;
+    static constexpr int kValueSlice = kHalves ? T::kKeySlice / 2 : T::kKeySlice, kValues = kValueSlice * T::kHeadDim;
     static constexpr int kLeft = T::kOneSlice ? T::kSlice * T::kBlockM : kLarger<T::kSlice * T::kBlockM, kWeights>;
-    static constexpr int kRight = kLarger<T::kSlice * T::kBlockN, kValues + (T::kOneSlice ? kWeights : 0)>;
+    static constexpr int kRight = kLarger<kKeys, kValues + (T::kOneSlice ? kWeights : 0)>;
     static constexpr int kBytes = 4 * (kLeft + kRight);
 };
 
@@ -54,8 +58,15 @@ struct BackwardSmem {
     static constexpr int kBytes = 4 * (kLeft + kRight);
 };
 
-// Every kernel of one element type: the pass and its tile. 18 and the sum of bias gradients, for each of 3 element
-// types: 57 instantiations per architecture.
+// A block of attention_bwd_dbias has scores only, whatever the head_dim, which it takes slice by slice.
+template <class T>
+struct ScoresSmem {
+    static constexpr int kLeft = T::kBlockM * kLarger<T::kSlice, T::kBlockN>, kRight = T::kSlice * T::kBlockN;
+    static constexpr int kBytes = 4 * (kLeft + kRight);
+};
+
+// Every kernel of one element type: the pass and its tile. 16 and the sum of bias gradients, for each of 3 element
+// types: 51 instantiations per architecture.
 #define FASTATTN_KERNELS(KERNEL)                                           \
     /* pass, shared memory, head_dim, M, N, warps, lanes x, min. blocks */ \
     KERNEL(attention_fwd, ForwardSmem, 32, 32, 32, 2, 8, 4)                \
@@ -66,16 +77,14 @@ struct BackwardSmem {
     KERNEL(attention_fwd, ForwardSmem, 256, 64, 32, 8, 16, 1)              \
     KERNEL(attention_bwd, BackwardSmem, 32, 32, 32, 2, 8, 4)               \
     KERNEL(attention_bwd, BackwardSmem, 64, 32, 32, 2, 8, 4)               \
+    KERNEL(attention_bwd, BackwardSmem, 64, 64, 64, 4, 8, 2)               \
     KERNEL(attention_bwd, BackwardSmem, 128, 32, 32, 4, 16, 2)             \
     KERNEL(attention_bwd, BackwardSmem, 256, 32, 32, 8, 16, 1)             \
     KERNEL(attention_bwd_dq, BackwardSmem, 32, 32, 32, 2, 8, 4)            \
     KERNEL(attention_bwd_dq, BackwardSmem, 64, 32, 32, 2, 8, 4)            \
     KERNEL(attention_bwd_dq, BackwardSmem, 128, 32, 32, 4, 16, 2)          \
     KERNEL(attention_bwd_dq, BackwardSmem, 256, 32, 32, 8, 16, 1)          \
-    KERNEL(attention_bwd_dbias, BackwardSmem, 32, 32, 32, 2, 8, 4)         \
-    KERNEL(attention_bwd_dbias, BackwardSmem, 64, 32, 32, 2, 8, 4)         \
-    KERNEL(attention_bwd_dbias, BackwardSmem, 128, 32, 32, 4, 16, 2)       \
-    KERNEL(attention_bwd_dbias, BackwardSmem, 256, 32, 32, 8, 16, 1)
+    KERNEL(attention_bwd_dbias, ScoresSmem, 256, 32, 32, 2, 8, 4)
 
 // The kernel's name, for example attention_fwd_d64_64x64.
 #define FASTATTN_KERNEL_NAME(pass, head_dim, m, n) pass##_d##head_dim##_##m##x##n

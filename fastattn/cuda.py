@@ -13,10 +13,13 @@ from .blocks import bias_tiles_and_copies, count
 from .params import AttentionParams
 
 ELEMENTS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# Up to this many queries, small tiles: more blocks, whose loading and computing overlap.
-SHORT = 128
+# A larger tile computes a score in so much less time than a smaller one that it may compute as many more in vain.
+LARGER = 1.2
 # With fewer blocks than this per multiprocessor, five products on a part of the card lose to seven on all of it.
 FULL = 2
+
+# Of a grid in z; a kernel takes the further sequences in turn.
+MOST_BLOCKS = 65535
 
 _launcher.set_image_source(images.image)
 
@@ -42,14 +45,13 @@ class Buffers(NamedTuple):
 
 def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
     """Fill out and lse."""
-    shape = p.q.shape
-    pairs = p.batch_size() * shape[1]
-    if pairs == 0:
+    shape, batch = p.q.shape, p.batch_size()
+    if batch * shape[1] == 0:
         out.zero_()
         lse.fill_(-torch.inf)
         return
-    kernel = _kernel("attention_fwd", shape[-1], p.v.shape[-1], p.max_seqlen_q)
-    grid = (pairs, count(p.max_seqlen_q, kernel.block_m), 1)
+    kernel = _kernel("attention_fwd", shape[-1], p.v.shape[-1], p.max_seqlen_q, p.max_seqlen_k)
+    grid = (count(p.max_seqlen_q, kernel.block_m), shape[1], min(batch, MOST_BLOCKS))
     launch(kernel.name, ELEMENTS[p.q.dtype], grid, p, Buffers(out, lse))
 
 
@@ -77,24 +79,24 @@ def attention_bwd(
     element = ELEMENTS[p.q.dtype]
     buffers = Buffers(out, lse, dout, dlse, torch.empty_like(lse), dq, dk, dv)
 
-    sizes = p.q.shape[-1], p.v.shape[-1], p.max_seqlen_q
+    sizes = p.q.shape[-1], p.v.shape[-1], p.max_seqlen_q, p.max_seqlen_k
     kernel, kernel_dq = _kernel("attention_bwd", *sizes), _kernel("attention_bwd_dq", *sizes)
     key_tiles = count(p.max_seqlen_k, kernel.block_n)
     if key_tiles > 1 and batch * nheads_k < FULL * multiprocessors(p.q.device):
-        grid_dq = (batch * nheads, count(p.max_seqlen_q, kernel_dq.block_m), 1)
-        launch(kernel_dq.name, element, grid_dq, p, buffers)
-        launch(kernel.name, element, (batch * nheads_k, key_tiles, 1), p, buffers)
+        query_tiles = count(p.max_seqlen_q, kernel_dq.block_m)
+        launch(kernel_dq.name, element, (query_tiles, nheads, min(batch, MOST_BLOCKS)), p, buffers)
+        launch(kernel.name, element, (key_tiles, nheads_k, min(batch, MOST_BLOCKS)), p, buffers)
     else:
         if key_tiles > 1 and dq.dtype != torch.float32:
             buffers = buffers._replace(dq_sum=lse.new_empty(*lse.shape, dq.shape[-1]))
-        launch(kernel.name, element, (batch * nheads_k, 1, 1), p, buffers)
+        launch(kernel.name, element, (1, nheads_k, min(batch, MOST_BLOCKS)), p, buffers)
     if dbias is not None and dbias.numel():
         _bias_grad(dbias, buffers, p)
 
 
 def _bias_grad(dbias: Tensor, buffers: Buffers, p: AttentionParams) -> None:
     """Fill dbias: partial sums in copies of the bias, as many as fill the card, then their sum."""
-    kernel = _kernel("attention_bwd_dbias", p.q.shape[-1], p.v.shape[-1], p.max_seqlen_q)
+    kernel = _kernel("attention_bwd_dbias", p.q.shape[-1], p.v.shape[-1], p.max_seqlen_q, p.max_seqlen_k)
     busy = FULL * multiprocessors(p.q.device)
     bias_tiles, copies = bias_tiles_and_copies(p, dbias.shape, (kernel.block_m, kernel.block_n), busy)
     buffers = buffers._replace(dbias=dbias, dbias_partial=buffers.lse.new_empty(copies, *dbias.shape))
@@ -109,11 +111,16 @@ SUM_THREADS = next(k.threads for k in _launcher.KERNELS if k.name == "attention_
 
 
 @functools.lru_cache(4096)
-def _kernel(pass_: str, head_dim: int, head_dim_v: int, seqlen_q: int) -> _launcher.Kernel:
-    """The pass's kernel for the head dimension and, where there is a choice, the length."""
+def _kernel(pass_: str, head_dim: int, head_dim_v: int, seqlen_q: int, seqlen_k: int) -> _launcher.Kernel:
+    """The pass's kernel for the head dimension and, where there is a choice, the lengths."""
     fitting = [k for k in _launcher.KERNELS if k.pass_ == pass_ and k.head_dim >= max(head_dim, head_dim_v)]
     candidates = [k for k in fitting if k.head_dim == fitting[0].head_dim]
-    return candidates[0 if seqlen_q <= SHORT else -1]
+
+    def cost(k: _launcher.Kernel) -> float:
+        tiles = count(seqlen_q, k.block_m) * count(seqlen_k, k.block_n)
+        return tiles * k.block_m * k.block_n * (1 if k is candidates[-1] else LARGER)
+
+    return min(candidates, key=cost)
 
 
 def multiprocessors(device: torch.device) -> int:
