@@ -31,7 +31,6 @@ SHARED = {  # what the tiles of a (batch, head) read together
     "attention_bwd_dbias": frozenset({"q", "k", "v", "dout", "lse", "delta"}),
 }
 MOST_TILES = 4  # of a (batch, head) that are executed where each of them does something else
-GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples spread evenly
 
 
 class Kernels:
@@ -105,9 +104,10 @@ class TracedLaunch:
         return sum(kind.count for kind in self.kinds)
 
     def on_fullest(self, multiprocessors: int) -> list[Block]:
-        """The blocks of the multiprocessor that has most of them: all kinds mixed, as they start."""
+        """The blocks of the multiprocessor that has most: all kinds in their proportion, one behind the other."""
         ends = np.cumsum([kind.count for kind in self.kinds])
-        numbers = (np.arange(-(-self.blocks // multiprocessors)) + 0.5) * GOLDEN_RATIO % 1 * self.blocks
+        count = -(-self.blocks // multiprocessors)
+        numbers = (np.arange(count) + 0.5) / count * self.blocks
         return [self.kinds[i].block for i in np.searchsorted(ends, numbers, side="right")]
 
 
