@@ -17,7 +17,7 @@ test-all:  # the full products of cases
 check:     # style and types
 	scripts/check.sh
 
-kernel-report: # what the model of the P100 predicts for the sm_60 kernels, into docs/; about ten minutes
+kernel-report: # what the sm_60 kernels, and training with them, are predicted to do on a P100, into docs/; about ten minutes
 	scripts/kernel_report.sh $(ARGS)
 
 gpu:       # on a CUDA device: its tests, tuning and benchmarks into benchmarks/results/; ARGS=--full for every case
