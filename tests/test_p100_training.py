@@ -183,6 +183,11 @@ def test_big_needs_two_steps_alone(page):
     assert [work.steps for name in ("base", "big") for work in page.works(name).values()] == [1, 1, 1, 2]
 
 
+def test_stored_weights_are_padded(page):
+    page.chosen = [Lengths((3, 1), (5, 2))]
+    assert page.stored("base") == 2 * training.stored_weights_bytes(BASE, 3, 5) / 7
+
+
 def test_a_slow_host_binds(page):
     host = page.works("base")["alone"].host_seconds
     assert page.seconds("base", "alone", {"attention": host / 2}) == host
