@@ -1,0 +1,381 @@
+"""Sabotage of the CUDA kernels: what is changed in csrc, and the case that must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from cases import Case
+
+NUMBERS = "numbers"  # caught by the comparison with the oracle, not by the executor
+
+# Two batches in two blocks, three tiles of queries and of keys. Rows of q and k are moved four elements at a time as
+# they lie, those of v and out are narrower than the tile.
+PLAIN = Case(seqlens=(70, 75), dims=(32, 24), heads=(1, 1), batch=2)
+MASKED = replace(PLAIN, mask="random", heads=(2, 2))
+EMPTY_ROWS = replace(PLAIN, mask="empty-rows")
+BIASED = replace(PLAIN, bias="full", heads=(2, 2))
+PER_HEAD = replace(PLAIN, bias="per-head")
+PER_KEY = replace(PLAIN, bias="per-key", heads=(2, 2))
+GROUPED = replace(PLAIN, heads=(4, 2), seqlens=(33, 40))
+PACKED = replace(PLAIN, packed=True, mask="padding")
+DROPPED = replace(PLAIN, dropout_p=0.3, heads=(2, 2))
+CAUSAL = replace(PLAIN, band="causal", seqlens=(100, 100))
+WINDOW = replace(PLAIN, band="window-bottom-right")
+WIDE = replace(PLAIN, band="wide-window", seqlens=(150, 200), batch=1)
+HALF = replace(PLAIN, dtype=torch.float16, heads=(4, 2), band="window")
+ODD = replace(PLAIN, dims=(7, 7))
+UNALIGNED = replace(PLAIN, dims=(24, 32))
+SHORT = replace(PLAIN, seqlens=(70, 30))  # a row's keys are all in one tile
+SHORT_EMPTY = replace(SHORT, mask="empty-rows")
+WIDE_TILES = replace(PLAIN, seqlens=(128, 127))  # the tile of 64 x 64
+SLICED = replace(PLAIN, dims=(128, 100))  # two slices of the head dimension
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A text of the sources replaced by another, the case that must notice, and what it must notice."""
+
+    file: str
+    old: str
+    new: str
+    case: Case = PLAIN
+    caught_by: str = NUMBERS
+    is_split: bool = False  # caught in the split backward
+    head_dim: int = 32  # of the kernels that are run
+
+
+def forward(old: str, new: str, case: Case = PLAIN, caught_by: str = NUMBERS, head_dim: int = 32) -> Mutant:
+    return Mutant("attention_fwd.cuh", old, new, case, caught_by, False, head_dim)
+
+
+def backward(old: str, new: str, case: Case = PLAIN, caught_by: str = NUMBERS) -> Mutant:
+    return Mutant("attention_bwd.cuh", old, new, case, caught_by)
+
+
+def split(old: str, new: str, case: Case = PLAIN, caught_by: str = NUMBERS) -> Mutant:
+    return Mutant("attention_bwd.cuh", old, new, case, caught_by, is_split=True)
+
+
+def mask(old: str, new: str, case: Case = PLAIN, caught_by: str = NUMBERS) -> Mutant:
+    return Mutant("mask.cuh", old, new, case, caught_by)
+
+
+def copy(old: str, new: str, case: Case = PLAIN, caught_by: str = NUMBERS, head_dim: int = 32) -> Mutant:
+    return Mutant("tile_copy.cuh", old, new, case, caught_by, False, head_dim)
+
+
+def product(old: str, new: str, case: Case = PLAIN, caught_by: str = NUMBERS) -> Mutant:
+    return Mutant("tile_mma.cuh", old, new, case, caught_by)
+
+
+def philox(old: str, new: str, case: Case = DROPPED, head_dim: int = 32) -> Mutant:
+    return Mutant("philox.cuh", old, new, case, NUMBERS, False, head_dim)
+
+
+def softmax(old: str, new: str, case: Case = PLAIN) -> Mutant:
+    return Mutant("softmax.cuh", old, new, case)
+
+
+SCORES = {
+    "scale ignored": mask("scale = p.scale * kLog2E;", "scale = kLog2E;"),
+    "scores not in units of ln 2": mask("scale = p.scale * kLog2E;", "scale = p.scale;"),
+    "bias not in units of ln 2": mask("key * bias.key]), kLog2E,", "key * bias.key]), 1.0f,", BIASED),
+    "bias of the first batch for all": mask("s.b * bias.batch + ", "", BIASED),
+    "bias of the first head for all": mask("+ h * bias.head", "", BIASED),
+    "bias of the first row for all": mask("query * bias.row + ", "", BIASED),
+    "bias of the first key for all": mask("+ key * bias.key", "", BIASED),
+    "bias read past its end": mask("if (query < s.seqlen_q && key < s.seqlen_k)", "", BIASED, "out-of-bounds"),
+    "mask inverted": mask("is_score && !mask[", "is_score && mask[", MASKED),
+    "mask of the first row for all": mask("query * p.mask.row + ", "", MASKED),
+    "mask of the first key for all": mask(" + key * p.mask.key", "", MASKED),
+    "mask of the first batch for all": mask("s.b * p.mask.batch + ", "", MASKED),
+    "mask of the first head for all": mask("+ h * p.mask.head", "", MASKED),
+    "mask read past its end": mask("is_score && !mask", "!mask", MASKED, "out-of-bounds"),
+    "keys past the end attended": mask("key >= s.seqlen_k || ", ""),
+    "keys past the end of a whole tile attended": mask("j0 + T::kBlockN <= s.seqlen_k && ", ""),
+    "causal off by one": mask("|| offset > right)", "|| offset >= right)", WINDOW),
+    "window off by one": mask("offset < -left", "offset <= -left", WINDOW),
+    "a tile on the left edge taken for a whole one": mask("j0 >= last - left", "j0 >= first - left", WIDE),
+    "a tile on the right edge taken for a whole one": mask("<= first + right", "<= last + right", CAUSAL),
+    "bottom-right ignored": mask("p.bottom_right ? seqlen_k - seqlen_q : 0", "0", WINDOW),
+    "no left edge overflows": mask("return min(p.left, 2 * kLongest);", "return p.left;"),
+    "no right edge overflows": mask("return min(p.right, 2 * kLongest);", "return p.right;"),
+    "the last key tile missing": mask("min(last + right_edge(p) + 1,", "min(last + right_edge(p) - 31,", WINDOW),
+    "the first key tile missing": mask("max(first - left_edge(p), 0)", "max(first - left_edge(p) + 32, 0)", WINDOW),
+    "the last query tile missing": mask("min(last + left_edge(p) + 1,", "min(last + left_edge(p) - 31,", HALF),
+    "the first query tile missing": mask("max(first - right_edge(p), 0)", "max(first - right_edge(p) + 32, 0)", HALF),
+}
+
+SEQUENCES = {
+    "sequences beyond the grid lost": mask("b += gridDim.z) f(b)", "b += p.batch) f(b)", replace(PLAIN, batch=3)),
+    "keys of another head": mask("h / (p.nheads / p.nheads_k)", "h % p.nheads_k", GROUPED),
+    "the neighbour's tokens": mask(
+        "first_k = clamp(p.cu_seqlens_k[b],", "first_k = clamp(p.cu_seqlens_k[b] + 1,", PACKED
+    ),
+    "tokens of no sequence not cleared": mask("row[d] = from_float<E>(0.0f);", ";", PACKED),
+    "tokens after the last sequence not cleared": mask("b == batch - 1 ? total :", "", PACKED),
+    "out of no sequence's tokens not cleared": forward(
+        "clear_rows<E>(p.out, h,", "if (false) clear_rows<E>(p.out, h,", PACKED
+    ),
+    "lse of no sequence's tokens not cleared": forward("p.lse.data[h * p.lse.head + token] = -INFINITY", "", PACKED),
+    "lse of the first head's tokens cleared alone": forward(
+        "[h * p.lse.head + token]", "[token]", replace(PACKED, heads=(2, 2))
+    ),
+    "dq of no sequence's tokens not cleared": backward("clear_rows<E>(p.dq, h, queries, p.head_dim);", ";", PACKED),
+    "dq of a group's first tokens cleared alone": backward(
+        "has_all_keys && h < (h_k + 1) * group; ++h) clear",
+        "has_all_keys && h < h_k * group + 1; ++h) clear",
+        replace(PACKED, heads=(4, 2)),
+    ),
+    "dk of no sequence's tokens not cleared": backward("clear_rows<E>(p.dk, h_k, keys, p.head_dim);", "", PACKED),
+    "dv of no sequence's tokens not cleared": backward("clear_rows<E>(p.dv, h_k, keys, p.head_dim_v);", "", PACKED),
+    "dq of no sequence's tokens not cleared in the split": split(
+        "clear_rows<E>(p.dq, h, orphans", "if (false) clear_rows<E>(p.dq, h, orphans", PACKED
+    ),
+}
+
+COPIES = {
+    "a row past the end read": copy(
+        "i < rows ? static_cast<unsigned>(i) * stride : 0", "static_cast<unsigned>(i) * stride", PLAIN, "out-of-bounds"
+    ),
+    "rows past the end walked to": copy("if (row < tile.rows) from +=", "from +=", PLAIN, "out-of-bounds"),
+    "a tile's later rows taken for rows past the end": copy(
+        "            row += kStep;\n", "            row += 2 * kStep;\n"
+    ),
+    "a tile's later rows are the first ones": copy(
+        "tile.row(i0 + at.row + n * kStep), at.d", "tile.row(i0 + at.row), at.d"
+    ),
+    "dimensions read past the end": copy("if (d >= dims) return x;", "", PLAIN, "out-of-bounds"),
+    "the last dimensions of a row read past its end": copy("if (d + 3 < dims) x.w", "x.w", ODD),
+    "dimensions written past the end": copy("if (d >= dims) return;", "", PLAIN, "race"),
+    "tail of a row not written": copy("if (d + 2 < dims) to[2]", "if (d + 3 < dims) to[2]", ODD),
+    "rows of another batch": copy("static_cast<unsigned>(b) * x.batch + ", ""),
+    "rows of another sequence": copy("if (first != 0) data += first * x.row;", "", PACKED),
+    "not staggered when written": copy("(row ^ staggered(d))", "row"),
+    "another dimension staggered": copy("(d >> 2 & 1) * 16", "(d >> 3 & 1) * 16"),
+    "every slice is the first one": copy(
+        "tile.row(at.row) + d0 + at.d", "tile.row(at.row) + at.d", SLICED, head_dim=128
+    ),
+    "every slice of narrow rows is the first one": copy(
+        "tile.load(from, d0 + at.d", "tile.load(from, at.d", SLICED, head_dim=128
+    ),
+    "aligned rows taken for narrow ones' width": copy(
+        "if (kDims <= tile.aligned_dims)", "if (0 < tile.aligned_dims)", UNALIGNED, "out-of-bounds"
+    ),
+}
+
+PRODUCTS = {
+    "left not staggered when read": product("(row ^ staggered(4)) - row", "0"),
+    "right not staggered when read": product("(column ^ staggered(4)) - column", "0"),
+    "staggered half a step early": product("(step % 8 < 4 ? left :", "(step % 8 < 2 ? left :"),
+    "weights' lines not swapped when written": product(
+        "line = swapped(lane.x * kKeyGroup + j)", "line = lane.x * kKeyGroup + j"
+    ),
+    "weights' lines not swapped when read": product("(kSwapped ? swapped(step) : step)", "step"),
+    "the last dimensions missing": product(
+        "multiple_of(16, min(T::kSlice, queries.dims - d0))", "min(T::kSlice, queries.dims - d0) / 16 * 16"
+    ),
+    "queries staged again are others": product(
+        "if (!queries_are_staged) QueryCopy::copy", "if (false) QueryCopy::copy"
+    ),
+    "the last keys of weights v missing": product("multiple_of(8, rows.rows - i0)", "(rows.rows - i0) / 8 * 8"),
+    "the last queries of weights^T dout missing": product("multiple_of(8, rows.rows)", "rows.rows / 8 * 8"),
+    "the first values staged twice": product(
+        "kRowSlice, T::kHeadDim>(right, rows, i0)", "kRowSlice, T::kHeadDim>(right, rows, 0)"
+    ),
+    "later values with the first weights": product("own + i0 % T::kKeySlice * T::kWarpRows", "own"),
+    "later keys with the first weights": product("[i0 / T::kKeySlice * kKeyGroup + j]", "[j]", WIDE_TILES),
+    "later weights not staged": product("if (i0 % T::kKeySlice == 0)", "if (i0 == 0)", WIDE_TILES),
+    "too narrow weights": product("own + line * T::kWarpRows", "own + line * 4", PLAIN, "race"),
+    "too narrow weights of a warp": product("left + lane.warp * (T::kKeySlice", "left + lane.warp * (4", PLAIN, "race"),
+    "rows written past the end": product("if (index < rows.rows) f(i, row);", "f(i, row);", PLAIN, "race"),
+    "a row's sum without its last lanes": product(
+        "bit <= T::kLanesX; bit *= 2) x +=", "bit < T::kLanesX; bit *= 2) x +="
+    ),
+    "a row's maximum without its last lanes": product(
+        "bit <= T::kLanesX; bit *= 2) x = fmaxf", "bit < T::kLanesX; bit *= 2) x = fmaxf"
+    ),
+}
+
+FORWARD = {
+    "sum of weights not rescaled": softmax("fmaf(sum[i], rescale, tile_sum)", "sum[i] + tile_sum"),
+    "out not rescaled": softmax("out[i][d] *= rescale;", ";"),
+    "a row without keys is NaN": softmax("largest == -INFINITY ? 0.0f : largest", "largest", EMPTY_ROWS),
+    "a row without keys has out NaN": forward("sum[i] == 0.0f ? 0.0f : ", "", EMPTY_ROWS),
+    "lse in base 2": forward("__log2f(sum[i])) * kLn2", "__log2f(sum[i]))"),
+    "queries of the first tile for all": forward("q.advance(i0);", ""),
+    "keys of the first tile for all": forward("        k.advance(T::kBlockN);\n", ""),
+    "values of the first tile for all": forward("        v.advance(T::kBlockN);\n", ""),
+    "keys before the first tile's": forward(
+        "if (keys.begin > 0) k.advance(keys.begin), ", "if (keys.begin > 0) ", WINDOW
+    ),
+    "values before the first tile's": forward(
+        "k.advance(keys.begin), v.advance(keys.begin);\n    Online", "k.advance(keys.begin);\n    Online", WINDOW
+    ),
+    "queries never staged": forward("T::kOneSlice && j0 > keys.begin", "T::kOneSlice"),
+    "the last slice of q taken for the first": forward(
+        "T::kOneSlice && j0 > keys.begin", "j0 > keys.begin", SLICED, head_dim=128
+    ),
+    "weights where the queries are": forward("T::kOneSlice ? right + Smem::kValues : left", "left"),
+    "weights where the values are": forward("right + Smem::kValues :", "right :"),
+    "weights behind their place": forward("right + Smem::kValues :", "right + Smem::kKeys :", PLAIN, "out-of-bounds"),
+    "dropout missing in out": forward("if (!(kept >>", "if (false && !(kept >>", DROPPED),
+    "dropout bits in another order in out": forward(
+        "kept >> (i * T::kKeys + j)", "kept >> (j * T::kRows + i)", DROPPED
+    ),
+    "dropout not rescaled in out": forward("__fdividef(p.dropout_rescale,", "__fdividef(1.0f,", DROPPED),
+}
+
+DROPOUT = {
+    "dropout bits of the first batch": philox("i, head, batch)", "i, head, 0)"),
+    "dropout bits of the first head": philox("i, head, batch)", "i, 0, batch)"),
+    "nine rounds of Philox": philox("round < 10", "round < 9"),
+    "half a seed": philox("static_cast<unsigned>(*p.seed >> 32)", "0"),
+    "dropout bits swapped": philox(
+        "(words.x >= threshold) | (words.y >= threshold) << 1", "(words.y >= threshold) | (words.x >= threshold) << 1"
+    ),
+    "dropout bits of two keys for four": philox("bits | upper << 2", "bits | bits << 2"),
+    "dropout bits of the first two of four keys": philox(
+        "j % 4 == 0 ? bits : upper", "bits", replace(DROPPED, dims=(128, 128)), 128
+    ),
+    "dropout bits of one row for all": philox(
+        "lane.template row<T::kRows>(i), j0", "lane.template row<T::kRows>(0), j0"
+    ),
+    "dropout bits of the first tile for all": philox("keep<kGroup>(i0 + ", "keep<kGroup>("),
+}
+
+DELTA = {
+    "delta ignored": backward("(dscores[i][j] - delta[i])", "dscores[i][j]"),
+    "delta ignored under dropout": backward(": 0.0f) - delta[i])", ": 0.0f))", DROPPED),
+    "delta of the first of four rows for all": backward("queries.out.row(row + n * step)", "queries.out.row(row)"),
+    "delta without the last lanes": backward("bit = kLanes / 2;", "bit = kLanes / 4;"),
+    "delta past the end written": backward(
+        "d0 > 0 || row + n * kStep >= count", "d0 > 0", replace(PLAIN, heads=(2, 2)), "race"
+    ),
+    "delta past the tile's end written": split("min(T::kBlockM, queries.q.rows)", "T::kBlockM", PLAIN, "out-of-bounds"),
+    "delta of wide rows without the later dimensions": replace(
+        backward("d += 4 * kLanes", "d += 1024", replace(PLAIN, dims=(40, 200))), head_dim=256
+    ),
+    "delta of a row past the end read": backward(
+        "x[i] = row < rows ? from[row] : beyond;", "x[i] = from[row];", PLAIN, "out-of-bounds"
+    ),
+    "gradient of lse ignored": backward("sum[n] - (p.dlse.data", "sum[n] - (true || p.dlse.data"),
+    "gradient of lse ignored by short rows": backward("delta[i] -= dlse[i];", ";", SHORT),
+    "delta of short rows without half their keys": backward("sum = row_sum<T>(sum), ", "", SHORT),
+    "delta of short rows not divided": backward("__fdividef(sum, total)", "sum + total", SHORT),
+    "delta of a short row without keys is NaN": backward("total == 0.0f ? 0.0f : ", "", SHORT_EMPTY),
+    "delta of long rows from one tile": backward("s.seqlen_k > T::kBlockN || ", ""),
+    "delta of short rows without dropout": backward(" || p.seed != nullptr", "", replace(SHORT, dropout_p=0.3)),
+    "delta of short rows not there for the bias": backward(
+        " || p.bias.data != nullptr", "", replace(SHORT, bias="per-key")
+    ),
+    "delta of short rows neither written nor kept": backward("if (has_delta) write_delta", "if (false) write_delta"),
+}
+
+BACKWARD = {
+    "lse not in units of ln 2": backward("lse[i] * kLog2E", "lse[i]"),
+    "a row without keys in the backward": backward("lse[i] == -INFINITY ? INFINITY : ", "", EMPTY_ROWS),
+    "queries past the end have weights": backward("queries.q.rows, INFINITY, lane", "queries.q.rows, 0.0f, lane"),
+    "scale of dq ignored": backward("fmaf(p.scale, sums[i][d], x.x)", "sums[i][d] + x.x"),
+    "scale of dk ignored": backward("to_dk, dk, p.scale, lane", "to_dk, dk, 1.0f, lane"),
+    "dropout not rescaled in dP": backward("p.dropout_rescale * dscores[i][j]", "dscores[i][j]", DROPPED),
+    "dropout missing in dP": backward("(is_kept ? p.drop", "(true ? p.drop", DROPPED),
+    "dropout missing in dv": backward("if (!is_kept) weights[i][j] = 0.0f;", "", DROPPED),
+    "dropout not rescaled in dv": backward("to_dv, dv, p.dropout_rescale, lane", "to_dv, dv, 1.0f, lane", DROPPED),
+    "dropout bits in another order in the backward": backward(
+        "kept >> (i * T::kKeys + j)", "kept >> (j * T::kRows + i)", DROPPED
+    ),
+    "dk and dv of the first head of a group": backward(
+        "h < (h_k + 1) * group; ++h) {\n            Queries",
+        "h < h_k * group + 1; ++h) {\n            Queries",
+        GROUPED,
+    ),
+    "every query head has its own keys": backward(
+        "group = p.nheads == p.nheads_k ? 1 : p.nheads / p.nheads_k", "group = 1", GROUPED
+    ),
+    "queries of the first tile for all in the backward": backward("                queries.advance(T::kBlockM);\n", ""),
+    "queries before the first tile's": backward(
+        "Queries<E> queries(p, s, h, range.begin);", "Queries<E> queries(p, s, h, 0);", CAUSAL
+    ),
+    "dq of the first tile for all": backward("                dq_sum.advance(T::kBlockM);\n", ""),
+    "dq before the first tile's": backward("dq_sum.advance(range.begin);", "", CAUSAL),
+    "dq begins anew at every key tile": backward("float4 x = is_first ?", "float4 x = true ?"),
+    "dq never begins": backward("float4 x = is_first ?", "float4 x = false ?"),
+    "dq not kept between key tiles": backward(
+        "            if (sizeof(E) == sizeof(float) || !is_last)\n", "            if (is_last)\n", HALF
+    ),
+    "dq of a group in one place": backward("h * p.dq_sum.head + ", "", replace(HALF, heads=(2, 1))),
+    "dq never rounded": backward("|| !is_last) return;", "|| true) return;", HALF),
+    "dq of every tile rounded into the first": backward(
+        "dq.advance(i0);\n    store_rows(dq, sums, 1.0f", "store_rows(dq, sums, 1.0f", HALF
+    ),
+    "dq not cleared where no key is": backward(
+        "store_rows(dq, zeros, 1.0f, lane);", "", replace(WINDOW, seqlens=(129, 20))
+    ),
+    "keys of the first tile for all in the backward": backward("k.advance(step), v.advance(step);", "v.advance(step);"),
+    "values of the first tile for all in the backward": backward(
+        "k.advance(step), v.advance(step);", "k.advance(step);"
+    ),
+    "dk of every tile into the first": backward("to_dk.advance(j0), to_dv", "to_dv"),
+    "dv of every tile into the first": backward("to_dk.advance(j0), to_dv.advance(j0);", "to_dk.advance(j0);"),
+}
+
+SPLIT = {
+    "scale of dq ignored in the split": split(
+        "store_rows(dq, sums, p.scale, lane)", "store_rows(dq, sums, 1.0f, lane)"
+    ),
+    "a key tile of dq lost in the split": split(
+        "int j0 = keys.begin; j0 < keys.end", "int j0 = keys.begin + 32; j0 < keys.end"
+    ),
+    "keys before the first tile's in the split": split("k.advance(keys.begin), v.advance(keys.begin);", "", WINDOW),
+    "keys of the first tile for all in the split": split(
+        "k.advance(T::kBlockN), v.advance(T::kBlockN);", "v.advance(T::kBlockN);"
+    ),
+    "every block has the first keys": split("first_j0 = blockIdx.x * T::kBlockN", "first_j0 = 0"),
+    "dq of every tile into the first in the split": split(
+        "dq.advance(i0);\n    store_rows(dq, sums, p.scale", "store_rows(dq, sums, p.scale"
+    ),
+    "delta taken from one tile in the split": split(
+        "h, i0, j0, true, left, right, lane);\n        add_weighted",
+        "h, i0, j0, false, left, right, lane);\n        add_weighted",
+    ),
+}
+
+BIAS_GRADIENT = {
+    "the first copy of the bias gradient lost": backward(
+        "int copy = 0; copy < dbias", "int copy = 1; copy < dbias", BIASED
+    ),
+    "bias gradient of one key tile for all": backward("+ n % all.keys * T::kBlockN", "", PER_HEAD),
+    "bias gradient of one query tile for all": backward("+ n / all.keys % all.rows * T::kBlockM", "", PER_KEY),
+    "bias gradient of one head for all": backward("own_h + outer % all.heads", "own_h", PER_KEY),
+    "bias gradient of one sequence for all": backward("own_b + outer / all.heads", "own_b", PER_HEAD),
+    "bias gradient of another head's keys": backward(
+        "const int h_k = key_head(p, h);\n        TileRows",
+        "const int h_k = 0;\n        TileRows",
+        replace(BIASED, heads=(4, 2)),
+    ),
+    "bias gradient of the first keys for all": backward("k.advance(j0), v.advance(j0);", "", BIASED),
+    "bias gradient with a tile's own delta": backward(
+        "h, i0, j0, true, left, right, lane);\n        for_each",
+        "h, i0, j0, false, left, right, lane);\n        for_each",
+        BIASED,
+    ),
+    "every copy of the bias gradient has all": backward("n = blockIdx.y; n <", "n = 0; n <", PER_HEAD),
+    "every copy of the bias gradient goes on to all": backward("n += gridDim.y", "n += 1", PER_HEAD),
+    "bias gradient not summed over keys": backward(
+        "if (keys_broadcast && threadIdx", "if (false && threadIdx", PER_HEAD
+    ),
+    "bias gradient not summed over rows": backward(
+        "if (rows_broadcast && threadIdx", "if (false && threadIdx", PER_KEY
+    ),
+    "bias gradient written past a row's end": backward(
+        "if (own_i0 + row < dbias.rows && own_j0 + key < dbias.keys)", "if (own_i0 + row < dbias.rows)", BIASED, "race"
+    ),
+    "bias gradient written past the last row": backward(
+        "if (own_i0 + row < dbias.rows && own_j0 + key < dbias.keys)", "if (own_j0 + key < dbias.keys)", BIASED, "race"
+    ),
+}
+
+MUTANTS = SCORES | SEQUENCES | COPIES | PRODUCTS | FORWARD | DROPOUT | DELTA | BACKWARD | SPLIT | BIAS_GRADIENT
