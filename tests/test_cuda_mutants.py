@@ -14,13 +14,15 @@ import torch
 
 from cases import Case
 from contract import check
-from cuda_mutants import MUTANTS, NUMBERS, PLAIN, Mutant
+from cuda_mutants import NUMBERS, PLAIN, SHARED_AND_FORWARD, Mutant
+from cuda_mutants_backward import BACKWARD_ALONE
 from fastattn import cuda
 from simt.attention import ATTENTION, on_the_cpu
 from simt.build import CHECKED, build_library
 from simt.executor import Library, SimtError
 
 CSRC = ATTENTION.parent
+MUTANTS = SHARED_AND_FORWARD | BACKWARD_ALONE
 ELEMENTS = {torch.float32: "float", torch.float16: "__half"}
 BARRIER = "__syncthreads();"
 BARRIERS = [(f.name, n) for f in sorted(CSRC.glob("*.cuh")) for n in range(f.read_text().count(BARRIER))]
@@ -101,5 +103,5 @@ def test_every_barrier_is_needed(name: str, n: int, tmp_path: Path) -> None:
         parts = text.split(BARRIER)
         return BARRIER.join(parts[: n + 1]) + ";" + BARRIER.join(parts[n + 1 :])
 
-    case = replace(PLAIN, bias="per-head", seqlens=(40, 40), batch=1)
+    case = replace(PLAIN, bias="per-head", seqlens=(40, 70), batch=1)
     sabotaged(tmp_path, Mutant(name, BARRIER, "", case, "race"), without)
