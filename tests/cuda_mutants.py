@@ -30,6 +30,7 @@ UNALIGNED = replace(PLAIN, dims=(24, 32))
 SHORT = replace(PLAIN, seqlens=(70, 30))  # a row's keys are all in one tile
 SHORT_EMPTY = replace(SHORT, mask="empty-rows")
 WIDE_TILES = replace(PLAIN, seqlens=(128, 127))  # the tile of 64 x 64
+WIDE_TILES_BIASED = replace(WIDE_TILES, bias="full", heads=(2, 2))
 SLICED = replace(PLAIN, dims=(128, 100))  # two slices of the head dimension
 
 
@@ -81,18 +82,23 @@ def softmax(old: str, new: str, case: Case = PLAIN) -> Mutant:
 SCORES = {
     "scale ignored": mask("scale = p.scale * kLog2E;", "scale = kLog2E;"),
     "scores not in units of ln 2": mask("scale = p.scale * kLog2E;", "scale = p.scale;"),
-    "bias not in units of ln 2": mask("key * bias.key]), kLog2E,", "key * bias.key]), 1.0f,", BIASED),
-    "bias of the first batch for all": mask("s.b * bias.batch + ", "", BIASED),
-    "bias of the first head for all": mask("+ h * bias.head", "", BIASED),
-    "bias of the first row for all": mask("query * bias.row + ", "", BIASED),
-    "bias of the first key for all": mask("+ key * bias.key", "", BIASED),
-    "bias read past its end": mask("if (query < s.seqlen_q && key < s.seqlen_k)", "", BIASED, "out-of-bounds"),
-    "mask inverted": mask("is_score && !mask[", "is_score && mask[", MASKED),
-    "mask of the first row for all": mask("query * p.mask.row + ", "", MASKED),
-    "mask of the first key for all": mask(" + key * p.mask.key", "", MASKED),
-    "mask of the first batch for all": mask("s.b * p.mask.batch + ", "", MASKED),
-    "mask of the first head for all": mask("+ h * p.mask.head", "", MASKED),
-    "mask read past its end": mask("is_score && !mask", "!mask", MASKED, "out-of-bounds"),
+    "bias not in units of ln 2": mask("to_float(x), kLog2E,", "to_float(x), 1.0f,", BIASED),
+    "bias of the first batch for all": mask("s.b * x.batch + ", "", BIASED),
+    "bias of the first head for all": mask("h * x.head + ", "", BIASED),
+    "bias of the first tile's rows for all": mask("query * x.row + ", "", BIASED),
+    "bias of the first tile's keys for all": mask(" + first_key * x.key", "", BIASED),
+    "bias of a thread's first row for all": mask("row += step * x.row;", "", BIASED),
+    "bias of a thread's first key for all": mask("element += step * x.key;", "", BIASED),
+    "bias of a thread's keys in one group": mask("(T::kLanesX - 1) * kKeyGroup + 1", "1", WIDE_TILES_BIASED),
+    "bias read past its end": mask("if (query < s.seqlen_q && key < s.seqlen_k) f(", "f(", BIASED, "out-of-bounds"),
+    "bias read past its last rows": mask("        query += step;\n", "", BIASED, "out-of-bounds"),
+    "bias read past its last keys": mask("            key += step;\n", "", BIASED, "out-of-bounds"),
+    "mask inverted": mask("if (!is_allowed)", "if (is_allowed)", MASKED),
+    "mask of the first batch for all": mask("s.b * x.batch + ", "", MASKED),
+    "mask of the first head for all": mask("h * x.head + ", "", MASKED),
+    "mask of a thread's first row for all": mask("row += step * x.row;", "", MASKED),
+    "mask of a thread's first key for all": mask("element += step * x.key;", "", MASKED),
+    "mask read past its end": mask("if (query < s.seqlen_q && key < s.seqlen_k) f(", "f(", MASKED, "out-of-bounds"),
     "keys past the end attended": mask("key >= s.seqlen_k || ", ""),
     "keys past the end of a whole tile attended": mask("j0 + T::kBlockN <= s.seqlen_k && ", ""),
     "causal off by one": mask("|| offset > right)", "|| offset >= right)", WINDOW),

@@ -148,16 +148,6 @@ def test_any_alignment(dtype: torch.dtype) -> None:
             assert torch.equal(x, y)
 
 
-def test_scores_of_a_row_with_one_key_have_no_gradient() -> None:
-    """However large they are: then the weight that comes out of lse is not quite 1."""
-    q, k, v = (100 * torch.randn(1, 1, n, 16) for n in (40, 1, 1))
-    _, dq, dk, _ = gradients(q, k, v)
-    eps = torch.finfo(torch.float32).eps
-    assert (q @ k.mT).abs().max() > 1e4
-    assert dq.abs().max() <= 4 * eps * (v.abs().sum() * k.abs().max())
-    assert dk.abs().max() <= 4 * eps * (v.abs().sum() * q.abs().sum())
-
-
 @MODES
 def test_tiles_that_band_or_length_exclude_are_never_loaded(multiprocessors: int) -> None:
     q, k, v = (torch.randn(1, 1, n, 16) for n in (32, 160, 160))
