@@ -56,6 +56,11 @@ def _empty_grads(p: AttentionParams, needs_dbias: bool) -> tuple[Tensor, Tensor,
     return torch.empty_like(p.q), torch.empty_like(p.k), torch.empty_like(p.v), dbias
 
 
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """x, or a copy whose last dimension is contiguous; that of an empty tensor, too, which x.contiguous() leaves."""
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
 def _attention_fwd(p: AttentionParams, backend: str) -> tuple[Tensor, Tensor]:
     out, lse = _empty_results(p)
     backends.kernels(backend).attention_fwd(out, lse, p)
@@ -65,7 +70,7 @@ def _attention_fwd(p: AttentionParams, backend: str) -> tuple[Tensor, Tensor]:
 def _attention_bwd(
     p: AttentionParams, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs_dbias: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dout = with_contiguous_rows(dout)
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv, dbias = _empty_grads(p, needs_dbias)
     to_fill = (dq, dk, dv, dbias if needs_dbias else None)

@@ -343,7 +343,7 @@ def _operands(p: AttentionParams) -> AttentionParams:
     is_plain = q is not k and q is not v and k is not v and (cu_seqlens_k is None or cu_seqlens_k is not p.cu_seqlens_q)
     if is_plain and q.stride()[-1] == k.stride()[-1] == v.stride()[-1] == 1:
         return p
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (autograd.with_contiguous_rows(x) for x in (q, k, v))
     k = k.view_as(k) if k is q else k
     v = v.view_as(v) if v is q or v is p.k else v
     if cu_seqlens_k is not None and cu_seqlens_k is p.cu_seqlens_q:

@@ -17,7 +17,7 @@ AXES: dict[str, list[Any]] = {
     "dtype": [torch.float32, torch.float16, torch.bfloat16],
     "mask": ["none", "padding", "random", "empty-rows", "all-false"],
     "bias": ["none", "full", "per-head", "per-key", "dominating", "infinite"],
-    "band": ["none", "causal", "causal-bottom-right", "window", "window-bottom-right", "causal-window"],
+    "band": ["none", "causal", "causal-bottom-right", "window", "window-bottom-right", "wide-window", "causal-window"],
     "dropout_p": [0.0, 0.3],
     "heads": [(2, 2), (4, 2), (3, 1)],
     "packed": [False, True],
@@ -48,6 +48,7 @@ BANDS: dict[str, dict[str, Any]] = {
     "causal-bottom-right": {"is_causal": True, "causal_align": "bottom-right"},
     "window": {"window": (5, 3), "causal_align": "top-left"},
     "window-bottom-right": {"window": (0, 9), "causal_align": "bottom-right"},
+    "wide-window": {"window": (40, 35), "causal_align": "bottom-right"},  # some tiles are wholly inside
     "causal-window": {"is_causal": True, "window": (7, None), "causal_align": "bottom-right"},
 }
 
@@ -201,3 +202,18 @@ def full() -> list[Case]:
     crossed = itertools.product(*(AXES[name] for name in CROSSED))
     draw = random.Random(0).choice
     return [Case(**dict(zip(CROSSED, row, strict=True)), **{n: draw(v) for n, v in rest.items()}) for row in crossed]
+
+
+# A backward kernel whose tile has all keys of a row takes delta from the tile: one case for each tile it may have.
+WITHIN_ONE_TILE = [
+    Case(seqlens=(70, 30), dims=(32, 32), heads=(4, 2), mask="empty-rows"),
+    Case(seqlens=(70, 31), dims=(64, 64), dtype=torch.float16, band="causal", packed=True, mask="random"),
+    Case(seqlens=(128, 60), dims=(64, 40), heads=(3, 1), band="window-bottom-right", packed=True),
+    Case(seqlens=(70, 32), dims=(128, 100), dtype=torch.bfloat16, return_lse=False),
+    Case(seqlens=(40, 20), dims=(200, 256), layout="odd-rows", band="causal-bottom-right", mask="padding"),
+]
+# What else pairs do not promise: a half type in several tiles of two slices; tiles wholly inside a band.
+SEVERAL_TILES = [
+    Case(seqlens=(70, 40), dims=(128, 100), dtype=torch.float16, heads=(2, 1), bias="full", dropout_p=0.3, batch=2),
+    Case(seqlens=(150, 200), dims=(16, 16), band="wide-window", packed=True),
+]

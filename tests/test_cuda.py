@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from cases import Case, full, pairwise
+from cases import SEVERAL_TILES, WITHIN_ONE_TILE, Case, full, pairwise
 from contract import call, check, run
 from fastattn import autograd, cuda, functional
 from simt.attention import PtxKernels, SourceKernels, on_the_cpu
@@ -22,6 +22,7 @@ from simt.executor import SCHEDULES
 
 MANY = 1000  # multiprocessors: more than there are blocks, so that the backward splits up
 MODES = pytest.mark.parametrize("multiprocessors", [1, MANY], ids=["whole", "split"])
+PARTICULAR = WITHIN_ONE_TILE + SEVERAL_TILES
 VARIED = Case(
     dtype=torch.float16, mask="padding", bias="per-head", band="window", dropout_p=0.3, heads=(4, 2), seqlens=(70, 75)
 )
@@ -33,14 +34,35 @@ def test_contract(attention_case: Case, multiprocessors: int, poisoned: None) ->
         check(attention_case)
 
 
+@MODES
+@pytest.mark.parametrize("case", PARTICULAR, ids=str)
+def test_what_pairs_do_not_promise(case: Case, multiprocessors: int, poisoned: None) -> None:
+    with on_the_cpu(SourceKernels(), multiprocessors=multiprocessors):
+        check(case)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@MODES
+def test_several_sequences_for_each_block(
+    multiprocessors: int, packed: bool, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    """A grid's z is limited: here to three blocks for four sequences."""
+    monkeypatch.setattr(cuda, "MOST_BLOCKS", 3)
+    with on_the_cpu(SourceKernels(checked=True), multiprocessors=multiprocessors):
+        check(replace(VARIED, packed=packed, batch=4))
+        check(replace(WITHIN_ONE_TILE[0], packed=packed, batch=4))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Dearer runs get fewer cases: a judged one costs twenty plain ones, a kernel from PTX seconds."""
     everything = metafunc.config.getoption("full")
     if "judged_case" in metafunc.fixturenames:
-        metafunc.parametrize("judged_case", full()[::20] if everything else pairwise(), ids=str)
+        metafunc.parametrize("judged_case", (full()[::20] if everything else pairwise()) + PARTICULAR, ids=str)
     if "ptx_case" in metafunc.fixturenames:
         small = [case for case in pairwise() if max(case.dims) <= 64]
-        metafunc.parametrize("ptx_case", pairwise() + full()[::50] if everything else small, ids=str)
+        metafunc.parametrize(
+            "ptx_case", [*(pairwise() + full()[::50] if everything else small), *WITHIN_ONE_TILE[:3]], ids=str
+        )
 
 
 def test_contract_with_every_access_judged(judged_case: Case, poisoned: None) -> None:
@@ -97,13 +119,20 @@ def test_bias_gradient_in_any_number_of_copies(copies: int) -> None:
 
 
 def gradients(
-    q: Tensor, k: Tensor, v: Tensor, multiprocessors: int = 1, checked: bool = False, **arguments: object
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    multiprocessors: int = 1,
+    checked: bool = False,
+    shift: int = 0,
+    **arguments: object,
 ) -> list[Tensor]:
-    """out and the gradients of q, k and v for a random upstream gradient."""
+    """out and the gradients of q, k and v for a random upstream gradient, `shift` elements off an aligned address."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     with on_the_cpu(SourceKernels(checked=checked), multiprocessors=multiprocessors):
         out = fastattn.scaled_dot_product_attention(*inputs, **arguments)
         dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
+        dout = torch.cat([dout.new_empty(shift), dout.flatten()])[shift:].view(out.shape)
         return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
 
 
@@ -113,8 +142,10 @@ def test_any_alignment(dtype: torch.dtype) -> None:
     aligned = [row[:-1].view(1, 2, 40, 36) for row in memory]
     shifted = [torch.cat([row[:1], x.flatten()])[1:].view(x.shape) for row, x in zip(memory, aligned, strict=True)]
     assert all(x.data_ptr() % 16 for x in shifted)
-    for x, expected in zip(gradients(*shifted, checked=True), gradients(*aligned), strict=True):
-        assert torch.equal(x, expected)
+    expected = gradients(*aligned)
+    for inputs, shift in ((shifted, 0), (aligned, 1)):
+        for x, y in zip(gradients(*inputs, checked=True, shift=shift), expected, strict=True):
+            assert torch.equal(x, y)
 
 
 @MODES
@@ -155,10 +186,14 @@ def test_lengths_are_cut_to_the_tensors() -> None:
 
 def test_no_problem_is_too_small() -> None:
     with on_the_cpu(SourceKernels()):
+        q, k, v = (torch.randn(1, 2, n, 8, 2)[..., 0].requires_grad_() for n in (0, 5, 5))  # rows are not contiguous
+        none = fastattn.scaled_dot_product_attention(q, k, v)
+        none.sum().backward()
         out = fastattn.scaled_dot_product_attention(*(torch.randn(0, 2, 5, 8) for _ in range(3)))
         edges = torch.zeros(1, dtype=torch.int32)
         packed = fastattn.varlen_attention(*(torch.randn(4, 2, 8) for _ in range(3)), edges, edges, 4, 4)
-    assert out.shape == (0, 2, 5, 8)
+    assert out.shape == (0, 2, 5, 8) and none.shape == q.grad.shape == (1, 2, 0, 8)
+    assert torch.equal(k.grad, torch.zeros(1, 2, 5, 8))
     assert torch.equal(packed, torch.zeros(4, 2, 8))
 
 

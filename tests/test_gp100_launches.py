@@ -21,7 +21,7 @@ def test_forward() -> None:
     (launch,) = launches.record(p, backward=False)
     kernel = launches.KERNELS[launch.kernel]
     assert kernel.pass_ == "attention_fwd" and kernel.head_dim == 64
-    assert (launch.element, launch.grid) == ("float32", (6, -(-96 // kernel.block_m), 1))
+    assert (launch.element, launch.grid) == ("float32", (-(-96 // kernel.block_m), 3, 2))
     assert (launch.threads, launch.smem) == (kernel.threads, kernel.smem)
     assert [(name, is_written) for _, name, is_written in launch.buffers] == [
         *((name, False) for name in "qkv"),
@@ -53,4 +53,4 @@ def test_packed() -> None:
     (launch,) = launches.record(p, backward=False)
     shapes = {name: tuple(x.shape) for x, name, _ in launch.buffers}
     assert shapes["out"] == (40, 3, 64) and shapes["lse"] == (3, 40)
-    assert launch.grid[0] == 2 * 3
+    assert launch.grid[1:] == (3, 2)

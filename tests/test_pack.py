@@ -157,6 +157,12 @@ def test_no_queries_and_no_keys():
     assert packed["lse"] == {"data": None, "batch": 0, "head": 0}
 
 
+def test_longest_sequences():
+    """A band's edges and a position add up within 32 bits for lengths below 2^29."""
+    packed = pack(problem(*qkv(), max_seqlen_q=2**29 - 1, max_seqlen_k=2**29 - 1))
+    assert_fields(packed, {"seqlen_q": 2**29 - 1, "seqlen_k": 2**29 - 1})
+
+
 # ---- alignment ----
 
 
@@ -323,7 +329,9 @@ REFUSALS = {
     ),
     "left: must fit 32 bits, got 2147483648": (problem(Q, K, V, left=2**31), buffers()),
     "right: must fit 32 bits, got -2147483649": (problem(Q, K, V, right=-(2**31) - 1), buffers()),
-    "max_seqlen_k: must fit 32 bits, got 4294967296": (problem(Q, K, V, max_seqlen_k=2**32), buffers()),
+    "max_seqlen_q: must be below 2^29, got 536870912": (problem(Q, K, V, max_seqlen_q=2**29), buffers()),
+    "max_seqlen_k: must be below 2^29, got 4294967296": (problem(Q, K, V, max_seqlen_k=2**32), buffers()),
+    "max_seqlen_k: must be below 2^29, got -1": (problem(Q, K, V, max_seqlen_k=-1), buffers()),
     "p: must have 15 fields, got 14": (problem(Q, K, V)[:-1], buffers()),
     "buffers: must have 11 fields, got 10": (problem(Q, K, V), buffers()[:-1]),
 }
