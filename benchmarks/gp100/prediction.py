@@ -21,6 +21,7 @@ from .sass import Program, bank_conflicts
 from .tracing import STEP, Block, Kernels, TracedLaunch, Tracer
 
 ISSUE = "issue, with pairs"
+WITHOUT_PAIRS = "issue, one at a time"  # what the schedulers could do at most if they never issued two; no bound
 EXACT = 500_000  # instructions that are replayed as they come, whatever they are
 WAVES = 4  # replayed of many alike, if they are short enough
 
@@ -152,7 +153,7 @@ def block_bounds(program: Program, block: Block, card: gp100.Card) -> dict[str, 
     cycles = {
         "FP32 lanes": lanes / gp100.SCHEDULERS,
         "FP32 lanes with conflicts": (lanes + executed @ conflicts) / gp100.SCHEDULERS,
-        "issue, one at a time": executed.sum() / gp100.SCHEDULERS,
+        WITHOUT_PAIRS: executed.sum() / gp100.SCHEDULERS,
         ISSUE: (executed.sum() - executed @ pairs) / gp100.SCHEDULERS,
         "shared memory": smem_cycles + executed @ shuffles,
         "special functions": executed @ of_unit[gp100.SFU] / gp100.SCHEDULERS,

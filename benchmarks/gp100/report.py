@@ -16,7 +16,7 @@ from fastattn.kernel_sources import ELEMENTS
 from . import card as gp100
 from . import goals, mix, sgemm
 from .pipeline import SENSITIVITIES, USUAL
-from .prediction import Model, Prediction, lengths_replayed
+from .prediction import WITHOUT_PAIRS, Model, Prediction, lengths_replayed
 from .problems import Problem
 from .tracing import Kernels, TracedLaunch
 
@@ -188,7 +188,8 @@ def verdict(got: float, wanted: float | None) -> str:
 
 def binding(prediction: Prediction) -> str:
     """The unit that allows least, and what it allows."""
-    name, rate = min(prediction.bound_tflops().items(), key=lambda bound: bound[1])
+    rates = {name: rate for name, rate in prediction.bound_tflops().items() if name != WITHOUT_PAIRS}
+    name, rate = min(rates.items(), key=lambda bound: bound[1])
     return f"{name} ({rate:.2f})"
 
 
