@@ -63,7 +63,7 @@ def with_contiguous_rows(x: Tensor) -> Tensor:
 
 def _attention_fwd(p: AttentionParams, backend: str) -> tuple[Tensor, Tensor]:
     out, lse = _empty_results(p)
-    backends.kernels(backend).attention_fwd(out, lse, p)
+    backends.get(backend).kernels().attention_fwd(out, lse, p)
     return out, lse
 
 
@@ -74,7 +74,7 @@ def _attention_bwd(
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv, dbias = _empty_grads(p, needs_dbias)
     to_fill = (dq, dk, dv, dbias if needs_dbias else None)
-    backends.kernels(backend).attention_bwd(*to_fill, out, lse, dout, dlse, p)
+    backends.get(backend).kernels().attention_bwd(*to_fill, out, lse, dout, dlse, p)
     return dq, dk, dv, dbias
 
 

@@ -71,6 +71,10 @@ class Backend:
     max_head_dim: int | None = None
     on_request_only: bool = False
 
+    def kernels(self) -> ModuleType:
+        """The module that runs it."""
+        return _module(self.module)
+
     def takes(self, p: Problem) -> bool:
         """Whether it can take the call."""
         refuses = self._lacks_device(p) or p.dtype not in self.dtypes or self._is_too_wide(p)
@@ -98,6 +102,11 @@ class Backend:
 
     def _is_too_wide(self, p: Problem) -> bool:
         return self.max_head_dim is not None and (p.head_dim > self.max_head_dim or p.head_dim_v > self.max_head_dim)
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(name, __package__)
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -147,12 +156,6 @@ def get(name: str) -> Backend:
         if backend.name == name:
             return backend
     raise ValueError(f"backend: must be one of {', '.join(NAMES)}, got {name!r}")
-
-
-@functools.cache
-def kernels(name: str) -> ModuleType:
-    """The module that runs the backend of that name."""
-    return importlib.import_module(get(name).module, __package__)
 
 
 # ---- the choice ----
