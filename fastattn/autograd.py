@@ -37,7 +37,7 @@ def _empty_results(p: AttentionParams) -> tuple[Tensor, Tensor]:
     """out and lse, not filled; out holds heads and rows in q's order, so that merging heads stays a view."""
     q, head_dim_v = p.q, p.v.shape[-1]
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if p.is_packed():
+    if p.cu_seqlens_q is not None:
         total, nheads, _ = q.shape
         return q.new_empty(total, nheads, head_dim_v), q.new_empty(nheads, total, dtype=lse_dtype)
     batch, nheads, seqlen_q, _ = q.shape

@@ -45,8 +45,9 @@ class Buffers(NamedTuple):
 
 def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
     """Fill out and lse."""
-    shape, batch = p.q.shape, p.batch_size()
-    if batch * shape[1] == 0:
+    shape = p.q.shape
+    batch = shape[0] if p.cu_seqlens_q is None else p.batch_size()
+    if batch == 0 or shape[1] == 0:
         out.zero_()
         lse.fill_(-torch.inf)
         return

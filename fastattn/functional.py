@@ -209,7 +209,7 @@ def attention_params(
     mask = bias = None
     if attn_mask is not None or attn_bias is not None:
         mask, bias = checks.mask_and_bias(attn_mask, attn_bias, query, (*shape[:-1], key_shape[-2]))
-    q, k, v = checks.to_4d(query, key, value)
+    q, k, v = (query, key, value) if len(shape) == 4 else checks.to_4d(query, key, value)
     return AttentionParams(
         q, k, v, mask, bias, None, None, None,
         shape[-2], key_shape[-2], _scale(scale, shape[-1]), dropout_p, left, right, bottom_right,
@@ -316,7 +316,7 @@ def _problem(p: AttentionParams, return_lse: bool) -> Problem:
         q.dtype,
         q.shape[-1],
         p.v.shape[-1],
-        p.is_packed(),
+        p.cu_seqlens_q is not None,
         None if bias is None else bias.dtype,
         p.dropout_p,
         return_lse,
