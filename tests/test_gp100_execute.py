@@ -262,15 +262,18 @@ def test_wavefronts(name: str) -> None:
 
 def run_memory(
     text: str | None = None, *, inputs: int = 1024, size: int = 64, shift: int = 0, smem: int = 4096
-) -> None:
+) -> set[str]:
+    """The buffers that it writes to."""
     program = sass.parse(text or listing(), "memory")
     x, out, bytes_ = torch.zeros(1100)[:inputs], torch.zeros(256), torch.zeros(64, dtype=torch.uint8)[:size]
     params = struct.pack("<QQQi", out.data_ptr(), x.data_ptr() + shift, bytes_.data_ptr(), 1)
-    execute(program, (1, 1), 32, smem, params, [(out, "out", True), (x, "x", False), (bytes_, "bytes", False)])
+    buffers = [(out, "out", True), (x, "x", False), (bytes_, "bytes", False)]
+    (block,) = execute(program, (1, 1), 32, smem, params, buffers).values()
+    return {name for name, sectors in block.written.items() if len(sectors)}
 
 
 def test_without_defect() -> None:
-    run_memory()
+    assert run_memory() == {"out"}
 
 
 @pytest.mark.parametrize(

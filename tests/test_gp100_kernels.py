@@ -88,14 +88,19 @@ def test_contract_of_longer_rows(dtype: torch.dtype, dim: int, seqlens: tuple[in
 
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_every_instruction_is_understood(element: str) -> None:
+    unknown = set()
     for kernel in launches.KERNELS:
         code = program(kernel, element)
         state = Machine(code, [(0, 0)], 32, 0, {0: bytes(1 << 12), 2: code.constants}, GlobalMemory([])).state
         for instruction in code.instructions:
-            if instruction.op in ("LDG", "STG", "LDS", "STS"):
-                Access(instruction, state)
-            elif instruction.op not in control.OPERATIONS:
-                step_of(instruction, state)
+            try:
+                if instruction.op in ("LDG", "STG", "LDS", "STS"):
+                    Access(instruction, state)
+                elif instruction.op not in control.OPERATIONS:
+                    step_of(instruction, state)
+            except ValueError as error:
+                unknown.add(str(error))
+    assert not unknown
 
 
 @pytest.mark.parametrize("length", [64, 192, 384])
@@ -107,8 +112,8 @@ def test_what_blocks_execute(length: int) -> None:
     traces = execute(code, launch.grid, launch.threads, launch.smem, launch.params_bytes, launch.buffers)
     is_ffma = np.array([i.op == "FFMA" for i in code.instructions])
     keys = -(-length // kernel.block_n) * kernel.block_n
-    for (_, y), block in traces.items():
-        rows = min(kernel.block_m, length - y * kernel.block_m)
+    for (tile, _), block in traces.items():
+        rows = min(kernel.block_m, length - tile * kernel.block_m)
         ffma = sum(int(warp.lanes[is_ffma[warp.index]].sum()) for warp in block.warps)
         assert 2 * 64 * rows * length <= ffma <= 1.03 * 2 * 64 * kernel.block_m * keys
         row = 64 * 4 // 32  # sectors
