@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gp100 import sass
-from benchmarks.gp100.execute import ExecutionError, execute
+from benchmarks.gp100.execute import ExecutionError, Index, execute
 from benchmarks.gp100.memory import wavefronts
 from benchmarks.gp100.trace import BlockTrace
 from gp100_kernels import listing, small
@@ -22,7 +22,7 @@ LANES = BLOCKS * THREADS
 
 def launch(
     kernel: str, out: Tensor, *arguments: Tensor | int, blocks: int = BLOCKS, threads: int = THREADS, smem: int = 0
-) -> dict[tuple[int, int], BlockTrace]:
+) -> dict[Index, BlockTrace]:
     """Runs a small kernel. It may write its first parameter, which is called out, and read the others, in1, in2, ..."""
     given = (out, *arguments)
     params = b"".join(struct.pack("<Q", x.data_ptr()) if isinstance(x, Tensor) else struct.pack("<i", x) for x in given)
@@ -216,7 +216,7 @@ def test_memory(stride: int) -> None:
     x = torch.randn(1024)
     bytes_ = torch.arange(190, 256, dtype=torch.int64).to(torch.uint8)
     out = torch.zeros(256)
-    trace = launch("memory", out, x, bytes_, stride, blocks=1, threads=32, smem=4096)[0, 0]
+    trace = launch("memory", out, x, bytes_, stride, blocks=1, threads=32, smem=4096)[0, 0, 0]
     lane = torch.arange(32)
     for begin, width in ((0, 1), (32, 2), (96, 4)):
         expected = x[(width * stride * lane % 1024)[:, None] + torch.arange(width)]
@@ -279,7 +279,10 @@ def test_without_defect() -> None:
 @pytest.mark.parametrize(
     ("defect", "message"),
     [
-        ({"inputs": 1023}, r"memory 0x\w+: LDG\.E R\d+, .*: thread 31 of block \(0, 0\): address \w+ is in no buffer"),
+        (
+            {"inputs": 1023},
+            r"memory 0x\w+: LDG\.E R\d+, .*: thread 31 of block \(0, 0, 0\): address \w+ is in no buffer",
+        ),
         ({"size": 63}, r"LDG\.E\.S16 .*: thread 31 of block .*: address \w+ is in no buffer"),
         ({"shift": 2}, r"LDG\.E .*: thread 0 of block .*: address \w+ is not aligned to 4 bytes"),
         ({"smem": 4092}, r"STS .*: thread 31 of block .*: address 0xffc is not in the 4092 bytes of shared memory"),

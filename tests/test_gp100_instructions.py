@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.gp100.execute import ExecutionError, execute
+from benchmarks.gp100.execute import ExecutionError, Index, execute
 from benchmarks.gp100.instructions import step_of
 from benchmarks.gp100.state import State
 from benchmarks.gp100.trace import Trace
@@ -26,6 +27,7 @@ CODE = [
     ("IADD3 R8.CC, R0, R1, R2\nIADD3.X R9, RZ, RZ, RZ", (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFD, 2)),
     ("IADD R8.CC, R0, -R1\nIADD.X R9, R2, -RZ", (0, 1, 5), (0xFFFFFFFF, 4)),
     ("IADD3.RS R8, R0, R1, R2", (0xFFFF0000, 0x00030000, 7), (0x10002 + 7, 0)),
+    ("IADD3 R8, R0, 0xffffe, R1\nIADD3 R9, R0, 0x7ffff, R1", (3, 4, 0), (5, 0x80006)),
     ("IADD R8, R0, -0x80", (0x7F, 0, 0), (0xFFFFFFFF, 0)),
     ("ISCADD R8, R0, R1, 0x4", (0x12345678, 3, 0), (0x23456783, 0)),
     ("ISCADD R8, -R0, R1, 0x4", (2, 33, 0), (1, 0)),
@@ -126,6 +128,31 @@ def test_word_of_a_buffer_that_begins_between_words() -> None:
     assert x.tolist() == [1, 2, 3, 2, 3, 6, 7, 8]
 
 
+@pytest.mark.parametrize("blocks", [None, [(2, 0, 1), (0, 1, 3)]], ids=str)
+def test_every_block_has_its_own_index(blocks: list[Index] | None) -> None:
+    code = """
+        S2R R0, SR_CTAID.X
+        S2R R1, SR_CTAID.Y
+        S2R R2, SR_CTAID.Z
+        XMAD R1, R2, c[0x0][0x18], R1
+        XMAD R0, R1, c[0x0][0x14], R0
+        SHL R0, R0, 0x2
+        MOV R4, c[0x0][0x1c]
+        IADD R2.CC, R0, c[0x0][0x140]
+        IADD.X R3, RZ, c[0x0][0x144]
+        STG.E [R2], R4
+        EXIT
+    """
+    grid = (3, 2, 4)
+    out = torch.zeros(4, 2, 3, dtype=torch.int32)
+    traces = execute(assembled(code), grid, 1, 0, struct.pack("<Q", out.data_ptr()), [(out, "out", True)], blocks)
+    assert {*traces} == {*(blocks or itertools.product(*map(range, grid)))}
+    expected = torch.zeros_like(out)
+    for x, y, z in traces:
+        expected[z, y, x] = 4
+    assert torch.equal(out, expected)
+
+
 # ---- the flow of control
 
 BEGIN = """
@@ -149,10 +176,10 @@ def run(code: str, threads: int = 32, smem: int = 0) -> tuple[list[int], list[Tr
     trace = execute(
         assembled(BEGIN + code + END), (1,), threads, smem, struct.pack("<Q", out.data_ptr()), [(out, "out", True)]
     )
-    within = [warp.index >= before for warp in trace[0, 0].warps]
+    within = [warp.index >= before for warp in trace[0, 0, 0].warps]
     cut = [
         Trace(w.index[k] - before, w.lanes[k], w.smem_cycles[k], w.sectors[k])
-        for w, k in zip(trace[0, 0].warps, within, strict=True)
+        for w, k in zip(trace[0, 0, 0].warps, within, strict=True)
     ]
     return out.tolist(), cut
 
@@ -256,6 +283,31 @@ def test_branch_on_condition_codes(condition: str, expected: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("begin", "leave", "end"),
+    [
+        ("SSY `(.L_x_2)", "SYNC", "SYNC"),
+        ("PBK `(.L_x_2)", "BRK", "BRK"),
+        ("CAL `(.L_x_1)\nBRA `(.L_x_2)", "RET", "RET"),
+    ],
+    ids=["SYNC", "BRK", "RET"],
+)
+def test_leaving_on_condition_codes(begin: str, leave: str, end: str) -> None:
+    code = f"""
+        IADD RZ.CC, R5, -0x1
+        ISETP.LT.AND P0, PT, R5, 0x8, PT
+        {begin}
+        .L_x_1:
+        @P0 {leave} CC.NEU
+        IADD R4, R4, 0x1
+        {end}
+        .L_x_2:
+        NOP
+    """
+    out, _ = run(code)
+    assert out == [0, 1, *[0] * 6, *[1] * 24]
+
+
+@pytest.mark.parametrize(
     ("code", "message"),
     [
         ("SYNC", "nothing on the stack"),
@@ -263,6 +315,8 @@ def test_branch_on_condition_codes(condition: str, expected: list[int]) -> None:
         (".L_x_0:\nSSY `(.L_x_0)\nBRA `(.L_x_0)", "the stack is higher than 64"),
         ("ISETP.LT.AND P0, PT, R5, 0x3, PT\n@P0 BAR.SYNC 0x0", "by some of the warp's lanes"),
         ("BRA CC.LT, `(.L_x_0)\n.L_x_0:\nNOP", "CC.LT"),
+        ("PBK `(.L_x_0)\nBRK CC.LT\n.L_x_0:\nNOP", "CC.LT"),
+        ("EXIT CC.LT", "CC.LT"),
     ],
 )
 def test_flow_that_must_not_be(code: str, message: str) -> None:

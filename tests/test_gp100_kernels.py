@@ -91,7 +91,7 @@ def test_every_instruction_is_understood(element: str) -> None:
     unknown = set()
     for kernel in launches.KERNELS:
         code = program(kernel, element)
-        state = Machine(code, [(0, 0)], 32, 0, {0: bytes(1 << 12), 2: code.constants}, GlobalMemory([])).state
+        state = Machine(code, [(0, 0, 0)], 32, 0, {0: bytes(1 << 12), 2: code.constants}, GlobalMemory([])).state
         for instruction in code.instructions:
             try:
                 if instruction.op in ("LDG", "STG", "LDS", "STS"):
@@ -112,7 +112,7 @@ def test_what_blocks_execute(length: int) -> None:
     traces = execute(code, launch.grid, launch.threads, launch.smem, launch.params_bytes, launch.buffers)
     is_ffma = np.array([i.op == "FFMA" for i in code.instructions])
     keys = -(-length // kernel.block_n) * kernel.block_n
-    for (tile, _), block in traces.items():
+    for (tile, *_), block in traces.items():
         rows = min(kernel.block_m, length - tile * kernel.block_m)
         ffma = sum(int(warp.lanes[is_ffma[warp.index]].sum()) for warp in block.warps)
         assert 2 * 64 * rows * length <= ffma <= 1.03 * 2 * 64 * kernel.block_m * keys

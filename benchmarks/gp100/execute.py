@@ -21,6 +21,8 @@ from .sass import Instruction, Program
 from .state import WARP, Lanes, State, Step
 from .trace import BlockTrace, Recorder
 
+Index = tuple[int, int, int]  # of a block in its grid: x, y, z
+
 WARPS_AT_ONCE = 64
 PARAMETERS = 0x140  # where the kernel's parameters begin in constant bank 0
 
@@ -36,30 +38,30 @@ def execute(
     smem_bytes: int,
     params: bytes,
     buffers: Sequence[tuple[Tensor, str, bool]],
-    blocks: Iterable[tuple[int, int]] | None = None,
-) -> dict[tuple[int, int], BlockTrace]:
+    blocks: Iterable[Index] | None = None,
+) -> dict[Index, BlockTrace]:
     """Runs blocks of a launch.
 
     Args:
         program: the kernel.
-        grid: how many blocks there are in x, y and, if it is given, z, where there must be one.
+        grid: how many blocks there are in x and, where they are given, y and z.
         block_threads: of a block, in x.
         smem_bytes: of a block.
         params: the kernel's parameters.
         buffers: all memory that it may access: CPU tensors, their names, and whether they may be written.
-        blocks: which blocks (x, y) run; by default, all of them.
+        blocks: which blocks run; by default, all of them.
 
     Raises:
         ExecutionError: an access outside the buffers or shared memory, or not aligned; a barrier that not all lanes
             reach; an instruction that is not understood.
     """
     grid = (*grid, 1, 1)[:3]
-    chosen = iter(itertools.product(range(grid[0]), range(grid[1])) if blocks is None else blocks)
+    chosen = iter(itertools.product(*map(range, grid)) if blocks is None else blocks)
     warps_per_block = -(-block_threads // WARP)
     memory = GlobalMemory(buffers)
     header = struct.pack("<8x6i", block_threads, 1, 1, *grid)
     constants = {0: header.ljust(PARAMETERS, b"\0") + params, 2: program.constants}
-    traces: dict[tuple[int, int], BlockTrace] = {}
+    traces: dict[Index, BlockTrace] = {}
     while batch := [*itertools.islice(chosen, max(1, WARPS_AT_ONCE // warps_per_block))]:
         machine = Machine(program, batch, block_threads, smem_bytes, constants, memory)
         with np.errstate(all="ignore"):
@@ -74,7 +76,7 @@ class Machine:
     def __init__(
         self,
         program: Program,
-        blocks: list[tuple[int, int]],
+        blocks: list[Index],
         threads: int,
         smem_bytes: int,
         constants: dict[int, bytes],
@@ -84,10 +86,10 @@ class Machine:
         self.warps_per_block = -(-threads // WARP)
         per_block = self.warps_per_block * WARP
         thread = np.tile(np.arange(per_block, dtype=np.uint32), len(blocks))
-        x, y = (np.repeat(np.array(side, np.uint32), per_block) for side in zip(*blocks, strict=True))
         zero = np.zeros_like(thread)
         special = {"SR_TID.X": thread, "SR_TID.Y": zero, "SR_TID.Z": zero, "SR_LANEID": thread % WARP}
-        special |= {"SR_CTAID.X": x, "SR_CTAID.Y": y, "SR_CTAID.Z": zero}
+        for side, numbers in zip("XYZ", np.array(blocks, np.uint32).T, strict=True):
+            special[f"SR_CTAID.{side}"] = np.repeat(numbers, per_block)
         self.state = State(len(thread), constants, special)
         self.warps = Warps(as_bits(thread < threads))
         self.recorder = Recorder(len(blocks) * self.warps_per_block)
@@ -130,8 +132,9 @@ class Machine:
         taken = self.warps.active.copy()
         if i.guard:
             taken &= as_bits(self.state.predicate(i.guard)(slice(None)))
-        if i.op == "BRA" and i.operands:
-            taken &= as_bits(self.state.condition(i.operands[0]))
+        if i.op != "BAR":
+            for operand in i.operands:
+                taken &= as_bits(self.state.condition(operand))
         self.recorder.note("lanes", index, _popcount(taken))
         self.warps.step(i, warps, taken[warps])
 
@@ -208,7 +211,7 @@ class Machine:
             where = f"thread {thread} of block {self.blocks[block]}: "
         return f"{self.program.name} {i}: {where}{error}"
 
-    def traces(self) -> Iterator[tuple[tuple[int, int], BlockTrace]]:
+    def traces(self) -> Iterator[tuple[Index, BlockTrace]]:
         """By block."""
         warps = self.recorder.traces()
         accessed = _by_block(self.accessed, self.warps_per_block, len(self.blocks))

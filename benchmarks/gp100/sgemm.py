@@ -58,5 +58,6 @@ def run(
     params = struct.pack("<3Q3if", *(x.data_ptr() for x in (a, b, c)), m, n, k, alpha)
     buffers = [(a, "a", False), (b, "b", False), (c, "c", True)]
     smem = cubin.kernels(file)["sgemm"].static_smem
-    traces = execute(program, (n // TILE, m // TILE, 1), THREADS, smem, params, buffers, [(0, 0)])
-    return program, traces[0, 0]
+    grid = (n // TILE, m // TILE, 1)
+    (trace,) = execute(program, grid, THREADS, smem, params, buffers, [(0, 0, 0)]).values()
+    return program, trace

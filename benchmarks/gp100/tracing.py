@@ -158,8 +158,8 @@ class Tracer:
             key = (launch.kernel, launch.element, alike, seqlen, tile, at_once, *sharing.values())
             if key not in self._blocks:
                 what = (launch.grid, launch.threads, launch.smem, executed.params_bytes, executed.buffers)
-                traces = execute(program, *what, [(tile, 0)])
-                self._blocks[key] = block(traces[tile, 0], gp100.L2_BYTES // gp100.SECTOR // at_once, sharing)
+                (trace,) = execute(program, *what, [(tile, 0, 0)]).values()
+                self._blocks[key] = block(trace, gp100.L2_BYTES // gp100.SECTOR // at_once, sharing)
             kinds.append(Kind(self._blocks[key], count * pairs))
         taken = Taken(launch.threads, used.registers, smem, resident)
         return TracedLaunch(launch.kernel, launch.element, program, taken, tuple(kinds))

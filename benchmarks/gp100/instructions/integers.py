@@ -21,16 +21,17 @@ def iadd(i: Instruction, state: State) -> Step:
     """With RS: the upper part, from bit 16 on, of the 33 bits of the first two's sum, plus the third."""
     if "RS" in i.modifiers and i.modifiers != ("RS",):
         raise not_understood(i)
+    sources = [_with_sign(text) if i.op == "IADD3" else text for text in i.operands[1:]]
     if "RS" in i.modifiers:
-        a, b, c = (state.wide(text) for text in i.operands[1:])
+        a, b, c = (state.wide(text) for text in sources)
         return state.set(i.operands[0], lambda s: (a(s) + b(s) >> 16) + c(s))
     is_extended = "X" in i.modifiers
     if not is_extended and not _sets_flags(i):
-        numbers = [state.wide(text) for text in i.operands[1:]]
+        numbers = [state.wide(text) for text in sources]
         return state.set(i.operands[0], lambda s: sum(number(s) for number in numbers))
     # Minus x is the complement of x plus 1. With X, the carry of the lower words stands for that 1.
-    minus = [_is_negative(text) for text in i.operands[1:]]
-    numbers = [state.wide("~" + text[1:] if m else text) for text, m in zip(i.operands[1:], minus, strict=True)]
+    minus = [_is_negative(text) for text in sources]
+    numbers = [state.wide("~" + text[1:] if m else text) for text, m in zip(sources, minus, strict=True)]
 
     def total(s):
         return sum(number(s) for number in numbers) + (state.carry[s] if is_extended else sum(minus))
@@ -67,6 +68,15 @@ def _set_sum(i: Instruction, state: State, total: Getter) -> Step:
         state.set_flags(s, result)
 
     return step
+
+
+def _with_sign(text: str) -> str:
+    """An immediate of 20 bits, which nvdisasm prints without its sign, as the number that it is; else the text."""
+    operand = Operand.parse(text)
+    if operand.kind != "immediate" or operand.negative:
+        return text
+    number = operand.as_integer({})
+    return hex(number - (1 << 20) if number >> 19 == 1 else number)
 
 
 def _sets_flags(i: Instruction) -> bool:
