@@ -137,11 +137,15 @@ __device__ __forceinline__ void finish_scores(float (&scores)[T::kRows][T::kKeys
             add_bias<E>(scores, p.bias, s, h, i0, j0, lane);
     }
     const int first = i0 + s.shift, last = first + T::kBlockM - 1, left = left_edge(p), right = right_edge(p);
-    const bool is_inside = j0 + T::kBlockN <= s.seqlen_k && j0 >= last - left && j0 + T::kBlockN - 1 <= first + right;
-    if (!is_inside) {
+    if (j0 < last - left || j0 + T::kBlockN - 1 > first + right) {
         for_each_score<T>(lane, i0, j0, [&](int i, int j, int query, int key) {
             const int offset = key - query - s.shift;
-            if (key >= s.seqlen_k || offset < -left || offset > right) scores[i][j] = -INFINITY;
+            if (offset < -left || offset > right) scores[i][j] = -INFINITY;
+        });
+    }
+    if (j0 + T::kBlockN > s.seqlen_k) {
+        for_each_score<T>(lane, i0, j0, [&](int i, int j, int, int key) {
+            if (key >= s.seqlen_k) scores[i][j] = -INFINITY;
         });
     }
     if (p.mask.data != nullptr) {

@@ -181,9 +181,9 @@ __device__ __forceinline__ void multiply_rows(float (&scores)[T::kRows][T::kKeys
         sync_and_stage<T>(left, right, queries, keys, d0, queries_are_staged);
         __syncthreads();
         const int row = lane.template row<T::kRows>(0), column = lane.template column<T::kKeys>(0);
-        multiply<T, T::kBlockM, T::kBlockN, 16>(scores, left + row, right + column,
-                                                multiple_of(16, min(T::kSlice, queries.dims - d0)),
-                                                (row ^ staggered(4)) - row, (column ^ staggered(4)) - column);
+        multiply<T, kLineOf<T::kBlockM>, T::kBlockN, 16>(scores, left + row, right + column,
+                                                         multiple_of(16, min(T::kSlice, queries.dims - d0)),
+                                                         (row ^ staggered(4)) - row, (column ^ staggered(4)) - column);
     }
 }
 

@@ -8,6 +8,9 @@ template <int kCount>
 constexpr int kGroupOf = kCount < 4 ? kCount : 4;
 template <int a, int b>
 constexpr int kLarger = a > b ? a : b;
+// Floats from line to line of a transposed operand with so many rows: the rows of a line are staggered, 16 with 16.
+template <int kRows>
+constexpr int kLineOf = (kRows + 31) / 32 * 32;
 
 // A block of kWarps warps works on kBlockM queries and kBlockN keys at a time. A warp owns whole rows of every product,
 // so that a row is reduced by shuffles alone; its lanes form a grid of kLanesY x kLanesX.
@@ -22,14 +25,15 @@ struct Tile {
     static constexpr int kKeyRows = BlockN / (Warps * kLanesY);
     static constexpr int kWarpRows = BlockM / Warps;
 
-    // Products over head_dim run in slices of kSlice; products over keys in slices of kKeySlice, which are the keys
-    // that a warp's lanes hold in one group each.
-    static constexpr int kSlice = HeadDim < 64 ? HeadDim : 64;
+    // Products over head_dim run in slices of kSlice, shorter ones where a tile is large; products over keys in slices
+    // of kKeySlice, which are the keys that a warp's lanes hold in one group each.
+    static constexpr int kSlice = HeadDim < 64 ? HeadDim : BlockM + BlockN > 128 ? 32 : 64;
     static constexpr int kKeySlice = LanesX * kGroupOf<kKeys>;
     static constexpr bool kOneSlice = kSlice == HeadDim;
 
     static_assert(kRows >= 1 && kKeys >= 1 && kDims >= 1 && kKeyRows >= 1, "every thread has a part of every product");
     static_assert(BlockN % kKeySlice == 0 && kSlice % 16 == 0, "whole slices");
+    static_assert(BlockN % 32 == 0, "a line of keys has no gap");
     static_assert((kRows <= 4 || kLanesY != 4) && (kKeys <= 4 || kLanesX != 4), "staggered() moves all groups alike");
 };
 
@@ -43,18 +47,18 @@ struct ForwardSmem {
     // With half the values at a time if they and the weights fit where the keys were.
     static constexpr bool kHalves = T::kOneSlice && T::kKeySlice * T::kHeadDim + kWeights > kKeys;
     static constexpr int kValueSlice = kHalves ? T::kKeySlice / 2 : T::kKeySlice, kValues = kValueSlice * T::kHeadDim;
-    static constexpr int kLeft = T::kOneSlice ? T::kSlice * T::kBlockM : kLarger<T::kSlice * T::kBlockM, kWeights>;
+    static constexpr int kQueries = T::kSlice * kLineOf<T::kBlockM>;
+    static constexpr int kLeft = T::kOneSlice ? kQueries : kLarger<kQueries, kWeights>;
     static constexpr int kRight = kLarger<kKeys, kValues + (T::kOneSlice ? kWeights : 0)>;
     static constexpr int kBytes = 4 * (kLeft + kRight);
 };
 
-//   left:  q^T or dout^T slice (kSlice, kBlockM)        or weights (kBlockM, kBlockN), or weights^T (kKeySlice,
-//   kBlockM) right: k^T or v^T slice (kSlice, kBlockN)           or q or dout (kBlockM, head_dim), or k (kKeySlice,
-//   head_dim)
+//   left:  q^T or dout^T slice (kSlice, kBlockM)   or weights (kBlockM, kBlockN) or weights^T (kKeySlice, kBlockM)
+//   right: k^T or v^T slice (kSlice, kBlockN)      or q or dout (kBlockM, head_dim) or k (kKeySlice, head_dim)
 template <class T>
 struct BackwardSmem {
-    static constexpr int kLeft = T::kBlockM * kLarger<T::kSlice, T::kBlockN>;
-    static constexpr int kRight = T::kHeadDim * kLarger<T::kBlockM, T::kBlockN>;
+    static constexpr int kLeft = kLarger<T::kSlice * kLineOf<T::kBlockM>, T::kBlockM * T::kBlockN>;
+    static constexpr int kRight = kLarger<T::kSlice * T::kBlockN, T::kHeadDim * kLarger<T::kBlockM, T::kKeySlice>>;
     static constexpr int kBytes = 4 * (kLeft + kRight);
 };
 
@@ -65,17 +69,19 @@ struct ScoresSmem {
     static constexpr int kBytes = 4 * (kLeft + kRight);
 };
 
-// Every kernel of one element type: the pass and its tile. 16 and the sum of bias gradients, for each of 3 element
-// types: 51 instantiations per architecture.
+// Every kernel of one element type: the pass and its tile. 18 and the sum of bias gradients, for each of 3 element
+// types: 57 instantiations per architecture.
 #define FASTATTN_KERNELS(KERNEL)                                           \
     /* pass, shared memory, head_dim, M, N, warps, lanes x, min. blocks */ \
     KERNEL(attention_fwd, ForwardSmem, 32, 32, 32, 2, 8, 4)                \
     KERNEL(attention_fwd, ForwardSmem, 32, 64, 64, 4, 8, 2)                \
+    KERNEL(attention_fwd, ForwardSmem, 64, 96, 96, 6, 8, 2)                \
     KERNEL(attention_fwd, ForwardSmem, 64, 32, 32, 2, 8, 4)                \
     KERNEL(attention_fwd, ForwardSmem, 64, 64, 64, 4, 8, 2)                \
     KERNEL(attention_fwd, ForwardSmem, 128, 64, 32, 4, 8, 2)               \
     KERNEL(attention_fwd, ForwardSmem, 256, 64, 32, 8, 16, 1)              \
     KERNEL(attention_bwd, BackwardSmem, 32, 32, 32, 2, 8, 4)               \
+    KERNEL(attention_bwd, BackwardSmem, 64, 48, 96, 6, 8, 1)               \
     KERNEL(attention_bwd, BackwardSmem, 64, 32, 32, 2, 8, 4)               \
     KERNEL(attention_bwd, BackwardSmem, 64, 64, 64, 4, 8, 2)               \
     KERNEL(attention_bwd, BackwardSmem, 128, 32, 32, 4, 16, 2)             \

@@ -13,7 +13,8 @@ from .blocks import bias_tiles_and_copies, count
 from .params import AttentionParams
 
 ELEMENTS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# A larger tile computes a score in so much less time than a smaller one that it may compute as many more in vain.
+# The last tile of the table computes a score in so much less time than the others that it may compute as many more in
+# vain.
 LARGER = 1.2
 # With fewer blocks than this per multiprocessor, five products on a part of the card lose to seven on all of it.
 FULL = 2

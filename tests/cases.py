@@ -208,6 +208,7 @@ def full() -> list[Case]:
 WITHIN_ONE_TILE = [
     Case(seqlens=(70, 30), dims=(32, 32), heads=(4, 2), mask="empty-rows"),
     Case(seqlens=(70, 31), dims=(64, 64), dtype=torch.float16, band="causal", packed=True, mask="random"),
+    Case(seqlens=(82, 90), dims=(40, 64), heads=(2, 1), layout="strided", mask="padding"),
     Case(seqlens=(128, 60), dims=(64, 40), heads=(3, 1), band="window-bottom-right", packed=True),
     Case(seqlens=(70, 32), dims=(128, 100), dtype=torch.bfloat16, return_lse=False),
     Case(seqlens=(40, 20), dims=(200, 256), layout="odd-rows", band="causal-bottom-right", mask="padding"),
@@ -216,4 +217,7 @@ WITHIN_ONE_TILE = [
 SEVERAL_TILES = [
     Case(seqlens=(70, 40), dims=(128, 100), dtype=torch.float16, heads=(2, 1), bias="full", dropout_p=0.3, batch=2),
     Case(seqlens=(150, 200), dims=(16, 16), band="wide-window", packed=True),
+    Case(seqlens=(140, 180), dims=(64, 64), heads=(2, 1), bias="per-head", dropout_p=0.3, batch=1),
+    Case(seqlens=(270, 280), dims=(64, 64), heads=(1, 1), band="causal", dropout_p=0.3, batch=1),
+    Case(seqlens=(270, 280), dims=(64, 40), heads=(1, 1), dtype=torch.float16, mask="random", batch=1),
 ]
