@@ -163,9 +163,9 @@ __device__ __forceinline__ void tile_gradients(float (&weights)[T::kRows][T::kKe
                           [&](int i, int j, int, int) { dscores[i][j] = weights[i][j] * (dscores[i][j] - delta[i]); });
         return;
     }
-    const unsigned kept = dropout.keep_scores(i0, j0, lane);
+    const Kept<T> kept = dropout.keep_scores(i0, j0, lane);
     for_each_score<T>(lane, i0, j0, [&](int i, int j, int, int) {
-        const bool is_kept = kept >> (i * T::kKeys + j) & 1;
+        const bool is_kept = kept(i, j);
         dscores[i][j] = weights[i][j] * ((is_kept ? p.dropout_rescale * dscores[i][j] : 0.0f) - delta[i]);
         if (!is_kept) weights[i][j] = 0.0f;
     });

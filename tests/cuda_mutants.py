@@ -226,10 +226,8 @@ FORWARD = {
     "weights where the queries are": forward("T::kOneSlice ? right + Smem::kValues : left", "left"),
     "weights where the values are": forward("right + Smem::kValues :", "right :"),
     "weights behind their place": forward("right + Smem::kValues :", "right + Smem::kKeys :", PLAIN, "out-of-bounds"),
-    "dropout missing in out": forward("if (!(kept >>", "if (false && !(kept >>", DROPPED),
-    "dropout bits in another order in out": forward(
-        "kept >> (i * T::kKeys + j)", "kept >> (j * T::kRows + i)", DROPPED
-    ),
+    "dropout missing in out": forward("if (!kept(i, j))", "if (false && !kept(i, j))", DROPPED),
+    "dropout bits in another order in out": forward("if (!kept(i, j))", "if (!kept(j, i))", DROPPED),
     "dropout not rescaled in out": forward("__fdividef(p.dropout_rescale,", "__fdividef(1.0f,", DROPPED),
 }
 
@@ -238,17 +236,20 @@ DROPOUT = {
     "dropout bits of the first head": philox("i, head, batch)", "i, 0, batch)"),
     "nine rounds of Philox": philox("round < 10", "round < 9"),
     "half a seed": philox("static_cast<unsigned>(*p.seed >> 32)", "0"),
-    "dropout bits swapped": philox(
-        "(words.x >= threshold) | (words.y >= threshold) << 1", "(words.y >= threshold) | (words.x >= threshold) << 1"
-    ),
-    "dropout bits of two keys for four": philox("bits | upper << 2", "bits | bits << 2"),
+    "dropout bits swapped": philox("(bits, words.x), words.y)", "(bits, words.y), words.x)"),
+    "dropout bits of two keys for four": philox("words.z), words.w)", "words.x), words.y)"),
     "dropout bits of the first two of four keys": philox(
-        "j % 4 == 0 ? bits : upper", "bits", replace(DROPPED, dims=(128, 128)), 128
+        "is_upper = j % 4 != 0", "is_upper = false", replace(DROPPED, dims=(128, 128)), 128
     ),
+    "dropout bits counted from the other end": philox("kCount - 1 - (i * T::kKeys + j)", "i * T::kKeys + j"),
     "dropout bits of one row for all": philox(
         "lane.template row<T::kRows>(i), j0", "lane.template row<T::kRows>(0), j0"
     ),
-    "dropout bits of the first tile for all": philox("keep<kGroup>(i0 + ", "keep<kGroup>("),
+    "dropout bits of a thread's first keys for all": philox(
+        "lane.template column<T::kKeys>(j)", "lane.template column<T::kKeys>(0)", replace(DROPPED, seqlens=(128, 127))
+    ),
+    "dropout bits of the first tile's rows for all": philox("append<kGroup>(bits, i0 + ", "append<kGroup>(bits, "),
+    "dropout bits of the first tile's keys for all": philox("j0 + lane.template", "lane.template"),
 }
 
 SHARED_AND_FORWARD = SCORES | SEQUENCES | COPIES | PRODUCTS | FORWARD | DROPOUT

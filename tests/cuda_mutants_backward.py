@@ -59,9 +59,7 @@ BACKWARD = {
     "dropout missing in dP": backward("(is_kept ? p.drop", "(true ? p.drop", DROPPED),
     "dropout missing in dv": backward("if (!is_kept) weights[i][j] = 0.0f;", "", DROPPED),
     "dropout not rescaled in dv": backward("to_dv, dv, p.dropout_rescale, lane", "to_dv, dv, 1.0f, lane", DROPPED),
-    "dropout bits in another order in the backward": backward(
-        "kept >> (i * T::kKeys + j)", "kept >> (j * T::kRows + i)", DROPPED
-    ),
+    "dropout bits in another order in the backward": backward("is_kept = kept(i, j)", "is_kept = kept(j, i)", DROPPED),
     "dk and dv of the first head of a group": backward(
         "h < (h_k + 1) * group; ++h) {\n            Queries",
         "h < h_k * group + 1; ++h) {\n            Queries",
