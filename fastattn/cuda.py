@@ -13,9 +13,8 @@ from .blocks import bias_tiles_and_copies, count
 from .params import AttentionParams
 
 ELEMENTS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# The last tile of the table computes a score in so much less time than the others that it may compute as many more in
-# vain.
-LARGER = 1.2
+# How much longer than the last tile of the table the others take for a score: it may compute as many more in vain.
+SLOWER = {"attention_fwd": 1.1, "attention_bwd": 1.4}
 # With fewer blocks than this per multiprocessor, five products on a part of the card lose to seven on all of it.
 FULL = 2
 
@@ -120,7 +119,7 @@ def _kernel(pass_: str, head_dim: int, head_dim_v: int, seqlen_q: int, seqlen_k:
 
     def cost(k: _launcher.Kernel) -> float:
         tiles = count(seqlen_q, k.block_m) * count(seqlen_k, k.block_n)
-        return tiles * k.block_m * k.block_n * (1 if k is candidates[-1] else LARGER)
+        return tiles * k.block_m * k.block_n * (1 if k is candidates[-1] else SLOWER[pass_])
 
     return min(candidates, key=cost)
 
