@@ -114,11 +114,14 @@ __device__ __forceinline__ void to_weights(float (&scores)[T::kRows][T::kKeys], 
     }
 }
 
-// delta of rows whose keys are all in this tile: rowsum(P dP). Divided by rowsum(P), which is 1 but for rounding, it is
-// their mean; so that dS of a row with one key is 0.
-template <class T>
+// delta of rows whose keys are all in this tile: rowsum(P dP) - dlse. Divided by rowsum(P), which is 1 but for
+// rounding, the sum is their mean; so that dS of a row with one key is 0. The gradient of a bias reads delta again.
+template <class E, class T>
 __device__ __forceinline__ void delta_of_rows(float (&delta)[T::kRows], const float (&weights)[T::kRows][T::kKeys],
-                                              const float (&dweights)[T::kRows][T::kKeys]) {
+                                              const float (&dweights)[T::kRows][T::kKeys], const AttentionParams& p,
+                                              const Queries<E>& queries, const Lane<T>& lane) {
+    float dlse[T::kRows] = {};
+    if (p.dlse.data != nullptr) load_per_row(dlse, p.dlse.data + queries.first, queries.q.rows, 0.0f, lane);
 #pragma unroll
     for (int i = 0; i < T::kRows; ++i) {
         float sum = 0.0f, total = 0.0f;
@@ -128,7 +131,9 @@ __device__ __forceinline__ void delta_of_rows(float (&delta)[T::kRows], const fl
             total += weights[i][j];
         }
         sum = row_sum<T>(sum), total = row_sum<T>(total);
-        delta[i] = total == 0.0f ? 0.0f : __fdividef(sum, total);
+        delta[i] = (total == 0.0f ? 0.0f : __fdividef(sum, total)) - dlse[i];
+        const int row = lane.template row<T::kRows>(i);
+        if (p.bias.data != nullptr && lane.x == 0 && row < queries.q.rows) p.delta.data[queries.first + row] = delta[i];
     }
 }
 
@@ -145,30 +150,25 @@ __device__ __forceinline__ void tile_gradients(float (&weights)[T::kRows][T::kKe
     finish_scores<E>(weights, p, s, h, i0, j0, lane);
     to_weights(weights, p, queries, lane);
 
-    float delta[T::kRows];
-    if (has_delta) {
-        load_per_row(delta, p.delta.data + queries.first, queries.q.rows, 0.0f, lane);
-    } else {
-        delta_of_rows<T>(delta, weights, dscores);
-        if (p.dlse.data != nullptr) {
-            float dlse[T::kRows];
-            load_per_row(dlse, p.dlse.data + queries.first, queries.q.rows, 0.0f, lane);
-#pragma unroll
-            for (int i = 0; i < T::kRows; ++i) delta[i] -= dlse[i];
-        }
-    }
     const Dropout dropout(p, s.b, h);
-    if (!dropout.is_on) {
-        for_each_score<T>(lane, i0, j0,
-                          [&](int i, int j, int, int) { dscores[i][j] = weights[i][j] * (dscores[i][j] - delta[i]); });
-        return;
+    const Kept<T> kept = dropout.is_on ? dropout.keep_scores(i0, j0, lane) : Kept<T>{0};
+    if (dropout.is_on) {
+        for_each_score<T>(lane, i0, j0, [&](int i, int j, int, int) {
+            dscores[i][j] = kept(i, j) ? p.dropout_rescale * dscores[i][j] : 0.0f;
+        });
     }
-    const Kept<T> kept = dropout.keep_scores(i0, j0, lane);
-    for_each_score<T>(lane, i0, j0, [&](int i, int j, int, int) {
-        const bool is_kept = kept(i, j);
-        dscores[i][j] = weights[i][j] * ((is_kept ? p.dropout_rescale * dscores[i][j] : 0.0f) - delta[i]);
-        if (!is_kept) weights[i][j] = 0.0f;
-    });
+    float delta[T::kRows];
+    if (has_delta)
+        load_per_row(delta, p.delta.data + queries.first, queries.q.rows, 0.0f, lane);
+    else
+        delta_of_rows(delta, weights, dscores, p, queries, lane);
+    for_each_score<T>(lane, i0, j0,
+                      [&](int i, int j, int, int) { dscores[i][j] = weights[i][j] * (dscores[i][j] - delta[i]); });
+    if (dropout.is_on) {
+        for_each_score<T>(lane, i0, j0, [&](int i, int j, int, int) {
+            if (!kept(i, j)) weights[i][j] = 0.0f;
+        });
+    }
 }
 
 template <class E, class T, int kRows>
@@ -256,8 +256,8 @@ __device__ __forceinline__ void key_head_gradients(const AttentionParams& p, int
     const int group = p.nheads == p.nheads_k ? 1 : p.nheads / p.nheads_k;
     const Sequence s(p, b);
     const bool has_all_keys = gridDim.x == 1;
-    // A row that this tile has all keys of needs nothing but the tile for its delta, unless others read it, too.
-    const bool has_delta = !has_all_keys || s.seqlen_k > T::kBlockN || p.seed != nullptr || p.bias.data != nullptr;
+    // A row that this tile has all keys of needs nothing but the tile for its delta.
+    const bool has_delta = !has_all_keys || s.seqlen_k > T::kBlockN;
     if (p.cu_seqlens_q != nullptr) clear_orphans<E>(p, s, h_k, has_all_keys);
     for (int h = h_k * group; has_all_keys && h < (h_k + 1) * group; ++h) {
         if (has_delta) write_delta<E, T>(p, Queries<E>(p, s, h, 0), s.seqlen_q);

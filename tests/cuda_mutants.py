@@ -29,6 +29,8 @@ ODD = replace(PLAIN, dims=(7, 7))
 UNALIGNED = replace(PLAIN, dims=(24, 32))
 SHORT = replace(PLAIN, seqlens=(70, 30))  # a row's keys are all in one tile
 SHORT_EMPTY = replace(SHORT, mask="empty-rows")
+SHORT_BIASED = replace(SHORT, bias="per-key")
+SHORT_DROPPED = replace(SHORT, dropout_p=0.3)
 WIDE_TILES = replace(PLAIN, seqlens=(128, 127))  # the tile of 64 x 64
 WIDE_TILES_BIASED = replace(WIDE_TILES, bias="full", heads=(2, 2))
 SLICED = replace(PLAIN, dims=(128, 100))  # two slices of the head dimension

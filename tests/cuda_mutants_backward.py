@@ -15,6 +15,8 @@ from cuda_mutants import (
     PER_KEY,
     PLAIN,
     SHORT,
+    SHORT_BIASED,
+    SHORT_DROPPED,
     SHORT_EMPTY,
     WINDOW,
     backward,
@@ -23,7 +25,6 @@ from cuda_mutants import (
 
 DELTA = {
     "delta ignored": backward("(dscores[i][j] - delta[i])", "dscores[i][j]"),
-    "delta ignored under dropout": backward(": 0.0f) - delta[i])", ": 0.0f))", DROPPED),
     "delta of the first of four rows for all": backward("queries.out.row(row + n * step)", "queries.out.row(row)"),
     "delta without the last lanes": backward("bit = kLanes / 2;", "bit = kLanes / 4;"),
     "delta past the end written": backward(
@@ -37,15 +38,30 @@ DELTA = {
         "x[i] = row < rows ? from[row] : beyond;", "x[i] = from[row];", PLAIN, "out-of-bounds"
     ),
     "gradient of lse ignored": backward("sum[n] - (p.dlse.data", "sum[n] - (true || p.dlse.data"),
-    "gradient of lse ignored by short rows": backward("delta[i] -= dlse[i];", ";", SHORT),
+    "gradient of lse ignored by short rows": backward(" - dlse[i];", ";", SHORT),
     "delta of short rows without half their keys": backward("sum = row_sum<T>(sum), ", "", SHORT),
     "delta of short rows not divided": backward("__fdividef(sum, total)", "sum + total", SHORT),
     "delta of a short row without keys is NaN": backward("total == 0.0f ? 0.0f : ", "", SHORT_EMPTY),
     "delta of long rows from one tile": backward("s.seqlen_k > T::kBlockN || ", ""),
-    "delta of short rows without dropout": backward(" || p.seed != nullptr", "", replace(SHORT, dropout_p=0.3)),
-    "delta of short rows not there for the bias": backward(
-        " || p.bias.data != nullptr", "", replace(SHORT, bias="per-key")
+    "delta of short rows without dropout": backward(
+        "delta_of_rows(delta, weights, dscores, p, queries, lane);",
+        "{ float dp[T::kRows][T::kKeys]; multiply_rows(dp, queries.dout, v, left, right, lane);"
+        " delta_of_rows(delta, weights, dp, p, queries, lane); }",
+        SHORT_DROPPED,
     ),
+    "delta of short rows divided by what is kept": backward(
+        "total += weights[i][j];", "total += dweights[i][j] == 0.0f ? 0.0f : weights[i][j];", SHORT_DROPPED
+    ),
+    "delta of short rows not kept for the bias": backward(
+        "p.delta.data[queries.first + row] = delta[i];", ";", SHORT_BIASED
+    ),
+    "delta of the first short row kept for all": backward(
+        "p.delta.data[queries.first + row] =", "p.delta.data[queries.first] =", SHORT_BIASED
+    ),
+    "delta of short rows past the end written": backward(
+        "lane.x == 0 && row < queries.q.rows", "lane.x == 0", replace(SHORT_BIASED, heads=(2, 2)), "race"
+    ),
+    "delta of short rows written by all lanes": backward("lane.x == 0 && row <", "row <", SHORT_BIASED, "race"),
     "delta of short rows neither written nor kept": backward("if (has_delta) write_delta", "if (false) write_delta"),
 }
 
@@ -56,10 +72,10 @@ BACKWARD = {
     "scale of dq ignored": backward("fmaf(p.scale, sums[i][d], x.x)", "sums[i][d] + x.x"),
     "scale of dk ignored": backward("to_dk, dk, p.scale, lane", "to_dk, dk, 1.0f, lane"),
     "dropout not rescaled in dP": backward("p.dropout_rescale * dscores[i][j]", "dscores[i][j]", DROPPED),
-    "dropout missing in dP": backward("(is_kept ? p.drop", "(true ? p.drop", DROPPED),
-    "dropout missing in dv": backward("if (!is_kept) weights[i][j] = 0.0f;", "", DROPPED),
+    "dropout missing in dP": backward("kept(i, j) ? p.drop", "true ? p.drop", DROPPED),
+    "dropout missing in dv": backward("if (!kept(i, j)) weights[i][j] = 0.0f;", "", DROPPED),
     "dropout not rescaled in dv": backward("to_dv, dv, p.dropout_rescale, lane", "to_dv, dv, 1.0f, lane", DROPPED),
-    "dropout bits in another order in the backward": backward("is_kept = kept(i, j)", "is_kept = kept(j, i)", DROPPED),
+    "dropout bits in another order in the backward": backward("kept(i, j)", "kept(j, i)", DROPPED),
     "dk and dv of the first head of a group": backward(
         "h < (h_k + 1) * group; ++h) {\n            Queries",
         "h < h_k * group + 1; ++h) {\n            Queries",
