@@ -213,11 +213,16 @@ WITHIN_ONE_TILE = [
     Case(seqlens=(70, 32), dims=(128, 100), dtype=torch.bfloat16, return_lse=False),
     Case(seqlens=(40, 20), dims=(200, 256), layout="odd-rows", band="causal-bottom-right", mask="padding"),
 ]
-# What else pairs do not promise: a half type in several tiles of two slices; tiles wholly inside a band.
+# What else pairs do not promise: a half type in several tiles of two slices; tiles wholly inside a band; rows without
+# keys, of a tile without any, that a tile of the bias's gradient has beside others.
 SEVERAL_TILES = [
     Case(seqlens=(70, 40), dims=(128, 100), dtype=torch.float16, heads=(2, 1), bias="full", dropout_p=0.3, batch=2),
     Case(seqlens=(150, 200), dims=(16, 16), band="wide-window", packed=True),
     Case(seqlens=(82, 270), dims=(64, 64), heads=(2, 1), bias="per-head", dropout_p=0.3, batch=1),
+    Case(seqlens=(82, 270), dims=(40, 64), heads=(1, 1), dtype=torch.bfloat16, band="window", batch=1),
+    Case(seqlens=(150, 90), dims=(64, 40), heads=(2, 1), mask="padding"),
+    Case(seqlens=(138, 90), dims=(64, 64), heads=(1, 1), bias="full", band="causal-bottom-right"),
+    Case(seqlens=(150, 90), dims=(64, 64), heads=(1, 1), dtype=torch.float16, bias="full", packed=True),
     Case(seqlens=(270, 280), dims=(64, 64), heads=(1, 1), band="causal", dropout_p=0.3, batch=1),
     Case(seqlens=(270, 280), dims=(64, 40), heads=(1, 1), dtype=torch.float16, mask="random", batch=1),
 ]

@@ -33,6 +33,8 @@ SHORT_BIASED = replace(SHORT, bias="per-key")
 SHORT_DROPPED = replace(SHORT, dropout_p=0.3)
 WIDE_TILES = replace(PLAIN, seqlens=(128, 127))  # the tile of 64 x 64
 WIDE_TILES_BIASED = replace(WIDE_TILES, bias="full", heads=(2, 2))
+ALL_KEYS = replace(PLAIN, seqlens=(82, 90), dims=(64, 40), batch=1)  # tiles of 96 keys
+STRADDLING = replace(ALL_KEYS, seqlens=(138, 90), bias="full", band="causal-bottom-right")
 SLICED = replace(PLAIN, dims=(128, 100))  # two slices of the head dimension
 
 
@@ -101,12 +103,12 @@ SCORES = {
     "mask of a thread's first row for all": mask("row += step * x.row;", "", MASKED),
     "mask of a thread's first key for all": mask("element += step * x.key;", "", MASKED),
     "mask read past its end": mask("if (query < s.seqlen_q && key < s.seqlen_k) f(", "f(", MASKED, "out-of-bounds"),
-    "keys past the end attended": mask("key >= s.seqlen_k || ", ""),
-    "keys past the end of a whole tile attended": mask("j0 + T::kBlockN <= s.seqlen_k && ", ""),
+    "keys past the end attended": mask("if (key >= s.seqlen_k)", "if (key > s.seqlen_k)"),
+    "keys past the end of a whole tile attended": mask("if (j0 + T::kBlockN > s.seqlen_k)", "if (j0 > s.seqlen_k)"),
     "causal off by one": mask("|| offset > right)", "|| offset >= right)", WINDOW),
     "window off by one": mask("offset < -left", "offset <= -left", WINDOW),
-    "a tile on the left edge taken for a whole one": mask("j0 >= last - left", "j0 >= first - left", WIDE),
-    "a tile on the right edge taken for a whole one": mask("<= first + right", "<= last + right", CAUSAL),
+    "a tile on the left edge taken for a whole one": mask("j0 < last - left", "j0 < first - left", WIDE),
+    "a tile on the right edge taken for a whole one": mask("> first + right", "> last + right", CAUSAL),
     "bottom-right ignored": mask("p.bottom_right ? seqlen_k - seqlen_q : 0", "0", WINDOW),
     "no left edge overflows": mask("return min(p.left, 2 * kLongest);", "return p.left;"),
     "no right edge overflows": mask("return min(p.right, 2 * kLongest);", "return p.right;"),
@@ -161,6 +163,9 @@ COPIES = {
     "tail of a row not written": copy("if (d + 2 < dims) to[2]", "if (d + 3 < dims) to[2]", ODD),
     "rows of another batch": copy("static_cast<unsigned>(b) * x.batch + ", ""),
     "rows of another sequence": copy("if (first != 0) data += first * x.row;", "", PACKED),
+    "lines of 48 rows without a gap": Mutant(
+        "tiles.cuh", "(kRows + 31) / 32 * 32", "kRows", ALL_KEYS, NUMBERS, head_dim=64
+    ),
     "not staggered when written": copy("(row ^ staggered(d))", "row"),
     "every slice is the first one": copy(
         "tile.row(at.row) + d0 + at.d", "tile.row(at.row) + at.d", SLICED, head_dim=128
@@ -229,6 +234,9 @@ FORWARD = {
     "weights where the values are": forward("right + Smem::kValues :", "right :"),
     "weights behind their place": forward("right + Smem::kValues :", "right + Smem::kKeys :", PLAIN, "out-of-bounds"),
     "dropout missing in out": forward("if (!kept(i, j))", "if (false && !kept(i, j))", DROPPED),
+    "dropout bits of large tiles lost": philox(
+        "kLong = (kCount > 32)", "kLong = false", replace(ALL_KEYS, dropout_p=0.3), head_dim=64
+    ),
     "dropout bits in another order in out": forward("if (!kept(i, j))", "if (!kept(j, i))", DROPPED),
     "dropout not rescaled in out": forward("__fdividef(p.dropout_rescale,", "__fdividef(1.0f,", DROPPED),
 }

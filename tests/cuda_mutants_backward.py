@@ -18,6 +18,7 @@ from cuda_mutants import (
     SHORT_BIASED,
     SHORT_DROPPED,
     SHORT_EMPTY,
+    STRADDLING,
     WINDOW,
     backward,
     split,
@@ -62,6 +63,9 @@ DELTA = {
         "lane.x == 0 && row < queries.q.rows", "lane.x == 0", replace(SHORT_BIASED, heads=(2, 2)), "race"
     ),
     "delta of short rows written by all lanes": backward("lane.x == 0 && row <", "row <", SHORT_BIASED, "race"),
+    "delta of short rows without keys not cleared": replace(
+        backward("if (!has_delta && threadIdx.x", "if (false && threadIdx.x", STRADDLING), head_dim=64
+    ),
     "delta of short rows neither written nor kept": backward("if (has_delta) write_delta", "if (false) write_delta"),
 }
 
