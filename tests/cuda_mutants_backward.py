@@ -43,7 +43,7 @@ DELTA = {
     "delta of short rows without half their keys": backward("sum = row_sum<T>(sum), ", "", SHORT),
     "delta of short rows not divided": backward("__fdividef(sum, total)", "sum + total", SHORT),
     "delta of a short row without keys is NaN": backward("total == 0.0f ? 0.0f : ", "", SHORT_EMPTY),
-    "delta of long rows from one tile": backward("s.seqlen_k > T::kBlockN || ", ""),
+    "delta of long rows from one tile": backward(" || s.seqlen_k > T::kBlockN", ""),
     "delta of short rows without dropout": backward(
         "delta_of_rows(delta, weights, dscores, p, queries, lane);",
         "{ float dp[T::kRows][T::kKeys]; multiply_rows(dp, queries.dout, v, left, right, lane);"
