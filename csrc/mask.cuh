@@ -90,30 +90,53 @@ __device__ __forceinline__ void for_each_score(const Lane<T>& lane, int i0, int 
             f(i, j, i0 + lane.template row<T::kRows>(i), j0 + lane.template column<T::kKeys>(j));
 }
 
-// Calls f(i, j, x) with what a mask or a bias has for every score of this thread that is inside the sequence. It walks
-// from element to element, because a multiplication of 64 bits is many instructions.
-template <class B, class T, class F>
-__device__ __forceinline__ void for_each_element(const Scores& x, const Sequence& s, int h, int i0, int j0,
-                                                 const Lane<T>& lane, F f) {
+// Elements that lie together: one vector access.
+template <class B, int kCount>
+struct alignas(kCount * sizeof(B)) Elements {
+    B of[kCount];
+};
+
+// Calls f(i, j, x) with what a mask or a bias has for every score of this thread that is inside the sequence. It takes
+// kAtOnce keys at a time; if more than one, all keys of the tile must be inside. `row` points to the element of `query`
+// and `first_key`; from there it walks, because a multiplication of 64 bits is many instructions.
+template <int kAtOnce, class T, class B, class F>
+__device__ __forceinline__ void walk_elements(const B* row, const Scores& x, const Sequence& s, int query,
+                                              int first_key, F f) {
     constexpr int kRowGroup = kGroupOf<T::kRows>, kKeyGroup = kGroupOf<T::kKeys>;
-    int query = i0 + lane.template row<T::kRows>(0);
-    const int first_key = j0 + lane.template column<T::kKeys>(0);
-    const B* row = static_cast<const B*>(x.data) + s.b * x.batch + h * x.head + query * x.row + first_key * x.key;
 #pragma unroll
     for (int i = 0; i < T::kRows; ++i) {
         const B* element = row;
         int key = first_key;
 #pragma unroll
-        for (int j = 0; j < T::kKeys; ++j) {
-            if (query < s.seqlen_q && key < s.seqlen_k) f(i, j, *element);
-            const int step = j % kKeyGroup < kKeyGroup - 1 ? 1 : (T::kLanesX - 1) * kKeyGroup + 1;
+        for (int j = 0; j < T::kKeys; j += kAtOnce) {
+            if (query < s.seqlen_q && (kAtOnce > 1 || key < s.seqlen_k)) {
+                const auto elements = *reinterpret_cast<const Elements<B, kAtOnce>*>(element);
+#pragma unroll
+                for (int e = 0; e < kAtOnce; ++e) f(i, j + e, elements.of[e]);
+            }
+            const int step = kAtOnce + ((j + kAtOnce) % kKeyGroup == 0 ? (T::kLanesX - 1) * kKeyGroup : 0);
             key += step;
             element += step * x.key;
         }
-        const int step = i % kRowGroup < kRowGroup - 1 ? 1 : (T::kLanesY - 1) * kRowGroup + 1;
+        const int step = 1 + ((i + 1) % kRowGroup == 0 ? (T::kLanesY - 1) * kRowGroup : 0);
         query += step;
         row += step * x.row;
     }
+}
+
+// The same for the tile at (i0, j0), with a group of keys at a time if that is possible.
+template <class B, class T, class F>
+__device__ __forceinline__ void for_each_element(const Scores& x, const Sequence& s, int h, int i0, int j0,
+                                                 const Lane<T>& lane, F f) {
+    constexpr int kGroup = kGroupOf<T::kKeys>;
+    const int query = i0 + lane.template row<T::kRows>(0), key = j0 + lane.template column<T::kKeys>(0);
+    const B* first = static_cast<const B*>(x.data) + s.b * x.batch + h * x.head + query * x.row + key * x.key;
+    const unsigned address = static_cast<unsigned>(reinterpret_cast<size_t>(first)), row = sizeof(B) * x.row;
+    const bool is_aligned = (address | row) % sizeof(Elements<B, kGroup>) == 0;
+    if (x.key == 1 && is_aligned && j0 + T::kBlockN <= s.seqlen_k)
+        walk_elements<kGroup, T>(first, x, s, query, key, f);
+    else
+        walk_elements<1, T>(first, x, s, query, key, f);
 }
 
 template <class B, class T>

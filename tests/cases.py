@@ -206,14 +206,15 @@ def full() -> list[Case]:
 
 # A backward kernel whose tile has all keys of a row takes delta from the tile: one case for each tile it may have.
 WITHIN_ONE_TILE = [
-    Case(seqlens=(70, 30), dims=(32, 32), heads=(4, 2), mask="empty-rows"),
+    Case(seqlens=(70, 30), dims=(32, 32), heads=(4, 2), mask="empty-rows", bias="per-key", dropout_p=0.3),
     Case(seqlens=(70, 31), dims=(64, 64), dtype=torch.float16, band="causal", packed=True, mask="random"),
-    Case(seqlens=(128, 60), dims=(64, 40), heads=(3, 1), band="window-bottom-right", packed=True),
-    Case(seqlens=(70, 32), dims=(128, 100), dtype=torch.bfloat16, return_lse=False),
+    Case(seqlens=(128, 60), dims=(64, 40), heads=(3, 1), band="window-bottom-right", packed=True, bias="full"),
+    Case(seqlens=(70, 32), dims=(128, 100), dtype=torch.bfloat16, return_lse=False, dropout_p=0.3),
     Case(seqlens=(40, 20), dims=(200, 256), layout="odd-rows", band="causal-bottom-right", mask="padding"),
 ]
-# What else pairs do not promise: a half type in several tiles of two slices; tiles wholly inside a band.
+# What else pairs do not promise: a half type in several tiles of two slices; tiles wholly inside a band, and masks and
+# biases whose rows are aligned.
 SEVERAL_TILES = [
     Case(seqlens=(70, 40), dims=(128, 100), dtype=torch.float16, heads=(2, 1), bias="full", dropout_p=0.3, batch=2),
-    Case(seqlens=(150, 200), dims=(16, 16), band="wide-window", packed=True),
+    Case(seqlens=(150, 200), dims=(16, 16), band="wide-window", packed=True, mask="random", bias="full"),
 ]
