@@ -206,22 +206,23 @@ def full() -> list[Case]:
 
 # A backward kernel whose tile has all keys of a row takes delta from the tile: one case for each tile it may have.
 WITHIN_ONE_TILE = [
-    Case(seqlens=(70, 30), dims=(32, 32), heads=(4, 2), mask="empty-rows"),
+    Case(seqlens=(70, 30), dims=(32, 32), heads=(4, 2), mask="empty-rows", bias="per-key", dropout_p=0.3),
     Case(seqlens=(70, 31), dims=(64, 64), dtype=torch.float16, band="causal", packed=True, mask="random"),
     Case(seqlens=(82, 90), dims=(40, 64), heads=(2, 1), layout="strided", mask="padding"),
-    Case(seqlens=(128, 60), dims=(64, 40), heads=(3, 1), band="window-bottom-right", packed=True),
-    Case(seqlens=(70, 32), dims=(128, 100), dtype=torch.bfloat16, return_lse=False),
+    Case(seqlens=(128, 60), dims=(64, 40), heads=(3, 1), band="window-bottom-right", packed=True, bias="full"),
+    Case(seqlens=(70, 32), dims=(128, 100), dtype=torch.bfloat16, return_lse=False, dropout_p=0.3),
     Case(seqlens=(40, 20), dims=(200, 256), layout="odd-rows", band="causal-bottom-right", mask="padding"),
 ]
-# What else pairs do not promise: a half type in several tiles of two slices; tiles wholly inside a band; rows without
-# keys, of a tile without any, that a tile of the bias's gradient has beside others.
+# What else pairs do not promise: a half type in several tiles of two slices; tiles wholly inside a band, and masks and
+# biases whose rows are aligned; rows without keys, of a tile without any, that a tile of the bias's gradient has beside
+# others; the tiles that only some lengths take.
 SEVERAL_TILES = [
     Case(seqlens=(70, 40), dims=(128, 100), dtype=torch.float16, heads=(2, 1), bias="full", dropout_p=0.3, batch=2),
-    Case(seqlens=(150, 200), dims=(16, 16), band="wide-window", packed=True),
+    Case(seqlens=(150, 200), dims=(16, 16), band="wide-window", packed=True, mask="random", bias="full"),
+    Case(seqlens=(138, 90), dims=(64, 64), heads=(1, 1), bias="full", band="causal-bottom-right"),
     Case(seqlens=(82, 270), dims=(64, 64), heads=(2, 1), bias="per-head", dropout_p=0.3, batch=1),
     Case(seqlens=(82, 270), dims=(40, 64), heads=(1, 1), dtype=torch.bfloat16, band="window", batch=1),
     Case(seqlens=(150, 90), dims=(64, 40), heads=(2, 1), mask="padding"),
-    Case(seqlens=(138, 90), dims=(64, 64), heads=(1, 1), bias="full", band="causal-bottom-right"),
     Case(seqlens=(150, 90), dims=(64, 64), heads=(1, 1), dtype=torch.float16, bias="full", packed=True),
     Case(seqlens=(270, 280), dims=(64, 64), heads=(1, 1), band="causal", dropout_p=0.3, batch=1),
     Case(seqlens=(270, 280), dims=(64, 40), heads=(1, 1), dtype=torch.float16, mask="random", batch=1),

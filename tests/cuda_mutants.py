@@ -35,6 +35,7 @@ WIDE_TILES = replace(PLAIN, seqlens=(128, 127))  # the tile of 64 x 64
 WIDE_TILES_BIASED = replace(WIDE_TILES, bias="full", heads=(2, 2))
 ALL_KEYS = replace(PLAIN, seqlens=(82, 90), dims=(64, 40), batch=1)  # tiles of 96 keys
 STRADDLING = replace(ALL_KEYS, seqlens=(138, 90), bias="full", band="causal-bottom-right")
+QUADS = replace(BIASED, seqlens=(72, 76))  # elements of the bias are moved four at a time
 SLICED = replace(PLAIN, dims=(128, 100))  # two slices of the head dimension
 
 
@@ -90,19 +91,29 @@ SCORES = {
     "bias of the first batch for all": mask("s.b * x.batch + ", "", BIASED),
     "bias of the first head for all": mask("h * x.head + ", "", BIASED),
     "bias of the first tile's rows for all": mask("query * x.row + ", "", BIASED),
-    "bias of the first tile's keys for all": mask(" + first_key * x.key", "", BIASED),
+    "bias of the first tile's keys for all": mask(" + key * x.key", "", BIASED),
     "bias of a thread's first row for all": mask("row += step * x.row;", "", BIASED),
     "bias of a thread's first key for all": mask("element += step * x.key;", "", BIASED),
-    "bias of a thread's keys in one group": mask("(T::kLanesX - 1) * kKeyGroup + 1", "1", WIDE_TILES_BIASED),
-    "bias read past its end": mask("if (query < s.seqlen_q && key < s.seqlen_k) f(", "f(", BIASED, "out-of-bounds"),
+    "bias of a thread's keys in one group": mask("? (T::kLanesX - 1) * kKeyGroup", "? 0", WIDE_TILES_BIASED),
+    "bias read past its end": mask(
+        "query < s.seqlen_q && (kAtOnce > 1 || key < s.seqlen_k)", "true", BIASED, "out-of-bounds"
+    ),
     "bias read past its last rows": mask("        query += step;\n", "", BIASED, "out-of-bounds"),
     "bias read past its last keys": mask("            key += step;\n", "", BIASED, "out-of-bounds"),
+    "groups of a bias past its last keys": mask(" && j0 + T::kBlockN <= s.seqlen_k", "", QUADS, "out-of-bounds"),
+    "groups of a bias past its last rows": mask("query < s.seqlen_q && (kAtOnce", "(kAtOnce", QUADS, "out-of-bounds"),
+    "groups of a bias for one key": mask("x.key == 1 && ", "", PER_HEAD),
+    "a row of the bias not aligned": mask("(address | row)", "row", PER_KEY, "misaligned"),
+    "rows of the bias not aligned": mask("(address | row)", "address", BIASED, "misaligned"),
+    "the first key of each group of the bias": mask("elements.of[e]", "elements.of[0]", QUADS),
     "mask inverted": mask("if (!is_allowed)", "if (is_allowed)", MASKED),
     "mask of the first batch for all": mask("s.b * x.batch + ", "", MASKED),
     "mask of the first head for all": mask("h * x.head + ", "", MASKED),
     "mask of a thread's first row for all": mask("row += step * x.row;", "", MASKED),
     "mask of a thread's first key for all": mask("element += step * x.key;", "", MASKED),
-    "mask read past its end": mask("if (query < s.seqlen_q && key < s.seqlen_k) f(", "f(", MASKED, "out-of-bounds"),
+    "mask read past its end": mask(
+        "query < s.seqlen_q && (kAtOnce > 1 || key < s.seqlen_k)", "true", MASKED, "out-of-bounds"
+    ),
     "keys past the end attended": mask("if (key >= s.seqlen_k)", "if (key > s.seqlen_k)"),
     "keys past the end of a whole tile attended": mask("if (j0 + T::kBlockN > s.seqlen_k)", "if (j0 > s.seqlen_k)"),
     "causal off by one": mask("|| offset > right)", "|| offset >= right)", WINDOW),
