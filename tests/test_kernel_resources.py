@@ -44,8 +44,8 @@ def test_a_changed_build_is_shown(tmp_path: Path) -> None:
     assert result.stdout.count(",8,0,") == 1
 
 
-# The fullest tile, shaped for the P100, where it takes 252: two blocks have 256 for each thread. Nothing that leaves the
-# P100's machine code as it is has brought it down.
+# The fullest tile, shaped for the P100, where it takes 252: two blocks have 256 for each thread. Nothing that leaves
+# the P100's machine code as it is has brought it down.
 AT_THE_LIMIT = {(arch, "attention_bwd_d64_64x64", "float32") for arch in ARCHITECTURES if arch != "sm_60"}
 
 

@@ -23,7 +23,7 @@ from .trace import BlockTrace, Trace
 
 BROADCAST = ("mask", "bias")
 SECTOR_BITS = (1 << 48) - 1
-STEP = 64  # a multiple of every tile
+STEP = 64  # lengths that are a multiple of it take whole tiles
 SHARED = {  # what the tiles of a (batch, head) read together
     "attention_fwd": frozenset({"k", "v"}),
     "attention_bwd": frozenset({"q", "dout", "lse", "delta"}),
