@@ -15,7 +15,7 @@ from benchmarks.gp100 import control, nvdisasm, sass
 from benchmarks.gp100.execute import Machine, execute
 from benchmarks.gp100.instructions import step_of
 from benchmarks.gp100.memory import Access, GlobalMemory
-from cases import Case, pairwise
+from cases import SEVERAL_TILES, WITHIN_ONE_TILE, Case, pairwise
 from contract import check
 from fastattn import functional, images, nvrtc
 from fastattn.kernel_sources import ELEMENTS
@@ -26,7 +26,7 @@ launches = pytest.importorskip("benchmarks.gp100.launches", reason=REASON)
 on_the_cpu = pytest.importorskip("simt.attention", reason=REASON).on_the_cpu
 pytestmark = pytest.mark.slow
 KERNELS = Path(images.__file__).parent / "_kernels"
-CASES = pairwise()
+CASES = pairwise() + WITHIN_ONE_TILE + SEVERAL_TILES
 
 
 @pytest.fixture(scope="module", autouse=True)
