@@ -79,7 +79,7 @@ def operations() -> Iterator[tuple[str, Callable[[], Any]]]:
     out, lse = torch.empty_like(q), torch.empty(SHAPE[:-1])
     buffers = cuda.Buffers(out, lse)
     backward = cuda.Buffers(out, lse, out, lse, lse, q, k, v)
-    grid, kernel = (1, 1, 1), cuda._kernel("attention_fwd", SHAPE[-1], SHAPE[-1], SHAPE[-2], SHAPE[-2]).name
+    grid, kernel = (1, 1, 1), cuda._kernel("attention_fwd", *cuda._sizes(p)).name
 
     yield "pack", lambda: _launcher.pack("float32", p, buffers)
     yield "pack, backward", lambda: _launcher.pack("float32", p, backward)

@@ -51,7 +51,7 @@ def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
         out.zero_()
         lse.fill_(-torch.inf)
         return
-    kernel = _kernel("attention_fwd", shape[-1], p.v.shape[-1], p.max_seqlen_q, p.max_seqlen_k)
+    kernel = _kernel("attention_fwd", *_sizes(p))
     grid = (count(p.max_seqlen_q, kernel.block_m), shape[1], min(batch, MOST_BLOCKS))
     launch(kernel.name, ELEMENTS[p.q.dtype], grid, p, Buffers(out, lse))
 
@@ -80,7 +80,7 @@ def attention_bwd(
     element = ELEMENTS[p.q.dtype]
     buffers = Buffers(out, lse, dout, dlse, torch.empty_like(lse), dq, dk, dv)
 
-    sizes = p.q.shape[-1], p.v.shape[-1], p.max_seqlen_q, p.max_seqlen_k
+    sizes = _sizes(p)
     kernel, kernel_dq = _kernel("attention_bwd", *sizes), _kernel("attention_bwd_dq", *sizes)
     key_tiles = count(p.max_seqlen_k, kernel.block_n)
     if key_tiles > 1 and batch * nheads_k < FULL * multiprocessors(p.q.device):
@@ -97,7 +97,7 @@ def attention_bwd(
 
 def _bias_grad(dbias: Tensor, buffers: Buffers, p: AttentionParams) -> None:
     """Fill dbias: partial sums in copies of the bias, as many as fill the card, then their sum."""
-    kernel = _kernel("attention_bwd_dbias", p.q.shape[-1], p.v.shape[-1], p.max_seqlen_q, p.max_seqlen_k)
+    kernel = _kernel("attention_bwd_dbias", *_sizes(p))
     busy = FULL * multiprocessors(p.q.device)
     bias_tiles, copies = bias_tiles_and_copies(p, dbias.shape, (kernel.block_m, kernel.block_n), busy)
     buffers = buffers._replace(dbias=dbias, dbias_partial=buffers.lse.new_empty(copies, *dbias.shape))
@@ -111,17 +111,35 @@ def _bias_grad(dbias: Tensor, buffers: Buffers, p: AttentionParams) -> None:
 SUM_THREADS = next(k.threads for k in _launcher.KERNELS if k.name == "attention_dbias_sum")
 
 
+def _sizes(p: AttentionParams) -> tuple[int, int, int, int, int, int, bool]:
+    return p.q.shape[-1], p.v.shape[-1], p.max_seqlen_q, p.max_seqlen_k, p.left, p.right, p.bottom_right
+
+
 @functools.lru_cache(4096)
-def _kernel(pass_: str, head_dim: int, head_dim_v: int, seqlen_q: int, seqlen_k: int) -> _launcher.Kernel:
-    """The pass's kernel for the head dimension and, where there is a choice, the lengths."""
+def _kernel(
+    pass_: str, head_dim: int, head_dim_v: int, seqlen_q: int, seqlen_k: int, left: int, right: int, bottom_right: bool
+) -> _launcher.Kernel:
+    """The pass's kernel for the head dimension and, where there is a choice, the lengths and the band."""
     fitting = [k for k in _launcher.KERNELS if k.pass_ == pass_ and k.head_dim >= max(head_dim, head_dim_v)]
     candidates = [k for k in fitting if k.head_dim == fitting[0].head_dim]
+    shift = seqlen_k - seqlen_q if bottom_right else 0
 
     def cost(k: _launcher.Kernel) -> float:
-        tiles = count(seqlen_q, k.block_m) * count(seqlen_k, k.block_n)
-        return tiles * k.block_m * k.block_n * (1 if k is candidates[-1] else SLOWER[pass_])
+        scores = _scores(k, seqlen_q, seqlen_k, left - shift, right + shift)
+        return scores * (1 if k is candidates[-1] else SLOWER[pass_])
 
     return min(candidates, key=cost)
+
+
+def _scores(k: _launcher.Kernel, seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:
+    """How many scores a kernel computes: those of all tiles that the band leaves something of."""
+    tiles = 0
+    for first in range(0, seqlen_q, k.block_m):
+        last = min(first + k.block_m, seqlen_q) - 1
+        begin, end = max(first - left, 0), min(last + right + 1, seqlen_k)
+        if begin < end:
+            tiles += count(end, k.block_n) - begin // k.block_n
+    return tiles * k.block_m * k.block_n
 
 
 def multiprocessors(device: torch.device) -> int:

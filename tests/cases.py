@@ -209,7 +209,7 @@ WITHIN_ONE_TILE = [
     Case(seqlens=(70, 30), dims=(32, 32), heads=(4, 2), mask="empty-rows", bias="per-key", dropout_p=0.3),
     Case(seqlens=(70, 31), dims=(64, 64), dtype=torch.float16, band="causal", packed=True, mask="random"),
     Case(seqlens=(82, 90), dims=(40, 64), heads=(2, 1), layout="strided", mask="padding"),
-    Case(seqlens=(128, 60), dims=(64, 40), heads=(3, 1), band="window-bottom-right", packed=True, bias="full"),
+    Case(seqlens=(128, 60), dims=(64, 40), heads=(3, 1), packed=True, bias="full"),
     Case(seqlens=(70, 32), dims=(128, 100), dtype=torch.bfloat16, return_lse=False, dropout_p=0.3),
     Case(seqlens=(40, 20), dims=(200, 256), layout="odd-rows", band="causal-bottom-right", mask="padding"),
 ]
@@ -221,9 +221,12 @@ SEVERAL_TILES = [
     Case(seqlens=(150, 200), dims=(16, 16), band="wide-window", packed=True, mask="random", bias="full"),
     Case(seqlens=(138, 90), dims=(64, 64), heads=(1, 1), bias="full", band="causal-bottom-right"),
     Case(seqlens=(82, 270), dims=(64, 64), heads=(2, 1), bias="per-head", dropout_p=0.3, batch=1),
-    Case(seqlens=(82, 270), dims=(40, 64), heads=(1, 1), dtype=torch.bfloat16, band="window", batch=1),
+    Case(seqlens=(82, 270), dims=(40, 64), heads=(1, 1), dtype=torch.bfloat16, batch=1),
     Case(seqlens=(150, 90), dims=(64, 40), heads=(2, 1), mask="padding"),
     Case(seqlens=(150, 90), dims=(64, 64), heads=(1, 1), dtype=torch.float16, bias="full", packed=True),
-    Case(seqlens=(270, 280), dims=(64, 64), heads=(1, 1), band="causal", dropout_p=0.3, batch=1),
+    Case(seqlens=(270, 280), dims=(64, 64), heads=(1, 1), dropout_p=0.3, batch=1),
     Case(seqlens=(270, 280), dims=(64, 40), heads=(1, 1), dtype=torch.float16, mask="random", batch=1),
+    Case(seqlens=(380, 384), dims=(32, 32), heads=(1, 1), band="causal", batch=1),
+    Case(seqlens=(384, 384), dims=(64, 64), heads=(1, 1), band="causal-bottom-right", batch=1),
+    Case(seqlens=(128, 120), dims=(24, 32), heads=(2, 1), dtype=torch.float16, mask="padding", packed=True),
 ]

@@ -8,11 +8,13 @@ import torch
 from cases import SEVERAL_TILES, WITHIN_ONE_TILE, Case, pairwise
 from contract import call
 from fastattn import functional
-from fastattn.params import AttentionParams
+from fastattn.params import UNBOUNDED, AttentionParams
 from simt.attention import on_the_cpu
 
 cuda = pytest.importorskip("fastattn.cuda", reason="the native part is not built")
 launches = pytest.importorskip("benchmarks.gp100.launches")
+EVERYWHERE = UNBOUNDED, UNBOUNDED, False  # no band
+CAUSAL = UNBOUNDED, 0, False
 MANY = 1000  # multiprocessors: more than there are blocks
 
 
@@ -62,7 +64,36 @@ def problem(
     ],
 )
 def test_choice(pass_: str, dims: tuple[int, int], seqlens: tuple[int, int], name: str) -> None:
-    assert cuda._kernel(pass_, *dims, *seqlens).name == f"{pass_}_{name}"
+    assert cuda._kernel(pass_, *dims, *seqlens, *EVERYWHERE).name == f"{pass_}_{name}"
+
+
+@pytest.mark.parametrize(
+    ("pass_", "seqlens", "band", "name"),
+    [
+        ("attention_fwd", (64, 64), CAUSAL, "d64_32x32"),  # three small tiles of four
+        ("attention_fwd", (96, 96), CAUSAL, "d64_32x32"),  # six of nine
+        ("attention_fwd", (96, 96), (UNBOUNDED, 90, False), "d64_96x96"),
+        ("attention_fwd", (64, 1000), (UNBOUNDED, 0, True), "d64_64x64"),
+        ("attention_fwd", (1000, 1000), CAUSAL, "d64_64x64"),
+        ("attention_bwd", (64, 64), CAUSAL, "d64_64x64"),
+        ("attention_bwd", (96, 96), CAUSAL, "d64_32x32"),
+    ],
+)
+def test_choice_in_a_band(pass_: str, seqlens: tuple[int, int], band: tuple[int, int, bool], name: str) -> None:
+    assert cuda._kernel(pass_, 64, 64, *seqlens, *band).name == f"{pass_}_{name}"
+
+
+@pytest.mark.parametrize("seqlens", [(1, 1), (64, 64), (100, 37), (37, 100), (5, 0), (0, 5)], ids=str)
+@pytest.mark.parametrize("band", [(UNBOUNDED, UNBOUNDED), (UNBOUNDED, 0), (0, UNBOUNDED), (20, 7), (-3, 40), (40, -35)])
+def test_scores_are_those_of_the_tiles_in_the_band(seqlens: tuple[int, int], band: tuple[int, int]) -> None:
+    (n, m), (left, right) = seqlens, band
+    offset = torch.arange(m) - torch.arange(n)[:, None]
+    is_allowed = (offset >= -left) & (offset <= right)
+    for kernel in (k for k in launches.KERNELS.values() if k.block_m):
+        tiles = sum(
+            int(tile.any()) for rows in is_allowed.split(kernel.block_m) for tile in rows.split(kernel.block_n, dim=1)
+        )
+        assert cuda._scores(kernel, n, m, left, right) == tiles * kernel.block_m * kernel.block_n
 
 
 @pytest.mark.parametrize("pass_", ["attention_fwd", "attention_bwd"])
@@ -74,7 +105,7 @@ def test_a_larger_tile_never_computes_many_more_scores(pass_: str) -> None:
     chosen = set()
     for n in range(1, 200, 7):
         for m in range(1, 200, 5):
-            kernel, smaller = cuda._kernel(pass_, 64, 64, n, m), cuda._kernel(pass_, 64, 64, 1, 1)
+            kernel, smaller = (cuda._kernel(pass_, 64, 64, *lengths, *EVERYWHERE) for lengths in ((n, m), (1, 1)))
             assert scores(kernel, n, m) <= cuda.SLOWER[pass_] * scores(smaller, n, m), (n, m)
             chosen.add(kernel.name)
     assert chosen == {kernel.name for kernel in launches.KERNELS.values() if kernel.name.startswith(f"{pass_}_d64")}
