@@ -51,9 +51,17 @@ def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
         out.zero_()
         lse.fill_(-torch.inf)
         return
-    kernel = _kernel("attention_fwd", *_sizes(p))
-    grid = (count(p.max_seqlen_q, kernel.block_m), shape[1], min(batch, MOST_BLOCKS))
-    launch(kernel.name, ELEMENTS[p.q.dtype], grid, p, Buffers(out, lse))
+    name, tiles = _forward(shape[-1], p.v.shape[-1], p.max_seqlen_q, p.max_seqlen_k, p.left, p.right, p.bottom_right)
+    launch(name, ELEMENTS[p.q.dtype], (tiles, shape[1], min(batch, MOST_BLOCKS)), p, Buffers(out, lse))
+
+
+@functools.lru_cache(4096)
+def _forward(
+    head_dim: int, head_dim_v: int, seqlen_q: int, seqlen_k: int, left: int, right: int, bottom_right: bool
+) -> tuple[str, int]:
+    """The name of the kernel, and how many tiles of queries it has."""
+    kernel = _kernel("attention_fwd", head_dim, head_dim_v, seqlen_q, seqlen_k, left, right, bottom_right)
+    return kernel.name, count(seqlen_q, kernel.block_m)
 
 
 # ---- backward ----
