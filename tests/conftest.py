@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 # Beside a busy process two spinning threads run several times slower than one; tests run in parallel processes.
@@ -68,3 +69,31 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[AttentionParams]:
 
     monkeypatch.setattr(functional, "attend", record)
     return calls
+
+
+# ---- the launcher on a libcuda that notes what it is called with ----
+
+
+@pytest.fixture
+def loaded(tmp_path, monkeypatch):
+    """(launcher, stub), as a new process has them."""
+    from attention_struct import Struct
+    from stub_cuda import load
+
+    launcher, stub = load(tmp_path, monkeypatch)
+    stub.library.stub_set_params_bytes(ctypes.sizeof(Struct))
+    return launcher, stub
+
+
+@pytest.fixture
+def launcher(loaded):
+    from launcher_calls import image
+
+    launcher, _ = loaded
+    launcher.set_image_source(image)
+    return launcher
+
+
+@pytest.fixture
+def stub(loaded):
+    return loaded[1]

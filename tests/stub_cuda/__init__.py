@@ -20,6 +20,7 @@ import pytest
 from simt.build import BuildError, cached, compiler, run
 
 SOURCE = Path(__file__).parent / "stub_cuda.cpp"
+CAPABILITY_MAJOR, CAPABILITY_MINOR, MULTIPROCESSORS, MAX_SMEM = 75, 76, 16, 97  # attributes of a device
 
 
 def build(*defines: str) -> Path:
