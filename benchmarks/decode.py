@@ -27,11 +27,12 @@ from benchmarks.command import Command, parse
 from benchmarks.report import Table
 from benchmarks.torch_model import TorchTransformer
 from benchmarks.transformer_step import models, padded_ids
-from fastattn import Transformer, TransformerConfig, generation
-from fastattn.cache import DecoderCache
-from fastattn.generation import Hypothesis, beam_search
-from fastattn.layout import Padded
-from fastattn.transformer import TeacherForcing
+from fastattn import Transformer, TransformerConfig
+from fastattn.nmt import generation
+from fastattn.nmt.cache import DecoderCache
+from fastattn.nmt.generation import Hypothesis, beam_search
+from fastattn.nmt.layout import Padded
+from fastattn.nmt.transformer import TeacherForcing
 
 COLUMNS = (
     "model",

@@ -34,7 +34,7 @@ import fastattn
 from benchmarks.provenance import folder_name, provenance
 from fastattn import backends, functional
 
-STUB = Path(__file__).parents[1] / "tests" / "stub_cuda" / "stub_cuda.cpp"
+STUB = Path(__file__).with_name("stub_cuda.cpp")
 SHAPE = (1, 1, 8, 8)
 COLUMNS = ("op", "min_us", "p50_us", "p80_us")
 
@@ -54,7 +54,8 @@ def build_stub(folder: Path) -> ctypes.CDLL:
 @contextmanager
 def cuda_backend_on_cpu_tensors() -> Iterator[None]:
     """Every attention call inside launches the CUDA kernels on the first device, whatever the tensors' device."""
-    from fastattn import _launcher, cuda
+    from fastattn import _launcher
+    from fastattn.cuda_kernels import attention as cuda
 
     def launch(kernel: str, element: str, grid: tuple[int, int, int], *tuples: Any) -> None:
         _launcher.launch(kernel, element, 0, 0, grid, *tuples)
@@ -72,7 +73,8 @@ def cuda_backend_on_cpu_tensors() -> Iterator[None]:
 
 def operations() -> Iterator[tuple[str, Callable[[], Any]]]:
     """What is timed: the launcher, then the call around it layer by layer, then the yardsticks."""
-    from fastattn import _launcher, cuda
+    from fastattn import _launcher
+    from fastattn.cuda_kernels import attention as cuda
 
     q, k, v = torch.randn(3, *SHAPE).unbind()
     p = functional.attention_params(q, k, v)
@@ -148,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a few calls of each")
     parser.add_argument("--out", type=Path, help="folder to write to (default: benchmarks/results/<cpu>)")
     options = parser.parse_args(arguments)
-    if missing := backends._why_missing(".cuda"):
+    if missing := backends._why_missing(".cuda_kernels.attention"):
         print(f"the cuda backend {missing}; nothing was measured", file=sys.stderr)
         return 1
     torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastattn.batches import TokenBatches
+from fastattn.nmt.batches import TokenBatches
 
 FILE = Path(__file__).parent / "data" / "sentence_pairs.csv"
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import Transformer, TransformerConfig
-from fastattn.transformer import Positions
+from fastattn.nmt.transformer import Positions
 
 
 class TorchTransformer(nn.Module):

@@ -33,8 +33,8 @@ from benchmarks.report import Table
 from benchmarks.timing import peak_memory_mib, time_once
 from benchmarks.torch_model import TorchTransformer
 from fastattn import Transformer, TransformerConfig
-from fastattn.layout import pack
-from fastattn.losses import label_smoothed_cross_entropy
+from fastattn.nmt.layout import pack
+from fastattn.nmt.losses import label_smoothed_cross_entropy
 
 COLUMNS = (
     "model",

@@ -32,9 +32,9 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import fastattn
-from fastattn.generation import cross_attention_weights, translate
-from fastattn.losses import label_smoothed_cross_entropy
-from fastattn.schedule import noam_schedule
+from fastattn.nmt.generation import cross_attention_weights, translate
+from fastattn.nmt.losses import label_smoothed_cross_entropy
+from fastattn.nmt.schedule import noam_schedule
 from number_translation import Vocabulary, draw_pairs
 
 TEST_SEED = 2017  # the test sentences are the same for every --seed

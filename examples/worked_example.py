@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn.functional import attention_params, attention_weights
-from fastattn.transformer import sinusoidal_positions
+from fastattn.nmt.transformer import sinusoidal_positions
 
 X = torch.tensor([[1.0, 0, 1, 0], [0, 2, 0, 2], [1, 1, 1, 1]])  # (seqlen, d_model)
 W_Q = torch.tensor([[1.0, 0, 1], [1, 0, 0], [0, 0, 1], [0, 1, 1]])  # (d_model, head_dim)

@@ -4,7 +4,7 @@ from .backends import FastattnFallbackWarning, use_backend
 from .functional import explain, scaled_dot_product_attention, varlen_attention
 from .integrations.torch import replace_attention
 from .modules import MultiHeadAttention
-from .transformer import Transformer, TransformerConfig
+from .nmt.transformer import Transformer, TransformerConfig
 
 __all__ = [
     "FastattnFallbackWarning",

@@ -139,7 +139,7 @@ _ANY_FLOAT = (torch.float32, *HALF, torch.float64)
 # In order of preference. "torch" takes every call, so the search ends there and a swapped model never breaks.
 BACKENDS = (
     Backend("triton", ".triton_kernels.attention", min_capability=(8, 0), max_head_dim=256),
-    Backend("cuda", ".cuda", min_capability=(6, 0), max_head_dim=256),
+    Backend("cuda", ".cuda_kernels.attention", min_capability=(6, 0), max_head_dim=256),
     Backend("torch", ".reference", dtypes=_ANY_FLOAT),
     Backend("reference", ".reference", dtypes=_ANY_FLOAT, on_request_only=True),
 )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, backends, checks, reference
+from . import arguments, autograd, backends, reference
 from .backends import Backend, Explanation, Problem
 from .params import UNBOUNDED, AttentionParams
 
@@ -202,14 +202,14 @@ def attention_params(
     causal_align: CausalAlign = "top-left",
 ) -> AttentionParams:
     """The checked arguments of one dense call, as `scaled_dot_product_attention` takes them; no seed is drawn yet."""
-    query, key, value = checks.autocast(query, key, value)
-    shape, key_shape = checks.query_and_key_shapes(query, key, value, enable_gqa, is_packed=False)
-    checks.check_dropout(dropout_p)
-    left, right, bottom_right = checks.band(is_causal, window, causal_align)
+    query, key, value = arguments.autocast(query, key, value)
+    shape, key_shape = arguments.query_and_key_shapes(query, key, value, enable_gqa, is_packed=False)
+    arguments.check_dropout(dropout_p)
+    left, right, bottom_right = arguments.band(is_causal, window, causal_align)
     mask = bias = None
     if attn_mask is not None or attn_bias is not None:
-        mask, bias = checks.mask_and_bias(attn_mask, attn_bias, query, (*shape[:-1], key_shape[-2]))
-    q, k, v = (query, key, value) if len(shape) == 4 else checks.to_4d(query, key, value)
+        mask, bias = arguments.mask_and_bias(attn_mask, attn_bias, query, (*shape[:-1], key_shape[-2]))
+    q, k, v = (query, key, value) if len(shape) == 4 else arguments.to_4d(query, key, value)
     return AttentionParams(
         q, k, v, mask, bias, None, None, None,
         shape[-2], key_shape[-2], _scale(scale, shape[-1]), dropout_p, left, right, bottom_right,
@@ -235,15 +235,15 @@ def varlen_attention_params(
     enable_gqa: bool = False,
 ) -> AttentionParams:
     """The checked arguments of one packed call, as `varlen_attention` takes them; no seed is drawn yet."""
-    query, key, value = checks.autocast(query, key, value)
-    _, nheads, head_dim = checks.query_and_key_shapes(query, key, value, enable_gqa, is_packed=True)[0]
-    checks.check_cu_seqlens(query, cu_seqlens_q, max_seqlen_q, "q")
-    checks.check_cu_seqlens(key, cu_seqlens_k, max_seqlen_k, "k")
-    checks.check_same_batch(cu_seqlens_q, cu_seqlens_k)
-    checks.check_dropout(dropout_p)
-    left, right, bottom_right = checks.band(is_causal, window, causal_align)
+    query, key, value = arguments.autocast(query, key, value)
+    _, nheads, head_dim = arguments.query_and_key_shapes(query, key, value, enable_gqa, is_packed=True)[0]
+    arguments.check_cu_seqlens(query, cu_seqlens_q, max_seqlen_q, "q")
+    arguments.check_cu_seqlens(key, cu_seqlens_k, max_seqlen_k, "k")
+    arguments.check_same_batch(cu_seqlens_q, cu_seqlens_k)
+    arguments.check_dropout(dropout_p)
+    left, right, bottom_right = arguments.band(is_causal, window, causal_align)
     shape = (cu_seqlens_q.size(0) - 1, nheads, max_seqlen_q, max_seqlen_k)
-    mask, bias = checks.mask_and_bias(attn_mask, attn_bias, query, shape)
+    mask, bias = arguments.mask_and_bias(attn_mask, attn_bias, query, shape)
     return AttentionParams(
         query, key, value, mask, bias, None, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q, max_seqlen_k, _scale(scale, head_dim), dropout_p, left, right, bottom_right,
@@ -311,7 +311,7 @@ def _torch_attention(p: AttentionParams) -> Tensor:
 def _problem(p: AttentionParams, return_lse: bool) -> Problem:
     q, bias = p.q, p.bias
     return Problem(
-        checks.device_type(q),
+        arguments.device_type(q),
         _capability(q.device) if q.is_cuda else None,
         q.dtype,
         q.shape[-1],

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from . import images
 from .backends import BACKENDS, Problem
+from .cuda_kernels import images
 from .machine import Capability, Gpu, System, detect, pair
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import images, nvrtc
+from .cuda_kernels import images, nvrtc
 
 Capability = tuple[int, int]
 

@@ -41,8 +41,8 @@ LAUNCHER = "_launcher" + sysconfig.get_config_var("EXT_SUFFIX")
 _package = types.ModuleType("fastattn_without_torch")
 _package.__path__ = [str(ROOT / "fastattn")]
 sys.modules[_package.__name__] = _package
-nvrtc = importlib.import_module(f"{_package.__name__}.nvrtc")
-kernel_sources = importlib.import_module(f"{_package.__name__}.kernel_sources")
+nvrtc = importlib.import_module(f"{_package.__name__}.cuda_kernels.nvrtc")
+kernel_sources = importlib.import_module(f"{_package.__name__}.cuda_kernels.sources")
 Arch = kernel_sources.Arch
 
 
@@ -196,7 +196,7 @@ def graph(settings: Settings, sources: kernel_sources.KernelSources, nvrtc_versi
     if nvrtc_version is not None:
         writer.rule("image", f"{run} image $element $arch $nvrtc", description="NVRTC $element $arch")
         writer.variable("nvrtc", nvrtc_version)
-        how = ["../../fastattn/nvrtc.py", "../../fastattn/kernel_sources.py"]
+        how = ["../../fastattn/cuda_kernels/nvrtc.py", "../../fastattn/cuda_kernels/sources.py"]
         for arch in settings.archs:
             for element in kernel_sources.ELEMENTS:
                 name = kernel_sources.image_name(element, arch)

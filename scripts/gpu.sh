@@ -62,7 +62,7 @@ part environment 30 python3 -m fastattn.info
 part "gpu tests" 150 python3 -m pytest -m gpu --numprocesses 4
 # The kernels of a P100 on whatever GPU this is: the driver compiles their PTX.
 part "gpu tests, compute_60" 80 env FASTATTN_CUDA_IMAGE=compute_60 \
-    python3 -m pytest -m gpu --numprocesses 4 tests/test_cuda_gpu.py
+    python3 -m pytest -m gpu --numprocesses 4 tests/cuda/test_gpu.py
 benchmark tune 110
 benchmark attention 150
 benchmark transformer_step 60
@@ -81,7 +81,7 @@ else
     if [[ $form == --full ]]; then tools+=(synccheck initcheck); fi
     for tool in "${tools[@]}"; do
         part "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            python3 -m pytest -q -m gpu tests/test_cuda_gpu.py -k "test_long_rows or test_threads"
+            python3 -m pytest -q -m gpu tests/cuda/test_gpu.py -k "test_long_rows or test_threads"
     done
 fi
 

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from fastattn import _launcher, images
-from fastattn.kernel_sources import ELEMENTS, Arch, image_name
+from fastattn import _launcher
+from fastattn.cuda_kernels import images
+from fastattn.cuda_kernels.sources import ELEMENTS, Arch, image_name
 
 TABLE = Path(__file__).parents[1] / "docs" / "kernel_resources.csv"
 

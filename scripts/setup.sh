@@ -15,7 +15,7 @@ read -ra torch <<<"${choice%%  \#*}"
 kind="$PWD $python $("$python" --version) ${torch[*]}"
 files=$(cat requirements-dev.txt pyproject.toml setup.py scripts/setup.sh | sha256sum)
 which="${FASTATTN_BUILD_CUDA-} ${FASTATTN_CUDA_ARCHS-} ${FASTATTN_PREBUILT_KERNELS-}"
-kernels=$(echo "$which" | cat - csrc/* fastattn/nvrtc.py fastattn/kernel_sources.py scripts/build_native.py | sha256sum)
+kernels=$(echo "$which" | cat - csrc/* fastattn/cuda_kernels/nvrtc.py fastattn/cuda_kernels/sources.py scripts/build_native.py | sha256sum)
 last_kind="" last_files="" last_kernels=""
 if [[ -f $finished ]]; then { read -r last_kind && read -r last_files && read -r last_kernels; } <$finished || true; fi
 all=("$kind" "$files" "$kernels")

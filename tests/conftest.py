@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "attention_case" in metafunc.fixturenames:
-        from cases import full, pairwise
+        from tests.support.cases import full, pairwise
 
         metafunc.parametrize("attention_case", full() if metafunc.config.getoption("full") else pairwise(), ids=str)
 
@@ -77,8 +77,8 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[AttentionParams]:
 @pytest.fixture
 def loaded(tmp_path, monkeypatch):
     """(launcher, stub), as a new process has them."""
-    from attention_struct import Struct
-    from stub_cuda import load
+    from tests.support.attention_struct import Struct
+    from tests.support.stub_cuda import load
 
     launcher, stub = load(tmp_path, monkeypatch)
     stub.library.stub_set_params_bytes(ctypes.sizeof(Struct))
@@ -87,7 +87,7 @@ def loaded(tmp_path, monkeypatch):
 
 @pytest.fixture
 def launcher(loaded):
-    from launcher_calls import image
+    from tests.support.launcher_calls import image
 
     launcher, _ = loaded
     launcher.set_image_source(image)

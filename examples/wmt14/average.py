@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastattn.averaging import average_models
+from fastattn.nmt.averaging import average_models
 
 from .checkpoints import checkpoint_folders, update_of
 from .models import errors_as_messages, run_description

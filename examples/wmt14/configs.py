@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fastattn import TransformerConfig
-from fastattn.schedule import linear_learning_rate, noam_learning_rate
+from fastattn.nmt.schedule import linear_learning_rate, noam_learning_rate
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import sentencepiece
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastattn.data import TokenWriter
+from fastattn.nmt.data import TokenWriter
 
 from .cleaning import Cleaner, CorpusReport, Duplicates, clean, keep_all
 from .corpora import Corpus, Text, read_pairs

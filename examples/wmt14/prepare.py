@@ -22,8 +22,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fastattn.batches import TokenBatches
-from fastattn.data import ParallelTokens
+from fastattn.nmt.batches import TokenBatches
+from fastattn.nmt.data import ParallelTokens
 
 from .cleaning import Cleaner, CorpusReport, Duplicates
 from .corpora import PREPARATIONS, Corpus, Download, Preparation, Text

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from fastattn import Transformer
-from fastattn.batches import TokenBatches
-from fastattn.data import ParallelTokens
+from fastattn.nmt.batches import TokenBatches
+from fastattn.nmt.data import ParallelTokens
 
 from .checkpoints import Checkpoints, checkpoint_folders, random_state, seed_random, set_random_state
 from .configs import Config

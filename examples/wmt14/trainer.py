@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastattn import Transformer
-from fastattn.batches import TokenBatches
-from fastattn.data import ParallelTokens
-from fastattn.layout import PackedTokens
-from fastattn.losses import LossSums, label_smoothed_cross_entropy
+from fastattn.nmt.batches import TokenBatches
+from fastattn.nmt.data import ParallelTokens
+from fastattn.nmt.layout import PackedTokens
+from fastattn.nmt.losses import LossSums, label_smoothed_cross_entropy
 
 from .configs import Config
 from .distributed import World

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from fastattn import Transformer
-from fastattn.generation import Hypothesis, translate
+from fastattn.nmt.generation import Hypothesis, translate
 
 from .heatmap import draw_attention
 from .models import data_folder, errors_as_messages, load_model, run_description

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from sacrebleu.metrics import BLEU
 
-from fastattn.batches import TokenBatches
-from fastattn.data import ParallelTokens
-from fastattn.generation import translate
+from fastattn.nmt.batches import TokenBatches
+from fastattn.nmt.data import ParallelTokens
+from fastattn.nmt.generation import translate
 
 from .subwords import Subwords
 from .trainer import Trainer

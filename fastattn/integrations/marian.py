@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import TransformerConfig
-from ..transformer import Transformer
+from ..nmt.config import TransformerConfig
+from ..nmt.transformer import Transformer
 from .safetensors import filled, read_tensors
 
 _MARIAN_EPS = 1e-5

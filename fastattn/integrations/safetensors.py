@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..config import TransformerConfig
-from ..transformer import Transformer
+from ..nmt.config import TransformerConfig
+from ..nmt.transformer import Transformer
 
 MODEL_TYPE = "fastattn.Transformer"
 

@@ -16,12 +16,14 @@ from unittest import mock
 
 import torch
 
-from fastattn import _launcher, backends, cuda, images
-from fastattn.kernel_sources import ELEMENTS
+from fastattn import _launcher, backends
+from fastattn.cuda_kernels import attention as cuda
+from fastattn.cuda_kernels import images
+from fastattn.cuda_kernels.sources import ELEMENTS
 from fastattn.params import AttentionParams
-from simt.build import CACHE, ROOT
-from simt.executor import Library, load
-from simt.ptx import PtxLibrary, load_ptx, load_ptx_text
+from tests.simt.build import CACHE, ROOT
+from tests.simt.executor import Library, load
+from tests.simt.ptx import PtxLibrary, load_ptx, load_ptx_text
 
 ATTENTION = ROOT / "csrc" / "attention.cu"
 

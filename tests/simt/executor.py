@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from simt.build import EXECUTOR, BuildError, build
+from tests.simt.build import EXECUTOR, BuildError, build
 
 MAX_THREADS = 1024
 MAX_DYNAMIC_SHARED = 232448

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import nvrtc
-from simt.executor import SimtError, guarded
-from simt.ptx.library import compiler
+from fastattn.cuda_kernels import nvrtc
+from tests.simt.executor import SimtError, guarded
+from tests.simt.ptx.library import compiler
 
 KERNELS = Path(__file__).parent / "kernels"
 

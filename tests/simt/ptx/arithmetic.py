@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 
-from simt.ptx.forms import register
-from simt.ptx.operands import Scope, block
-from simt.ptx.parser import Instruction
+from tests.simt.ptx.forms import register
+from tests.simt.ptx.operands import Scope, block
+from tests.simt.ptx.parser import Instruction
 
 TABLE = """
 # integers

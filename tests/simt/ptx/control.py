@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from simt.ptx.forms import instruction
-from simt.ptx.operands import Scope, block, label
-from simt.ptx.parser import Instruction, split_operands
+from tests.simt.ptx.forms import instruction
+from tests.simt.ptx.operands import Scope, block, label
+from tests.simt.ptx.parser import Instruction, split_operands
 
 
 @instruction("bra[.uni]", operands=1)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from simt.ptx.arithmetic import DIRECTED
-from simt.ptx.forms import instruction
-from simt.ptx.operands import Scope, block
-from simt.ptx.parser import BYTES, Instruction
+from tests.simt.ptx.arithmetic import DIRECTED
+from tests.simt.ptx.forms import instruction
+from tests.simt.ptx.operands import Scope, block
+from tests.simt.ptx.parser import BYTES, Instruction
 
 FLOATS = ("f16", "bf16", "f32", "f64")
 INTEGRAL = {"rni": "std::rint", "rzi": "std::trunc", "rmi": "std::floor", "rpi": "std::ceil"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from simt.ptx.forms import instruction
-from simt.ptx.operands import ADDRESS, Scope, block, is_integer
-from simt.ptx.parser import BYTES, Instruction
+from tests.simt.ptx.forms import instruction
+from tests.simt.ptx.operands import ADDRESS, Scope, block, is_integer
+from tests.simt.ptx.parser import BYTES, Instruction
 
 ATOMIC_VALUES = {
     **{"add": "old + b", "and": "old & b", "or": "old | b", "xor": "old ^ b", "exch": "b"},

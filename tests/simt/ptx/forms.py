@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from simt.ptx.operands import Scope
-from simt.ptx.parser import Instruction
+from tests.simt.ptx.operands import Scope
+from tests.simt.ptx.parser import Instruction
 
 TYPES = {
     "int": "u16 s16 u32 s32 u64 s64",

@@ -12,12 +12,12 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastattn import nvrtc
-from fastattn.kernel_sources import MIN_CAPABILITY, OPTIONS
-from simt.build import ROOT, build_library, cached, with_headers
-from simt.executor import Buffer, Library
-from simt.ptx.parser import parse_module
-from simt.ptx.translate import translate
+from fastattn.cuda_kernels import nvrtc
+from fastattn.cuda_kernels.sources import MIN_CAPABILITY, OPTIONS
+from tests.simt.build import ROOT, build_library, cached, with_headers
+from tests.simt.executor import Buffer, Library
+from tests.simt.ptx.parser import parse_module
+from tests.simt.ptx.translate import translate
 
 # Integers wrap around; multiplications and additions are joined only where the PTX says so. What a thread reads before
 # it writes is a pattern, and not what another thread left there.

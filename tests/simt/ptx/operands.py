@@ -6,7 +6,7 @@ import re
 from collections import ChainMap
 from dataclasses import dataclass, field
 
-from simt.ptx.parser import BYTES, Variable, parse_integer, split_operands
+from tests.simt.ptx.parser import BYTES, Variable, parse_integer, split_operands
 
 SPECIAL_REGISTERS = {
     **{f"%tid.{axis}": f"simt::self->index.{axis}" for axis in "xyz"},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from simt.ptx.forms import instruction
-from simt.ptx.operands import Scope, block
-from simt.ptx.parser import Instruction, parse_integer
+from tests.simt.ptx.forms import instruction
+from tests.simt.ptx.operands import Scope, block
+from tests.simt.ptx.parser import Instruction, parse_integer
 
 # (type of the elements, type of the sums) for each shape
 TYPES = {

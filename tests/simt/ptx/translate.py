@@ -11,9 +11,9 @@ import itertools
 import operator
 from collections.abc import Iterator
 
-from simt.ptx import arithmetic, control, convert, data, forms, tensor
-from simt.ptx.operands import Scope, block, label, memory_name, register
-from simt.ptx.parser import (
+from tests.simt.ptx import arithmetic, control, convert, data, forms, tensor
+from tests.simt.ptx.operands import Scope, block, label, memory_name, register
+from tests.simt.ptx.parser import (
     BYTES,
     Brace,
     BranchTargets,

@@ -1,0 +1,1 @@
+"""What executes sm_60 machine code on the CPU, one instruction after the other."""

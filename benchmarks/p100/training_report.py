@@ -1,0 +1,270 @@
+"""Predicts, without the card, a training step of the paper's models on a P100 and writes docs/p100_training.md.
+
+    python -m benchmarks.p100.training_report
+
+Nothing is measured: the time of attention comes from the machine code (benchmarks/p100), that of the products from
+published rates of cuBLAS, that of the rest from the bytes it moves. It needs nvdisasm, as
+benchmarks.p100.kernel_report does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import published
+from benchmarks.lengths import Lengths, updates
+from benchmarks.p100 import chip, kernel_report, training
+from benchmarks.p100.pipeline import SENSITIVITIES, USUAL
+from benchmarks.p100.pipeline import Assumptions as CardAssumptions
+from benchmarks.p100.prediction import Model
+from benchmarks.p100.problems import Problem
+from benchmarks.p100.report import digest, table, verdict
+from benchmarks.p100.tracing import Kernels
+from benchmarks.p100.training import Assumptions, Work, needed_tflops, stored_weights_bytes, tokens_that_fit
+from examples.wmt14.configs import CONFIGS, Config
+from examples.wmt14.estimate import GPUS, OVERHEAD_BYTES, activation_bytes, count_parameters, estimate
+from fastattn import TransformerConfig
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = Path(__file__).with_name("training_report.md")
+CARD, ESTIMATED = chip.SXM2, "P100 SXM2"
+VOCABULARY = 37_000
+UPDATES = 6  # from one of short sentences to one of long ones
+HALF_DRAM = SENSITIVITIES["half of DRAM"]
+# Of the published vanilla attention, the problem with the shortest sentences: heads, tokens, head dimension.
+VANILLA = {"forward": (8192, 1, 82, 64), "backward": (1024, 8, 82, 64)}
+
+
+class Goal(NamedTuple):
+    """Of one of the paper's models: what the paper took, what the aim is, and what was measured elsewhere."""
+
+    config: Config
+    paper_seconds: float  # of a step on eight P100 (section 5.2)
+    tokens_per_second: float  # target ids on one P100 alone
+    measured: float  # the same, of TensorFlow's official model on one P100
+
+
+GOALS = {
+    "base": Goal(CONFIGS["base_en_de"], 0.4, 14_500, 8_100),
+    "big": Goal(CONFIGS["big_en_de"], 1.0, 5_800, 3_700),
+}
+PAPER_GPUS = 8
+
+
+class Attention(NamedTuple):
+    """The passes over one update's share of a GPU, in one layer."""
+
+    longest: int  # ids of a sentence
+    pairs: int
+    passes: dict[Problem, int]  # how often in all layers
+
+
+def attentions(model: TransformerConfig, chosen: list[Lengths]) -> list[Attention]:
+    """For each update; its sentences are all taken to be as long as its longest."""
+    found = []
+    for lengths in chosen:
+        longest, pairs = max(lengths.source + lengths.target), round(len(lengths.source) / PAPER_GPUS)
+        passes = {}
+        for pass_ in ("forward", "backward"):
+            one = Problem(pass_, pairs, model.num_heads, longest, model.head_dim or model.d_model // model.num_heads)
+            passes[one._replace(feature="packed")] = model.num_encoder_layers + model.num_decoder_layers
+            passes[one._replace(feature="causal")] = model.num_decoder_layers
+        found.append(Attention(longest, pairs, passes))
+    return found
+
+
+def vanilla_seconds(problem: Problem) -> float:
+    """By the published rate; where causal, vanilla attention computes everything and hides half."""
+    shape = VANILLA[problem.pass_]
+    measured = published.times(problem.pass_, shape, problem.dtype)
+    rate = Problem(problem.pass_, *shape).flops / measured.vanilla_ms * 1e3
+    return problem._replace(feature="plain").flops / rate
+
+
+class Training:
+    """The page of one build.
+
+    Args:
+        kernels: what runs.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.file = kernels.file("float32")
+        self.predicted = Model(kernels, CARD)
+        self.models = {name: goal.config.model(VOCABULARY) for name, goal in GOALS.items()}
+
+    @cached_property
+    def chosen(self) -> list[Lengths]:
+        return updates(UPDATES)
+
+    def fused_seconds(self, problem: Problem, assumptions: CardAssumptions = USUAL) -> float:
+        """By the model."""
+        return self.predicted.predict(problem, assumptions).microseconds * 1e-6
+
+    def attention(self, name: str, seconds_of: Callable[[Problem], float]) -> float:
+        """Seconds per token, all layers, over the chosen updates."""
+        found = attentions(self.models[name], self.chosen)
+        seconds = sum(count * seconds_of(problem) for one in found for problem, count in one.passes.items())
+        return seconds * PAPER_GPUS / sum(sum(lengths.target) for lengths in self.chosen)
+
+    def works(self, name: str) -> dict[str, Work]:
+        """An update's share of one of eight GPUs, and all of it on a single one."""
+        model, tokens = self.models[name], GOALS[name].config.tokens_per_update
+        steps = math.ceil(tokens / tokens_that_fit(model, activation_bytes(model, "fp32")))
+        return {"one of eight": Work(model, tokens / PAPER_GPUS), "alone": Work(model, tokens, steps)}
+
+    def seconds(self, name: str, where: str, parts: dict[str, float]) -> float:
+        """Of an update: the parts or the host, whichever takes longer, and what is seen of the all-reduce."""
+        work = self.works(name)[where]
+        exposed = estimate(GOALS[name].config, ESTIMATED, PAPER_GPUS, 1, "fp32", VOCABULARY).exposed
+        return max(sum(parts.values()), work.host_seconds) + (exposed if where == "one of eight" else 0.0)
+
+    def text(self) -> str:
+        """The page."""
+        fused = {name: self.attention(name, self.fused_seconds) for name in GOALS}
+        return TEMPLATE.read_text().format(
+            image=table(("file", "sha256"), [(f"`{self.file.name}`", f"`{digest(self.file)}`")]),
+            totals=self._totals(fused),
+            parts="\n\n".join(self._parts(name, fused[name]) for name in GOALS),
+            changes=self._changes(fused),
+            attention=self._attention(),
+            memory=self._memory(),
+            all_reduce=self._all_reduce(),
+            assumptions=table(("what", "from where"), training.SOURCES),
+        )
+
+    # ---- the tables
+
+    def _totals(self, fused: dict[str, float]) -> str:
+        header = ("model", "P100", "predicted, ms", "the paper, ms", "target tokens/s of a card", "aim", "verdict")
+        header += ("products needed at, TFLOP/s", "attention", "by `estimate.py`", "TensorFlow, measured")
+        lines = []
+        for name, goal in GOALS.items():
+            for where, work in self.works(name).items():
+                parts = work.parts(fused[name], CARD)
+                seconds = self.seconds(name, where, parts)
+                is_alone = where == "alone"
+                aim = goal.tokens_per_second if is_alone else work.tokens / goal.paper_seconds
+                rate = work.tokens / seconds
+                rest = seconds - sum(spent for part, spent in parts.items() if part.startswith("products"))
+                coarse = estimate(goal.config, ESTIMATED, 1 if is_alone else PAPER_GPUS, 1, "fp32", VOCABULARY)
+                line = (name, where, f"**{1e3 * seconds:.0f}**", "" if is_alone else f"{1e3 * goal.paper_seconds:.0f}")
+                line += (f"**{rate:,.0f}**", f"{aim:,.0f}", verdict(rate, aim))
+                line += (f"{needed_tflops(work, aim, rest):.2f}", f"{100 * parts['attention'] / seconds:.1f} %")
+                lines.append((*line, f"{coarse.tokens_per_second:,.0f}", f"{goal.measured:,.0f}" if is_alone else ""))
+        return table(header, lines)
+
+    def _parts(self, name: str, attention: float) -> str:
+        works = self.works(name)
+        parts = {where: work.parts(attention, CARD) for where, work in works.items()}
+        columns = []
+        for seconds in parts.values():
+            total = sum(seconds.values())
+            columns.append({part: (f"{1e3 * n:.1f}", f"{100 * n / total:.1f} %") for part, n in seconds.items()})
+        first = parts["one of eight"]
+        lines = [(part, *columns[0][part], *columns[1][part]) for part in sorted(first, key=lambda part: -first[part])]
+        alone = works["alone"]
+        described = f"alone, {alone.steps} x {alone.tokens / alone.steps:,.0f} tokens, ms"
+        return table((f"{name}: part", "one of eight, ms", "share", described, "share"), lines)
+
+    def _changes(self, fused: dict[str, float]) -> str:
+        half = {name: self.attention(name, lambda p: self.fused_seconds(p, HALF_DRAM)) for name in GOALS}
+        vanilla = {name: self.attention(name, vanilla_seconds) for name in GOALS}
+        changes = {
+            "as above": (fused, Assumptions()),
+            "products 15 % slower": (fused, Assumptions(product_rate=0.85)),
+            "products 15 % faster": (fused, Assumptions(product_rate=1.15)),
+            "products at the slower published rates": (fused, Assumptions(cublas="squares")),
+            "half of DRAM, attention included": (half, Assumptions(dram_rate=0.5)),
+            "vanilla attention at its published rate": (vanilla, Assumptions()),
+        }
+        lines = []
+        for change, (attention, assumed) in changes.items():
+            line = [change]
+            for name in GOALS:
+                for where, work in self.works(name).items():
+                    seconds = self.seconds(name, where, work.parts(attention[name], CARD, assumed))
+                    line += [f"{1e3 * seconds:.0f}", f"{work.tokens / seconds:,.0f}"]
+            lines.append(line)
+        columns = [f"{name}, {where}" for name in GOALS for where in self.works(name)]
+        return table(("", *(f"{column}: {what}" for column in columns for what in ("ms", "tokens/s"))), lines)
+
+    def _attention(self) -> str:
+        lines = []
+        for name in GOALS:
+            for longest, pairs, passes in attentions(self.models[name], self.chosen):
+                shown = []
+                for problem in passes:
+                    predicted = self.predicted.predict(problem)
+                    shown.append(f"{predicted.microseconds:.0f} ({predicted.tflops:.2f})")
+                vanilla = sum(count * vanilla_seconds(problem) for problem, count in passes.items())
+                ours = sum(count * self.fused_seconds(problem) for problem, count in passes.items())
+                lines.append((name, f"{longest}", f"{pairs}", *shown, f"{1e3 * ours:.1f}", f"{1e3 * vanilla:.1f}"))
+        passes = ("forward", "forward, causal", "backward", "backward, causal")
+        return table(("model", "ids", "pairs", *passes, "all layers, ms", "vanilla, ms"), lines)
+
+    def _memory(self) -> str:
+        columns = []
+        for name, model in self.models.items():
+            tokens, parameters = GOALS[name].config.tokens_per_update, count_parameters(model)
+            kept, stored, logits = activation_bytes(model, "fp32"), self.stored(name), 2 * 4.0 * model.vocab_size
+            sizes = {
+                "weights, gradients, Adam": 16 * parameters,
+                "context, libraries, a chunk of logits": OVERHEAD_BYTES,
+                "activations of 3,125 tokens": kept * tokens / PAPER_GPUS,
+                "activations of 25,000 tokens": kept * tokens,
+                "vanilla: attention weights of 25,000 tokens more": stored * tokens,
+                "whole logits and their gradient, of 25,000 tokens, more": logits * tokens,
+            }
+            per_token = {
+                "tokens that fit": kept,
+                "tokens that fit if attention weights are stored": kept + stored,
+                "tokens that fit if whole logits are stored as well": kept + stored + logits,
+            }
+            shown = {what: f"{size / 1e9:.2f} GB" for what, size in sizes.items()}
+            shown |= {what: f"{tokens_that_fit(model, n):,.0f}" for what, n in per_token.items()}
+            columns.append(shown)
+        return table(("", *GOALS), [(what, *(shown[what] for shown in columns)) for what in columns[0]])
+
+    def stored(self, name: str) -> float:
+        """Bytes per token of the attention weights that vanilla attention keeps."""
+        stored = sum(
+            len(lengths.source) * stored_weights_bytes(self.models[name], max(lengths.source), max(lengths.target))
+            for lengths in self.chosen
+        )
+        return stored / sum(sum(lengths.target) for lengths in self.chosen)
+
+    def _all_reduce(self) -> str:
+        lines = []
+        for name, goal in GOALS.items():
+            gigabytes = 2 * (PAPER_GPUS - 1) / PAPER_GPUS * 4 * count_parameters(self.models[name]) / 1e9
+            for gpu in (ESTIMATED, "P100 PCIe"):
+                run = estimate(goal.config, gpu, PAPER_GPUS, 1, "fp32", VOCABULARY)
+                link = "NVLink" if gpu == ESTIMATED else "PCIe"
+                shown = (f"{1e3 * run.all_reduce:.1f}", f"{1e3 * run.exposed:.1f}")
+                lines.append((name, f"{link}, {GPUS[gpu].link / 1e9:g} GB/s", f"{gigabytes:.2f}", *shown))
+        return table(("model", "by", "GB sent by a card", "ms", "not hidden, ms"), lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.p100.training_report", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--kernel-dir", type=Path, default=kernel_report.FOLDER, help="cubins (default: installed ones)"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "p100_training.md", help="the page to write")
+    options = parser.parse_args(arguments)
+    options.out.write_text(Training(Kernels(options.kernel_dir)).text())
+    print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

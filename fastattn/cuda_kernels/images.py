@@ -1,0 +1,194 @@
+"""The compiled CUDA kernels: which image a GPU gets, from this installation or, where none fits, compiled at run time.
+
+Two variables of the environment are read at each call. FASTATTN_CUDA_IMAGE, such as "compute_60" or "sm_80", names the
+image that every GPU gets instead of the one chosen here; it is compiled if this installation lacks it. With
+FASTATTN_CACHE_DIR, what was compiled is kept there and not in ~/.cache/fastattn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import nvrtc
+from .sources import ELEMENTS, MIN_CAPABILITY, Arch, KernelSources, choose, image_name, options
+
+_PACKAGE = Path(__file__).parents[1]
+_KERNELS = _PACKAGE / "_kernels"
+
+
+class ImageError(RuntimeError):
+    """There is no image for a GPU; the message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What the installation has of compiled kernels."""
+
+    archs: tuple[Arch, ...]
+    nvrtc: str | None  # the version that compiled them
+    sources: str | None  # KernelSources.digest of what they are compiled from
+    commit: str | None
+    reason: str | None  # why there are none
+
+
+def installed() -> Installed:
+    """Reads what scripts/build_native.py left."""
+    try:
+        manifest = json.loads((_KERNELS / "build.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        manifest = {"reason": "fastattn is not installed: this is a copy of its files"}
+    return Installed(
+        archs=tuple(Arch.parse(arch) for arch in manifest.get("architectures", ())),
+        nvrtc=manifest.get("nvrtc"),
+        sources=manifest.get("sources"),
+        commit=manifest.get("commit"),
+        reason=manifest.get("reason"),
+    )
+
+
+def sources() -> KernelSources:
+    """The CUDA sources of the installation: those it contains or, in an editable one, those beside the package.
+
+    Raises:
+        FileNotFoundError: it has neither.
+    """
+    contained = _KERNELS / "src"
+    return KernelSources.read(contained if contained.is_dir() else _PACKAGE.parent / "csrc")
+
+
+def selected(capability: tuple[int, int], have: Installed) -> Arch | None:
+    """The architecture of the image that a GPU gets; None if it has to be compiled at run time, whatever it will be.
+
+    Args:
+        capability: the GPU's compute capability.
+        have: the images to select from; here, `installed()`.
+
+    Raises:
+        ImageError: the GPU is too old.
+        ValueError: FASTATTN_CUDA_IMAGE names nothing, or nothing that runs there.
+    """
+    number = 10 * capability[0] + capability[1]
+    if number < MIN_CAPABILITY:
+        raise ImageError(
+            f"the CUDA kernels need compute capability >= {_dotted(MIN_CAPABILITY)}, got {_dotted(number)}"
+        )
+    text = os.environ.get("FASTATTN_CUDA_IMAGE")
+    if not text:
+        return choose(have.archs, number)
+    try:
+        forced = Arch.parse(text)
+    except ValueError as error:
+        raise ValueError(f"FASTATTN_CUDA_IMAGE: {error}") from None
+    if choose([forced], number) is None:
+        raise ValueError(f"FASTATTN_CUDA_IMAGE: {forced} does not run on compute capability {_dotted(number)}")
+    return forced
+
+
+def image(element: str, capability: tuple[int, int]) -> bytes:
+    """The image of all kernels for one element type, as cuModuleLoadData takes it.
+
+    Machine code for exactly this compute capability, else for the highest lower one of the same major version, else the
+    newest PTX, which the driver compiles, else what NVRTC makes of the sources now, kept for the next time.
+
+    Args:
+        element: "float32", "float16" or "bfloat16".
+        capability: the GPU's compute capability.
+
+    Raises:
+        ImageError: the GPU is too old, the sources have changed since they were compiled, or there is no image that
+            runs and none can be compiled.
+        ValueError: element is none of these, or FASTATTN_CUDA_IMAGE names nothing that runs there.
+    """
+    if element not in ELEMENTS:
+        raise ValueError(f"element: must be one of {', '.join(ELEMENTS)}, got {element!r}")
+    have = installed()
+    arch = selected(capability, have)
+    if arch in have.archs:
+        check_current(have)
+        return (_KERNELS / image_name(element, arch)).read_bytes()
+    return _compile(element, 10 * capability[0] + capability[1], arch)
+
+
+def check_current(have: Installed) -> None:
+    """Raises ImageError if the sources beside an editable installation are no longer those of its images."""
+    now = sources().digest
+    if have.sources != now:
+        message = f"csrc has changed since its kernels were compiled ({have.sources}, now {now})"
+        raise ImageError(f"{message}; to compile them: python scripts/build_native.py")
+
+
+def _dotted(number: int) -> str:
+    return f"{number // 10}.{number % 10}"
+
+
+# ---- compiled at run time ----
+
+
+def _compile(element: str, capability: int, forced: Arch | None) -> bytes:
+    """From the cache or by NVRTC."""
+    try:
+        files = sources()
+        arch, compiler = _compiler_for(capability, forced)
+    except (FileNotFoundError, nvrtc.NotFound) as error:
+        have = installed()
+        archs = ", ".join(map(str, have.archs)) or f"none ({have.reason})"
+        wanted = forced or f"compute capability {_dotted(capability)}"
+        fix = f"install fastattn again with FASTATTN_CUDA_ARCHS={forced or capability}"
+        raise ImageError(f"no compiled CUDA kernels for {wanted}: there are {archs}; {error}; or {fix}") from None
+    key = repr((files.digest, compiler.version, options(arch), element, arch))
+    file = cache_dir() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.{image_name(element, arch)}"
+    content = _read_checked(file)
+    if content is None:
+        content = files.compile(compiler, element, arch).image
+        _write_checked(file, content)
+    return content
+
+
+def _compiler_for(capability: int, forced: Arch | None) -> tuple[Arch, nvrtc.Nvrtc]:
+    """Machine code for the GPU itself if an NVRTC knows it, else PTX for the newest that the first one knows."""
+    if forced is not None:
+        return forced, nvrtc.find(forced.number)
+    with contextlib.suppress(nvrtc.NotFound):
+        return Arch("sm", capability), nvrtc.find(capability)
+    compiler = nvrtc.find()
+    known = [Arch("compute", number) for number in compiler.architectures if number >= MIN_CAPABILITY]
+    arch = choose(known, capability)
+    if arch is None:
+        raise nvrtc.NotFound(f"NVRTC {compiler.version} compiles for nothing that runs there ({nvrtc.INSTALL})")
+    return arch, compiler
+
+
+def cache_dir() -> Path:
+    """Where images compiled at run time are kept."""
+    if named := os.environ.get("FASTATTN_CACHE_DIR"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _read_checked(file: Path) -> bytes | None:
+    """A file of the cache, whose first bytes are the digest of the others; None if there is none or it is damaged."""
+    try:
+        stored = file.read_bytes()
+    except OSError:
+        return None
+    content = stored[32:]
+    return content if stored[:32] == _digest(content) else None
+
+
+def _write_checked(file: Path, content: bytes) -> None:
+    """Processes may write the same file at once: each replaces it as a whole. Without a cache, work is repeated."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as new:
+            new.write(_digest(content) + content)
+        os.replace(new.name, file)

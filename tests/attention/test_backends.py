@@ -1,0 +1,251 @@
+"""The choice of a backend, on described devices: no GPU is needed to prove what a P100 would run."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastattn
+from fastattn import backends, functional
+from fastattn.backends import Problem
+from tests.support.cases import AXES, Case
+from tests.support.contract import check
+
+GPUS = {
+    "P100": (6, 0), "GTX 1080": (6, 1), "V100": (7, 0), "T4": (7, 5),
+    "A100": (8, 0), "A10": (8, 6), "L4": (8, 9), "H100": (9, 0), "B200": (10, 0),
+}  # fmt: skip
+FUSED = {"P100": "cuda", "GTX 1080": "cuda", "V100": "cuda", "T4": "cuda"}  # triton on all others
+
+
+def problem(gpu: str | None, **changes: Any) -> Problem:
+    described: dict[str, Any] = {"device_type": "cpu" if gpu is None else "cuda", "capability": gpu and GPUS[gpu]}
+    return Problem(**{**described, "dtype": torch.float32, "head_dim": 64, "head_dim_v": 64, **changes})
+
+
+@pytest.fixture
+def all_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every backend's module can be imported."""
+    monkeypatch.setattr(backends, "_missing", {b.module: None for b in backends.BACKENDS})
+
+
+@pytest.fixture
+def none_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the plain torch routes are there."""
+    reason = "is not part of this installation (no module)"
+    monkeypatch.setattr(
+        backends, "_missing", {b.module: reason if b.min_capability else None for b in backends.BACKENDS}
+    )
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    fresh: set[str] = set()
+    monkeypatch.setattr(backends, "_warned", fresh)
+    yield fresh
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [1, 64, 256])
+def test_every_gpu_gets_its_kernels(all_installed: None, gpu: str, dtype: torch.dtype, head_dim: int) -> None:
+    p = problem(gpu, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim)
+    assert backends.choose(p).name == FUSED.get(gpu, "triton")
+    explanation = backends.explain_choice(p)
+    assert explanation.backend == FUSED.get(gpu, "triton")
+    if gpu in FUSED:
+        dotted = ".".join(map(str, GPUS[gpu]))
+        assert f"not triton: it needs compute capability >= 8.0, got {dotted}" in str(explanation)
+
+
+@pytest.mark.parametrize("installed", ["all_installed", "none_installed"])
+@pytest.mark.parametrize("gpu", [None, *GPUS])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("head_dims", [(64, 64), (256, 257), (257, 256)])
+def test_a_backend_takes_what_it_has_no_reason_against(request, installed, gpu, dtype, head_dims) -> None:
+    request.getfixturevalue(installed)
+    p = problem(gpu, dtype=dtype, head_dim=head_dims[0], head_dim_v=head_dims[1])
+    for backend in backends.BACKENDS:
+        assert backend.takes(p) == (backend.why_not(p) == [])
+
+
+def test_cpu_runs_torch_whatever_is_installed(all_installed: None) -> None:
+    explanation = backends.explain_choice(problem(None))
+    assert explanation.backend == "torch" and explanation.route == "F.scaled_dot_product_attention"
+    assert explanation.refusals == {
+        "triton": ["needs a CUDA device, got cpu"],
+        "cuda": ["needs a CUDA device, got cpu"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"head_dim": 257}, "takes head_dim <= 256, got 257"),
+        ({"head_dim_v": 300}, "takes head_dim <= 256, got 300"),
+        ({"dtype": torch.float64}, "takes float32, float16, bfloat16, got float64"),
+    ],
+)
+def test_falls_back_to_torch_with_a_warning(
+    all_installed: None, warned: set[str], changes: dict[str, Any], reason: str
+) -> None:
+    p = problem("P100", **changes)
+    with pytest.warns(fastattn.FastattnFallbackWarning) as record:
+        assert backends.choose(p).name == "torch"
+    assert f"cuda {reason}" in str(record[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(p).name == "torch"  # once per reason
+    with pytest.warns(fastattn.FastattnFallbackWarning):
+        backends.choose(p._replace(head_dim=512))
+
+
+def test_missing_kernels_are_a_reason(none_installed: None, warned: set[str]) -> None:
+    with pytest.warns(fastattn.FastattnFallbackWarning, match="is not part of this installation"):
+        assert backends.choose(problem("H100")).name == "torch"
+
+
+def test_no_warning_on_the_cpu(none_installed: None, warned: set[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(problem(None, head_dim=512)).name == "torch"
+    assert not warned
+
+
+def test_forcing_is_strict(all_installed: None) -> None:
+    with fastattn.use_backend("triton"):
+        assert backends.choose(problem("H100")).name == "triton"
+        with pytest.raises(NotImplementedError, match=r"'triton' cannot take this call.*capability >= 8.0, got 6.0"):
+            backends.choose(problem("P100"))
+        q = torch.randn(1, 1, 2, 4)
+        with pytest.raises(NotImplementedError, match="needs a CUDA device, got cpu"):
+            fastattn.scaled_dot_product_attention(q, q, q)
+
+
+def test_forcing_nests_and_ends(all_installed: None) -> None:
+    with fastattn.use_backend("reference"):
+        with fastattn.use_backend("torch"):
+            assert backends.choose(problem(None)).name == "torch"
+        assert backends.choose(problem(None)).name == "reference"
+        with pytest.raises(RuntimeError), fastattn.use_backend("torch"):
+            raise RuntimeError
+        assert backends.choose(problem("H100")).name == "reference"
+    assert backends.choose(problem(None)).name == "torch"
+
+
+def test_forcing_an_unknown_backend() -> None:
+    rule = "backend: must be one of triton, cuda, torch, reference, got 'flash'"
+    with pytest.raises(ValueError, match=rule), fastattn.use_backend("flash"):
+        raise AssertionError("entered")
+
+
+# ---- the cases in which F.scaled_dot_product_attention says the same ----
+
+
+def _torch_takes(case: Case) -> bool:
+    (q, k, v, bias), arguments = case.make()
+    arguments.pop("return_lse")
+    p = functional.attention_params(q, k, v, attn_bias=bias, **arguments)
+    return backends.why_not_sdpa(functional._problem(p, case.return_lse)) is None
+
+
+def _claimed() -> list[Case]:
+    """Every mask, bias and band that torch is trusted with; sizes, dtypes, layouts, heads and scales are drawn."""
+    draw = random.Random(0).choice
+    cases = []
+    for mask, bias, band in itertools.product(AXES["mask"], AXES["bias"], AXES["band"]):
+        # Alone, the band is torch's own business, and whether it agrees depends on the lengths.
+        for seqlens in AXES["seqlens"] if mask == bias == "none" else [draw(AXES["seqlens"])]:
+            axes = {name: draw(AXES[name]) for name in ("dtype", "layout", "heads", "scale", "dims")}
+            case = Case(mask=mask, bias=bias, band=band, seqlens=seqlens, return_lse=False, **axes)
+            if _torch_takes(case):
+                cases.append(case)
+    return cases
+
+
+@pytest.mark.parametrize("case", _claimed(), ids=str)
+def test_torch_says_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    original = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    check(case)
+    assert len(calls) == 2  # the two runs that must agree
+    assert not any("is_causal" in c for c in calls) or case.mask == case.bias == "none"
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.parametrize("seqlens", [(5, 5), (5, 9), (9, 5)])
+def test_causal_with_a_scale_that_torch_cannot_take(scale: float, seqlens: tuple[int, int]) -> None:
+    """F.scaled_dot_product_attention(is_causal=True) is NaN for scales of 0 and less, in torch 2.7.1 and 2.13.0."""
+    check(Case(band="causal", scale=scale, seqlens=seqlens, return_lse=False))
+
+
+def test_torch_is_trusted_with_most_of_the_contract() -> None:
+    claimed = _claimed()
+    for name in ("mask", "bias", "band", "dtype", "layout", "heads", "scale", "dims", "seqlens"):
+        assert {getattr(case, name) for case in claimed} == set(AXES[name])
+
+
+@pytest.mark.parametrize("seqlens", [(0, 5), (5, 0)])
+def test_torch_is_not_trusted_with_the_bias_of_nothing(seqlens: tuple[int, int]) -> None:
+    case = Case(bias="full", return_lse=False, seqlens=seqlens)
+    assert not _torch_takes(case)
+    check(case)
+
+
+# ---- explain ----
+
+
+def test_explain_names_the_route() -> None:
+    q, k = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 5, 8)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    for kwargs in ({}, {"attn_mask": mask, "is_causal": True, "attn_bias": torch.zeros(3, 5)}, {"window": (1, 1)}):
+        assert fastattn.explain(q, k, k, **kwargs).route == "F.scaled_dot_product_attention"
+    half, bias = q[:, :, :, :1].bfloat16(), torch.zeros(3, 3)
+    assert "the query's dtype" in fastattn.explain(half, half, half, attn_bias=bias).route
+    for kwargs, reason in [
+        ({"attn_mask": mask, "dropout_p": 0.1}, "dropout bits"),
+        ({"return_lse": True}, "log-sum-exp"),
+    ]:
+        assert reason in fastattn.explain(q, k, k, **kwargs).route
+    with fastattn.use_backend("reference"):
+        assert fastattn.explain(q, k, k).backend == "reference"
+
+
+def test_explain_packed_and_copies() -> None:
+    x, cu_seqlens = torch.randn(7, 2, 8), torch.tensor([0, 3, 7], dtype=torch.int32)
+    assert "packed" in fastattn.explain(x, x, x, cu_seqlens, cu_seqlens, 4, 4).route
+    strided = torch.randn(7, 8, 2).transpose(1, 2)
+    explanation = fastattn.explain(strided, x, x, cu_seqlens, cu_seqlens, 4, 4)
+    assert explanation.notes == ("q is copied, because its last dimension is not contiguous",)
+    assert "note: q is copied" in str(explanation)
+
+
+def test_explain_draws_no_random_number() -> None:
+    q = torch.randn(1, 1, 2, 4)
+    before = torch.get_rng_state()
+    fastattn.explain(q, q, q, dropout_p=0.5)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", backends.HALF)
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_half_precision_is_attended_to_in_float32_on_the_cpu(dtype, is_autocast):
+    q, k, v = torch.randn(3, 2, 4, 9, 16).to(dtype).unbind()
+    mask = torch.rand(2, 1, 1, 9) < 0.8
+    with torch.autocast("cpu", dtype, enabled=is_autocast):
+        out = functional.scaled_dot_product_attention(q, k, v, mask)
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
+    assert out.dtype == dtype and torch.equal(out, expected.to(dtype))

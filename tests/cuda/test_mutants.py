@@ -1,0 +1,104 @@
+"""The tests of the CUDA kernels must turn red for every one of these sabotaged kernels."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from fastattn.cuda_kernels import attention as cuda
+from tests.simt.attention import ATTENTION, on_the_cpu
+from tests.simt.build import CHECKED, build_library
+from tests.simt.executor import Library, SimtError
+from tests.support.cases import Case
+from tests.support.contract import check
+from tests.support.cuda_mutants import NUMBERS, PLAIN, SHARED_AND_FORWARD, Mutant
+from tests.support.cuda_mutants_backward import BACKWARD_ALONE
+
+CSRC = ATTENTION.parent
+MUTANTS = SHARED_AND_FORWARD | BACKWARD_ALONE
+ELEMENTS = {torch.float32: "float", torch.float16: "__half"}
+BARRIER = "__syncthreads();"
+BARRIERS = [(f.name, n) for f in sorted(CSRC.glob("*.cuh")) for n in range(f.read_text().count(BARRIER))]
+ROW_OF_TABLE = re.compile(r"    KERNEL\((\w+), +\w+, +(\d+),.*\n")
+
+
+def sources(folder: Path, head_dim: int) -> None:
+    """A copy of csrc with the kernels of one head_dim only, and the bias gradient's, which compiles quickly."""
+    folder.mkdir()
+    for file in (*CSRC.glob("*.cu"), *CSRC.glob("*.cuh"), *CSRC.glob("*.h")):
+        (folder / file.name).write_text(file.read_text())
+    table = folder / "tiles.cuh"
+
+    def kept(row: re.Match[str]) -> str:
+        return row[0] if row[1] == "attention_bwd_dbias" or int(row[2]) == head_dim else ""
+
+    some = ROW_OF_TABLE.sub(kept, table.read_text())
+    table.write_text(re.sub(r"\\\n(?=\n)", "\n", some))  # the last row continues no more
+
+
+def machine_code(library: Library, folder: Path) -> bytes:
+    code = folder / f"{library.path.name}.text"
+    subprocess.run(["objcopy", "-O", "binary", "--only-section=.text", library.path, code], check=True)
+    return code.read_bytes()
+
+
+class MutantKernels:
+    """The kernels of a folder's sources; where nothing is judged, they are not optimised, and compile quickly."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, checked: bool) -> None:
+        flags = (*(CHECKED if checked else ("-O0",)), f"-DFASTATTN_ELEMENT={ELEMENTS[dtype]}")
+        self.loaded = Library(build_library(folder / "attention.cu", flags), checked)
+
+    def library(self, kernel: str, element: str) -> Library:
+        return self.loaded
+
+
+def run(folder: Path, case: Case, checked: bool, is_split: bool) -> MutantKernels:
+    kernels = MutantKernels(folder, case.dtype, checked)
+    multiprocessors = 1000 if is_split else 1
+    # More than two sequences: then a block has several of them.
+    with on_the_cpu(kernels, multiprocessors=multiprocessors), mock.patch.object(cuda, "MOST_BLOCKS", 2):
+        check(case)
+    return kernels
+
+
+def is_caught(tmp_path: Path, mutant: Mutant, change: Callable[[str], str]) -> bool:
+    """Whether the mutant's case notices the change, as it should; it must find nothing wrong with the sources."""
+    folder, original = tmp_path / "mutant", tmp_path / "original"
+    for copied in (folder, original):
+        sources(copied, mutant.head_dim)
+    file = folder / mutant.file
+    file.write_text(change(file.read_text()))
+
+    checked = mutant.caught_by != NUMBERS
+    before = run(original, mutant.case, checked, mutant.is_split)
+    with pytest.raises(AssertionError) as caught:
+        run(folder, mutant.case, checked, mutant.is_split)
+    after = MutantKernels(folder, mutant.case.dtype, checked)
+    assert machine_code(before.loaded, original) != machine_code(after.loaded, folder), "the mutant is the same kernel"
+    kinds = caught.value.kinds if isinstance(caught.value, SimtError) else {NUMBERS}
+    return any(mutant.caught_by in kind for kind in kinds)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_sabotaged_kernels_are_caught(name: str, tmp_path: Path) -> None:
+    mutant = MUTANTS[name]
+    assert mutant.old in (CSRC / mutant.file).read_text(), f"{mutant.file} has no {mutant.old!r} any more"
+    assert is_caught(tmp_path, mutant, lambda text: text.replace(mutant.old, mutant.new))
+
+
+@pytest.mark.parametrize(("name", "n"), BARRIERS)
+def test_every_barrier_is_needed(name: str, n: int, tmp_path: Path) -> None:
+    def without(text: str) -> str:
+        parts = text.split(BARRIER)
+        return BARRIER.join(parts[: n + 1]) + ";" + BARRIER.join(parts[n + 1 :])
+
+    case = replace(PLAIN, bias="per-head", seqlens=(40, 70), batch=1)
+    assert is_caught(tmp_path, Mutant(name, BARRIER, "", case, "race"), without)

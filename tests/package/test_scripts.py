@@ -1,0 +1,299 @@
+"""The scripts behind the Makefile, on machines described by stand-ins for commands such as nvidia-smi and python3."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CU126 = "--index-url https://download.pytorch.org/whl/cu126"
+
+
+class Machine:
+    """A folder of commands in front of PATH, or alone on it."""
+
+    def __init__(self, folder: Path):
+        self.commands = folder / "commands"
+        self.commands.mkdir()
+
+    def command(self, name: str, script: str) -> None:
+        file = self.commands / name
+        file.write_text(f"#!/bin/bash\n{script}\n")
+        file.chmod(0o755)
+
+    def link(self, *names: str) -> None:
+        for name in names:
+            (self.commands / name).symlink_to(shutil.which(name))
+
+    def run(self, *command: object, alone: bool = False, **environment: str) -> subprocess.CompletedProcess:
+        inherited = {k: v for k, v in os.environ.items() if k not in ("TORCH", "PYTHON", "MAKEFLAGS")}
+        path = str(self.commands) if alone else f"{self.commands}:{os.environ['PATH']}"
+        environment = inherited | {"PATH": path} | environment
+        return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+# ---- which torch ----
+
+
+@pytest.mark.parametrize(
+    ("nvidia_smi", "expected"),
+    [
+        pytest.param("echo 6.0, 535.104.05", "torch==2.7.1", id="P100"),
+        pytest.param("echo 7.0, 580.65.06", "torch==2.7.1", id="V100"),
+        pytest.param("echo 7.5, 580.65.06", "torch==2.13.0", id="T4"),
+        pytest.param("echo 7.5, 550.54.15", f"torch==2.13.0 {CU126}", id="T4-old-driver"),
+        pytest.param("echo 9.0, 580.65.06", "torch==2.13.0", id="H100"),
+        pytest.param("echo 10.0, 580.65.06", "torch==2.13.0", id="B200"),
+        pytest.param("echo 9.0, 580.65.06; echo 6.1, 580.65.06", "torch==2.7.1", id="H100-and-GTX1080"),
+        pytest.param("echo 10.0, 580.65.06; echo 9.0, 580.65.06", "torch==2.13.0", id="B200-and-H100"),
+        pytest.param("echo '[N/A], 450.51'", "torch==2.13.0", id="no-compute-capability"),
+        pytest.param("echo NVIDIA-SMI has failed; exit 9", "torch==2.13.0", id="no-driver"),
+        pytest.param("echo No devices were found; exit 6", "torch==2.13.0", id="no-gpu"),
+    ],
+)
+def test_torch_fits_the_oldest_gpu_and_the_driver(machine, nvidia_smi, expected):
+    machine.command("nvidia-smi", nvidia_smi)
+    machine.command("python3", "exit 0")  # not newer than Python 3.13
+    result = machine.run(ROOT / "scripts/choose_torch.sh")
+    arguments, _, reason = result.stdout.strip().partition("  # ")
+    assert (result.returncode, arguments) == (0, expected)
+    assert reason
+
+
+def test_torch_without_nvidia_smi(machine):
+    machine.link("bash", "sort")
+    result = machine.run(ROOT / "scripts/choose_torch.sh", alone=True)
+    assert result.stdout == "torch==2.13.0  # no NVIDIA GPU found\n"
+
+
+def test_torch_for_an_old_gpu_under_a_new_python(machine):
+    machine.command("nvidia-smi", "echo 6.0, 580.65.06")
+    machine.command("python3", "exit 1")  # newer than Python 3.13
+    result = machine.run(ROOT / "scripts/choose_torch.sh")
+    assert result.stdout.startswith(f"torch>=2.9,<2.15 {CU126}  # ")
+
+
+def test_torch_by_the_user(machine):
+    machine.command("nvidia-smi", "echo 6.0, 535.104.05")
+    result = machine.run(ROOT / "scripts/choose_torch.sh", TORCH="torch==2.10.0 --index-url file:///wheels")
+    assert result.stdout == "torch==2.10.0 --index-url file:///wheels  # TORCH is set\n"
+
+
+# ---- what the system lacks ----
+
+
+def python_that_fails(words: str) -> str:
+    """python3, but any program with these words in it fails."""
+    return f'[[ "$2" == *{words}* ]] && exit 1\nexec {sys.executable} "$@"'
+
+
+@pytest.mark.parametrize(
+    ("lacks", "packages"),
+    [
+        ({"python3"}, "python3 python3-venv python3-dev"),
+        ({"ensurepip"}, "python3-venv"),
+        ({"Python.h"}, "python3-dev"),
+        ({"g++"}, "g++"),
+        ({"make"}, "make"),
+        ({"ensurepip", "g++", "make"}, "python3-venv g++ make"),
+    ],
+    ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else "",
+)
+def test_missing_packages_are_one_apt_line(machine, lacks, packages):
+    machine.link("bash", *({"g++", "make"} - lacks))
+    if "python3" not in lacks:
+        machine.command("python3", python_that_fails(" ".join(lacks & {"ensurepip", "Python.h"}) or "nothing"))
+    result = machine.run(ROOT / "scripts/prerequisites.sh", alone=True)
+    apt_lines = [line.strip() for line in result.stderr.splitlines() if "apt" in line]
+    assert (result.returncode, result.stdout) == (1, "")
+    assert apt_lines == [f"sudo apt-get install -y {packages}"]
+
+
+def test_nothing_missing_says_nothing(machine):
+    result = machine.run(ROOT / "scripts/prerequisites.sh", PYTHON=sys.executable)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_old_python_is_named(machine):
+    machine.command("python3", python_that_fails("version_info"))
+    result = machine.run(ROOT / "scripts/prerequisites.sh")
+    assert result.returncode == 1
+    assert "needs Python >= 3.10, but python3 is Python 3." in result.stderr
+    assert "apt-get" not in result.stderr
+
+
+# ---- the set-up ----
+
+# Acts as the system's python3 and, copied there, as the one in .venv: notes what pip is asked for, as far as it gets.
+STAND_IN = """
+case "$*" in
+*realpath*) echo "$0" ;;
+--version) echo Python 3.11.0 ;;
+"-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+-c*) ;;
+*" list "*) cat packages ;;
+"scripts/build_native.py") [[ "$1" != "$(cat stop_at)" ]] || exit 1; echo "$1" >>pip.log ;;
+"-m pip "*) [[ "$*" != *"$(cat stop_at)"* ]] || exit 1; echo "${*:4}" >>pip.log ;;
+esac
+"""
+TORCH, TRITON = "install --quiet torch==2.13.0", "install --quiet triton==3.7.1"
+TOOLS, KERNELS, EDITABLE = (
+    "install --quiet -r requirements-dev.txt",
+    "scripts/build_native.py",
+    "install --quiet --no-deps --no-build-isolation --editable .",
+)
+
+
+class Repository:
+    """A copy of what the set-up reads, with stand-ins for Python and the GPU."""
+
+    def __init__(self, machine: Machine, folder: Path):
+        self.machine, self.folder = machine, folder
+        shutil.copytree(ROOT / "scripts", folder / "scripts")
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        (folder / "fastattn" / "cuda_kernels").mkdir(parents=True)
+        compilation = ("fastattn/cuda_kernels/nvrtc.py", "fastattn/cuda_kernels/sources.py")
+        for name in ("requirements-dev.txt", "pyproject.toml", "setup.py", *compilation):
+            shutil.copy(ROOT / name, folder / name)
+        (folder / "stop_at").write_text("nothing like this")
+        (folder / "packages").write_text("torch==2.13.0+cpu\n")
+        machine.command("python3", STAND_IN)
+        machine.command("nvidia-smi", "exit 9")
+
+    def setup(self, **environment: str) -> list[str]:
+        """What pip and the kernels' build were asked for; "failed" at the end if the set-up did."""
+        (self.folder / "pip.log").write_text("")
+        command = ("bash", "-c", f"cd {self.folder} && scripts/setup.sh")
+        result = self.machine.run(*command, **environment)
+        return [*(self.folder / "pip.log").read_text().splitlines(), *(["failed"] if result.returncode else [])]
+
+
+@pytest.fixture
+def repository(machine, tmp_path):
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    return Repository(machine, folder)
+
+
+def test_setup_installs_everything_once(repository):
+    assert repository.setup() == [TORCH, TRITON, TOOLS, KERNELS, EDITABLE]
+    assert repository.setup() == []
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "csrc/attention.cu",
+        "fastattn/cuda_kernels/nvrtc.py",
+        "fastattn/cuda_kernels/sources.py",
+        "scripts/build_native.py",
+    ],
+)
+def test_setup_after_a_change_of_the_kernels_compiles_only(repository, file):
+    repository.setup()
+    with (repository.folder / file).open("a") as target:
+        target.write("\n")
+    (repository.folder / "stop_at").write_text(KERNELS)
+    assert repository.setup() == ["failed"]
+    (repository.folder / "stop_at").write_text("nothing like this")
+    assert repository.setup() == [KERNELS]
+    assert repository.setup() == []
+
+
+def test_setup_for_other_architectures_compiles_only(repository):
+    repository.setup()
+    assert repository.setup(FASTATTN_CUDA_ARCHS="60") == [KERNELS]
+    assert repository.setup(FASTATTN_CUDA_ARCHS="60") == []
+    assert repository.setup() == [KERNELS]
+
+
+def test_setup_after_a_change_of_the_tools_keeps_torch(repository):
+    repository.setup()
+    with (repository.folder / "requirements-dev.txt").open("a") as file:
+        file.write("# changed\n")
+    assert repository.setup() == [TOOLS, KERNELS, EDITABLE]
+    assert repository.setup() == []
+
+
+def test_setup_for_another_torch_starts_over(repository):
+    repository.setup()
+    (repository.folder / ".venv" / "leftover").touch()
+    (repository.folder / "packages").write_text("torch==2.7.1\ntriton==3.3.1\n")
+    assert repository.setup(TORCH="torch==2.7.1") == ["install --quiet torch==2.7.1", TOOLS, KERNELS, EDITABLE]
+    assert not (repository.folder / ".venv" / "leftover").exists()
+
+
+@pytest.mark.parametrize("step", [TORCH, TRITON, TOOLS, KERNELS, EDITABLE])
+def test_setup_that_was_stopped_starts_over(repository, step):
+    everything = [TORCH, TRITON, TOOLS, KERNELS, EDITABLE]
+    (repository.folder / "stop_at").write_text(step)
+    assert repository.setup() == [*everything[: everything.index(step)], "failed"]
+    (repository.folder / "stop_at").write_text("nothing like this")
+    assert repository.setup() == everything
+    assert repository.setup() == []
+
+
+def test_update_of_the_tools_that_was_stopped_starts_over(repository):
+    repository.setup()
+    with (repository.folder / "requirements-dev.txt").open("a") as file:
+        file.write("# changed\n")
+    (repository.folder / "stop_at").write_text(EDITABLE)
+    assert repository.setup() == [TOOLS, KERNELS, "failed"]
+    (repository.folder / "stop_at").write_text("nothing like this")
+    assert repository.setup() == [TORCH, TRITON, TOOLS, KERNELS, EDITABLE]
+
+
+@pytest.mark.parametrize("packages", ["torch==2.13.0\ntriton==3.7.1\n", "torch==2.14.1+cpu\n"])
+def test_triton_is_added_only_to_the_torch_it_fits(repository, packages):
+    (repository.folder / "packages").write_text(packages)
+    assert repository.setup() == [TORCH, TOOLS, KERNELS, EDITABLE]
+
+
+# ---- the targets ----
+
+
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [
+        ("demo", "scripts/demo.sh --steps 5"),
+        ("test", 'scripts/test.sh -m "not slow" --steps 5'),
+        ("test-all", "scripts/test.sh --full --steps 5"),
+        ("check", "scripts/check.sh"),
+        ("gpu", "scripts/gpu.sh --steps 5"),
+    ],
+)
+def test_a_target_is_one_line_that_runs_a_script(machine, target, command):
+    result = machine.run("make", "--no-print-directory", "-C", ROOT, "--dry-run", target, "ARGS=--steps 5")
+    assert result.stdout == f"{command}\n"
+    assert os.access(ROOT / command.split()[0], os.X_OK)
+
+
+def test_contributing_names_only_targets_that_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    code = re.findall(r"```.*?```|`[^`\n]+`", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    named = {target for span in code for target in re.findall(r"\bmake ([a-z-]+)", span)}
+    assert "test" in named and named <= targets
+
+
+def test_ci_runs_the_checks_and_the_tests():
+    commands = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert [line for line in commands if line.startswith("make")] == ["make check", "make test"]
+
+
+def test_gpu_target_without_a_gpu_stops_before_the_setup(repository):
+    result = repository.machine.run(repository.folder / "scripts/gpu.sh")
+    assert result.returncode == 1
+    assert "nvidia-smi lists no GPU here; nothing was done" in result.stderr
+    assert not (repository.folder / ".venv").exists()

@@ -1,0 +1,125 @@
+"""The check that every backend must pass for every case: out, lse and all gradients against the float64 oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn import functional, reference
+from tests.support.cases import Case
+from tests.support.tolerance import Condition, assert_close_to_oracle
+
+NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
+
+
+def call(tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The public function, (out,) or (out, lse)."""
+    q, k, v, bias = tensors
+    function = fastattn.varlen_attention if "cu_seqlens_q" in arguments else fastattn.scaled_dot_product_attention
+    result = function(q, k, v, attn_bias=bias, **arguments)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def call_reference(tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Plain torch, differentiated by autograd."""
+    q, k, v, bias = tensors
+    arguments = dict(arguments)
+    return_lse = arguments.pop("return_lse")
+    packed = "cu_seqlens_q" in arguments
+    params = functional.varlen_attention_params if packed else functional.attention_params
+    out, lse = reference.attention(functional.draw_seed(params(q, k, v, attn_bias=bias, **arguments)))
+    return (out, lse) if return_lse else (out,)
+
+
+def condition(case: Case) -> Condition:
+    """What the tolerance depends on, sequence by sequence."""
+    (q, k, v, bias), arguments = case.make()
+    for name in ("return_lse", "max_seqlen_q", "max_seqlen_k"):
+        arguments.pop(name, None)
+    dropout_p, mask = arguments.pop("dropout_p"), arguments.pop("attn_mask")
+    upstream = _upstream([q.new_empty(*q.shape[:-1], v.size(-1))])[0]
+    if not case.packed:
+        return _condition((q, k, v, upstream), mask, bias, dropout_p, arguments)
+    edges_q, edges_k = (arguments.pop(f"cu_seqlens_{side}").tolist() for side in "qk")
+    found = []
+    for b in range(case.batch):
+        rows, keys = slice(edges_q[b], edges_q[b + 1]), slice(edges_k[b], edges_k[b + 1])
+        sequence = [x[part].transpose(0, 1)[None] for x, part in ((q, rows), (k, keys), (v, keys), (upstream, rows))]
+        seen = [x if x is None else _of_sequence(x, b, sequence[0].size(2), sequence[1].size(2)) for x in (mask, bias)]
+        found.append(_condition(tuple(sequence), *seen, dropout_p, arguments))
+    terms = {name: max(c.terms[name] for c in found) for name in found[0].terms}
+    return Condition(max(c.scores for c in found), terms)
+
+
+def _of_sequence(x: Tensor, b: int, seqlen_q: int, seqlen_k: int) -> Tensor:
+    x = x[(None,) * (4 - x.dim())]
+    return x[b if x.size(0) > 1 else 0, :, :seqlen_q, :seqlen_k][None]
+
+
+def _condition(
+    tensors: tuple[Tensor, ...], mask: Tensor | None, bias: Tensor | None, dropout_p: float, arguments: dict[str, Any]
+) -> Condition:
+    q, k, v, dout = (x.double() for x in tensors)
+    p = functional.attention_params(q, k, v, mask, attn_bias=None if bias is None else bias.double(), **arguments)
+    weights, group = functional.attention_weights(p), q.size(1) // k.size(1)
+    k, v = (x.abs().repeat_interleave(group, 1) for x in (k, v))
+    scores = abs(p.scale) * q.abs() @ k.transpose(-1, -2)
+    if p.bias is not None:
+        scores = scores + p.bias.abs()
+    dp = dout.abs() @ v.transpose(-1, -2) / (1 - dropout_p)
+    terms = weights * (dp + (weights * dp).sum(-1, keepdim=True) + 1)  # 1: an upstream gradient of lse
+    scale = abs(p.scale)
+    dk = (terms.transpose(-1, -2) @ q.abs()).unflatten(1, (-1, group)).sum(2)
+    dbias = terms if bias is None else terms.sum_to_size(p.bias.shape)
+    sums = {"dq": scale * (terms @ k), "dk": scale * dk, "dbias": dbias}
+    return Condition(_largest(scores[weights > 0]), {name: _largest(x) for name, x in sums.items()})
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _upstream(results: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
+    """Random upstream gradients, the same for every implementation."""
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in results]
+
+
+def run(function: Any, case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+    """out, lse and the gradients of every input for random upstream gradients, all on the CPU."""
+    tensors, arguments = case.make(device)
+    inputs = tuple(None if x is None else leaf(x, dtype) for x in tensors)
+    before = [x.detach().clone() for x in inputs if x is not None]
+    torch.manual_seed(1)
+    results = function(inputs, arguments)
+    wanted = [x for x in inputs if x is not None]
+    grads = torch.autograd.grad(results, wanted, _upstream(results))
+    for x, copy in zip(wanted, before, strict=True):
+        assert torch.equal(x, copy), "an input was modified"
+    named = dict(zip(NAMES, results, strict=False))
+    named |= dict(zip(NAMES[2:], grads, strict=False))
+    return {name: x.detach().cpu() for name, x in named.items()}
+
+
+def leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A leaf that requires gradients with x's values and strides (expanded dimensions included)."""
+    if 0 in x.stride() and x.numel():
+        return x.to(dtype).as_strided(x.size(), x.stride()).requires_grad_()
+    copy = torch.empty_strided(x.size(), x.stride(), dtype=dtype, device=x.device)
+    return copy.copy_(x).requires_grad_()
+
+
+def check(case: Case, device: str = "cpu") -> None:
+    """The backend in force says what the oracle says, the same twice."""
+    oracle = run(call_reference, case, torch.float64, device)
+    eager = run(call_reference, case, case.dtype, device)
+    actual = run(call, case, case.dtype, device)
+    again = run(call, case, case.dtype, device)
+    rounding = condition(case)
+    assert actual.keys() == oracle.keys()
+    for name, x in actual.items():
+        assert_close_to_oracle(name, x, oracle[name], eager[name], rounding)
+        assert torch.equal(x, again[name]), f"{name}: two runs differ"

@@ -1,0 +1,94 @@
+"""Runs the Triton kernels: on a GPU that Triton takes, else in its interpreter, on CPU tensors.
+
+with on_triton():
+    fastattn.scaled_dot_product_attention(q, k, v)  # tensors on DEVICE
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from fastattn import backends
+from tests.support.cases import Case
+from tests.support.contract import call, call_reference, condition, run
+from tests.support.tolerance import assert_close_to_oracle
+
+# conftest.py sets it where there is no such GPU.
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+KERNELS = ".triton_kernels"
+
+
+@contextmanager
+def on_triton(
+    block_m: int | None = None,
+    block_n: int | None = None,
+    multiprocessors: int = 1,
+    in_one: bool = True,
+    kernels: str = KERNELS,
+) -> Iterator[None]:
+    """Every attention call inside runs on the `triton` backend, and fresh memory holds NaN where that is cheap.
+
+    Args:
+        block_m, block_n: tiles of all kernels; None for those of the table.
+        multiprocessors: of the GPU, as the launchers see it.
+        in_one: whether the backward of short sequences is one kernel.
+        kernels: package of the kernels, as seen from fastattn.
+    """
+    tiles = importlib.import_module(f"{kernels}.tiles", "fastattn")
+    choose, gpu = tiles.choose, tiles.gpu
+
+    def choose_forced(kernel: str, gpu: Any, dtype: torch.dtype, head_dims: Any, seqlens: tuple[int, int]) -> Any:
+        tile = choose(kernel, gpu, dtype, head_dims, seqlens)
+        if tile is None or (kernel == "bwd" and not in_one):
+            return None
+        tile = tile._replace(block_m=block_m or tile.block_m, block_n=block_n or tile.block_n)
+        return None if kernel == "bwd" and seqlens[1] > tile.block_n else tile
+
+    records = [
+        dataclasses.replace(b, module=f"{kernels}.attention", min_capability=None) if b.name == "triton" else b
+        for b in backends.BACKENDS
+    ]
+    with (
+        mock.patch.object(backends, "BACKENDS", tuple(records)),
+        mock.patch.object(tiles, "choose", choose_forced),
+        mock.patch.object(tiles, "gpu", lambda device: gpu(device)._replace(multiprocessors=multiprocessors)),
+        _fresh_memory_is_nan(),
+        backends.use_backend("triton"),
+    ):
+        yield
+
+
+@contextmanager
+def _fresh_memory_is_nan() -> Iterator[None]:
+    """What torch.empty returns; torch does that itself in its deterministic mode, which not every GPU library has."""
+    previous = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(previous or DEVICE == "cpu")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(previous)
+
+
+@functools.cache
+def expected(case: Case) -> tuple:
+    """What the oracle says, what plain torch says, and how much rounding the case allows."""
+    oracle = run(call_reference, case, torch.float64, DEVICE)
+    return oracle, run(call_reference, case, case.dtype, DEVICE), condition(case)
+
+
+def check_once(case: Case) -> None:
+    """The contract without its second run, which would have to give the same bits."""
+    oracle, eager, rounding = expected(case)
+    actual = run(call, case, case.dtype, DEVICE)
+    assert actual.keys() == oracle.keys()
+    for name, x in actual.items():
+        assert_close_to_oracle(name, x, oracle[name], eager[name], rounding)

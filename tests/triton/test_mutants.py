@@ -1,0 +1,185 @@
+"""The tests of the Triton kernels must turn red for every one of these sabotaged kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from fastattn import triton_kernels
+from tests.support.cases import Case
+from tests.support.triton_attention import DEVICE, check_once, on_triton
+
+pytestmark = [pytest.mark.triton] if DEVICE == "cpu" else [pytest.mark.triton, pytest.mark.gpu]
+KERNELS = Path(triton_kernels.__file__).parent
+IN_TWO, IN_ONE = (16, 16), (16, 64)  # tiles of the backward in two kernels, and in one
+
+PLAIN = Case(seqlens=(18, 37), dims=(24, 32), heads=(1, 1), batch=1)
+MASKED = replace(PLAIN, mask="random", batch=2)
+EMPTY_ROWS = replace(PLAIN, mask="empty-rows")
+BIASED = replace(PLAIN, bias="full", heads=(2, 2))
+PER_HEAD = replace(PLAIN, bias="per-head")
+PER_KEY = replace(PLAIN, bias="per-key")
+GROUPED = replace(PLAIN, heads=(4, 2))
+PACKED = replace(PLAIN, packed=True, batch=2)
+DROPPED = replace(PLAIN, dropout_p=0.3, heads=(2, 2))
+WINDOW = replace(PLAIN, band="window-bottom-right", seqlens=(37, 41))
+LEFT = replace(PLAIN, band="window", seqlens=(41, 37))
+PAIRS = replace(PLAIN, batch=2, heads=(2, 2))
+WIDE = replace(PLAIN, dims=(64, 64))
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A text of the sources replaced by another, everywhere in the file; the case and the tile that must notice."""
+
+    file: str
+    old: str
+    new: str
+    case: Case = PLAIN
+    tile: tuple[int, int] = IN_TWO
+
+
+MUTANTS = {
+    "scale ignored": Mutant("scores.py", "qk * scale_log2", "qk * LOG2_E"),
+    "scale of dq ignored": Mutant("attention.py", "dq_tile * scale,", "dq_tile,"),
+    "scale of dk ignored": Mutant("attention.py", "dk_tile * scale,", "dk_tile,"),
+    "mask inverted": Mutant(
+        "scores.py", "tl.load(mask.ptr + offsets, inside, 0)", "tl.load(mask.ptr + offsets, inside, 0) == 0", MASKED
+    ),
+    "mask of the first row for all": Mutant("scores.py", "rows_64 * mask.stride_m + ", "", MASKED),
+    "mask of the first batch for all": Mutant("scores.py", "b * mask.stride_b + ", "", MASKED),
+    "bias of the first head for all": Mutant("scores.py", " + h * bias.stride_h", "", BIASED),
+    "bias in the wrong base": Mutant("scores.py", ".to(tl.float32) * LOG2_E", ".to(tl.float32)", BIASED),
+    "keys past the end attended": Mutant(
+        "scores.py", "return tl.where(keys < seqlen_k, scores, -INF)", "return scores"
+    ),
+    "causal off by one": Mutant(
+        "scores.py", "keys - rows <= shift + band.right", "keys - rows < shift + band.right", WINDOW
+    ),
+    "window off by one": Mutant(
+        "scores.py", "keys - rows >= shift - band.left", "keys - rows > shift - band.left", LEFT
+    ),
+    "bottom-right ignored": Mutant("attention.py", "(seqlen_k - seqlen_q) * band.bottom_right", "0", WINDOW),
+    "one key tile too few": Mutant(
+        "scores.py", "seqlen_q) + shift + band.right,", "seqlen_q) + shift + band.right - 16,", WINDOW
+    ),
+    "one query tile too few": Mutant(
+        "scores.py", "seqlen_k) - shift + band.left,", "seqlen_k) - shift + band.left - 16,", LEFT
+    ),
+    "a key tile too late": Mutant("scores.py", "i0 + shift - band.left, 0)", "i0 + shift - band.left + 16, 0)", LEFT),
+    "a query tile too late": Mutant(
+        "scores.py", "j0 - shift - band.right, 0)", "j0 - shift - band.right + 16, 0)", WINDOW
+    ),
+    "sum of weights not rescaled": Mutant("attention.py", "row_sum * rescale +", "row_sum +"),
+    "out not rescaled": Mutant("attention.py", "sums * rescale[:, None]", "sums"),
+    "a row without keys is NaN": Mutant(
+        "attention.py", "tl.where(new_max == -INF, 0.0, new_max)", "new_max", EMPTY_ROWS
+    ),
+    "a row without keys in the backward": Mutant("scores.py", "tl.where(lse == -INF, INF, lse)", "lse", EMPTY_ROWS),
+    "lse in base 2": Mutant("attention.py", "tl.log2(row_sum)) * LN_2", "tl.log2(row_sum))"),
+    "dropout not rescaled": Mutant("attention.py", "dropout.rescale / row_sum", "1.0 / row_sum", DROPPED),
+    "dropout not rescaled in dv": Mutant("attention.py", "dv_tile * dropout.rescale", "dv_tile", DROPPED),
+    "dropout not rescaled in dP": Mutant("scores.py", "dp * dropout.rescale", "dp", DROPPED),
+    "dropout missing in dv": Mutant("scores.py", "kept_weights = tl.where(keeps, weights, 0.0)", "pass", DROPPED),
+    "dropout missing in dP": Mutant("scores.py", "dp = tl.where(keeps, dp * dropout.rescale, 0.0)", "pass", DROPPED),
+    "dropout bits of the first head": Mutant("scores.py", "rows[:, None], h, b)", "rows[:, None], h * 0, b)", DROPPED),
+    "dropout words in another order": Mutant("scores.py", "(word_0, word_2)", "(word_2, word_0)", DROPPED),
+    "dropout words in another order in dK": Mutant("scores.py", "word_1[:, None, :]", "word_2[:, None, :]", DROPPED),
+    "delta ignored": Mutant("attention.py", "weights * (dp - row_delta[None, :])", "weights * dp"),
+    "delta ignored in dq": Mutant("attention.py", "weights * (dp - row_delta[:, None])", "weights * dp", PLAIN),
+    "gradient of lse ignored": Mutant("attention.py", "row_delta -= load_per_row", "load_per_row"),
+    "dk of the first head of a group": Mutant("attention.py", "h = h_k * group + member", "h = h_k * group", GROUPED),
+    "keys of another head": Mutant("attention.py", "h // group", "h * 0", GROUPED),
+    "tokens of no sequence not cleared": Mutant(
+        "scores.py", "row in range(seqlen + tile", "row in range(end + tile", PACKED
+    ),
+    "the neighbour's tokens": Mutant(
+        "scores.py", "first = token(cu_seqlens_ptr, b,", "first = 1 + token(cu_seqlens_ptr, b,", PACKED
+    ),
+    "the first copy of the bias gradient lost": Mutant("attention.py", "partial.sum(0)", "partial[1:].sum(0)", PER_KEY),
+    "bias gradient of one tile for all": Mutant("attention.py", "own_j0 + n % sum_keys * BLOCK_N", "own_j0", PER_HEAD),
+    "bias gradient not summed over keys": Mutant("attention.py", "if KEYS_BROADCAST:", "if False:", PER_HEAD),
+    "bias gradient not summed over rows": Mutant("attention.py", "if ROWS_BROADCAST:", "if False:", PER_KEY),
+    "every program takes its first head only": Mutant(
+        "attention.py", "tile_count * pairs + n", "tile_count * pairs", PAIRS
+    ),
+    "in one: the first head only": Mutant(
+        "attention.py", "bh = tl.program_id(0) * pairs + n", "bh = tl.program_id(0) * pairs", PAIRS, IN_ONE
+    ),
+    "in one: the first query tile only": Mutant(
+        "attention.py", "range(0, seqlen_q, BLOCK_M)", "range(0, BLOCK_M, BLOCK_M)", PLAIN, IN_ONE
+    ),
+    "in one: scale of dq ignored": Mutant("attention.py", "dq_tile * scale,", "dq_tile,", PLAIN, IN_ONE),
+    "in one: scale of dk ignored": Mutant("attention.py", "dk_tile * scale,", "dk_tile,", PLAIN, IN_ONE),
+    "in one: dq of wide heads": Mutant(
+        "attention.py", "tl.trans(dscores), k_tile,", "tl.trans(dscores), -k_tile,", WIDE, IN_ONE
+    ),
+    "in one: dq of narrow heads": Mutant(
+        "attention.py", "tl.trans(k_tile), dscores,", "tl.trans(-k_tile), dscores,", PLAIN, IN_ONE
+    ),
+    "in one: delta ignored": Mutant("attention.py", "(dp - row_delta[None, :])", "dp", PLAIN, IN_ONE),
+    "in one: delta without dropout": Mutant(
+        "attention.py", "tl.sum(weights * dp, 0) /", "0.7 * tl.sum(kept_weights * dp, 0) /", DROPPED, IN_ONE
+    ),
+    "in one: gradient of lse ignored": Mutant(
+        "attention.py", "row_delta -= load_per_row", "load_per_row", PLAIN, IN_ONE
+    ),
+    "in one: no delta for the bias gradient": Mutant(
+        "attention.py", "if delta.ptr is not None:", "if False:", BIASED, IN_ONE
+    ),
+    "in one: dk of the first head of a group": Mutant(
+        "attention.py", "h = h_k * group + member", "h = h_k * group", GROUPED, IN_ONE
+    ),
+    "in one: dropout not rescaled in dv": Mutant(
+        "attention.py", "dv_tile * dropout.rescale", "dv_tile", DROPPED, IN_ONE
+    ),
+    "in one: tokens of no sequence not cleared": Mutant(
+        "scores.py", "row in range(seqlen + tile", "row in range(end + tile", PACKED, IN_ONE
+    ),
+    "in one: bottom-right ignored": Mutant(
+        "attention.py", "(seqlen_k - seqlen_q) * band.bottom_right", "0", WINDOW, IN_ONE
+    ),
+}
+
+
+@contextmanager
+def sabotaged(mutant: Mutant, folder: Path) -> Iterator[str]:
+    """A copy of the kernels with the mutation, as a package of fastattn; its name as seen from there."""
+    name = f"mutant_{folder.parent.name}_{folder.name}"
+    copy = folder / name
+    shutil.copytree(KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    file = copy / mutant.file
+    text = file.read_text()
+    assert mutant.old in text, f"{mutant.file} has no {mutant.old!r} any more"
+    file.write_text(text.replace(mutant.old, mutant.new))
+    spec = importlib.util.spec_from_file_location(f"fastattn.{name}", copy / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        yield f".{name}"
+    finally:
+        for module in [m for m in sys.modules if m == spec.name or m.startswith(f"{spec.name}.")]:
+            del sys.modules[module]
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_sabotaged_kernels_are_caught(name: str, tmp_path: Path, poisoned: None) -> None:
+    mutant = MUTANTS[name]
+    caught = pytest.raises(AssertionError)
+    with sabotaged(mutant, tmp_path) as kernels, on_triton(*mutant.tile, kernels=kernels), caught:
+        check_once(mutant.case)
+
+
+@pytest.mark.parametrize(("case", "tile"), dict.fromkeys((m.case, m.tile) for m in MUTANTS.values()), ids=str)
+def test_sound_kernels_pass(case: Case, tile: tuple[int, int], poisoned: None) -> None:
+    with on_triton(*tile):
+        check_once(case)
