@@ -89,7 +89,7 @@ def operations() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "kernel choice and launch", lambda: cuda.attention_fwd(out, lse, p)
     yield "operator", lambda: torch.ops.fastattn.attention_fwd(*p, "cuda")
     yield "checks of the arguments", lambda: functional.attention_params(q, k, v)
-    yield "choice of the backend", lambda: backends.choose(functional._problem(p, False))
+    yield "choice of the backend", lambda: backends.choose(backends.traits(p, False))
     yield from calls("forward", "fastattn", fastattn.scaled_dot_product_attention)
     yield from calls("forward", "torch on the CPU", F.scaled_dot_product_attention)
     yield "two torch.empty", lambda: (torch.empty(SHAPE), torch.empty(SHAPE[:-1]))
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a few calls of each")
     parser.add_argument("--out", type=Path, help="folder to write to (default: benchmarks/results/<cpu>)")
     options = parser.parse_args(arguments)
-    if missing := backends._why_missing(".cuda_kernels.attention"):
+    if missing := backends.get("cuda").why_missing():
         print(f"the cuda backend {missing}; nothing was measured", file=sys.stderr)
         return 1
     torch.set_num_threads(1)

@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of tune.csv (default: benchmarks/results/<gpu>)")
     options = parser.parse_args(arguments)
     start = time.monotonic()
-    if missing := fastattn.backends._why_missing(".triton_kernels.attention"):
+    if missing := fastattn.backends.get("triton").why_missing():
         print(f"the triton backend {missing}; nothing was measured", file=sys.stderr)
         return 1
     from fastattn.triton_kernels import tiles

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.functional import attention_params, attention_weights
+from fastattn.arguments import attention_params
+from fastattn.functional import attention_weights
 from fastattn.nmt.transformer import sinusoidal_positions
 
 X = torch.tensor([[1.0, 0, 1, 0], [0, 2, 0, 2], [1, 1, 1, 1]])  # (seqlen, d_model)

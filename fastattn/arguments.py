@@ -2,13 +2,94 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from .params import UNBOUNDED
+from . import compat
+from .params import UNBOUNDED, AttentionParams
+
+CausalAlign = Literal["top-left", "bottom-right"]
+Window = tuple[int | None, int | None] | None
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ALIGNS = ("top-left", "bottom-right")
+
+
+def attention_params(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    attn_bias: Tensor | None = None,
+    window: Window = None,
+    causal_align: CausalAlign = "top-left",
+) -> AttentionParams:
+    """The checked arguments of one dense call, as `scaled_dot_product_attention` takes them; no seed is drawn yet."""
+    query, key, value = _autocast(query, key, value)
+    shape, key_shape = _query_and_key_shapes(query, key, value, enable_gqa, is_packed=False)
+    _check_dropout(dropout_p)
+    left, right, bottom_right = _band(is_causal, window, causal_align)
+    mask = bias = None
+    if attn_mask is not None or attn_bias is not None:
+        mask, bias = _mask_and_bias(attn_mask, attn_bias, query, (*shape[:-1], key_shape[-2]))
+    q, k, v = (query, key, value) if len(shape) == 4 else _to_4d(query, key, value)
+    return AttentionParams(
+        q, k, v, mask, bias, None, None, None,
+        shape[-2], key_shape[-2], _scale(scale, shape[-1]), dropout_p, left, right, bottom_right,
+    )  # fmt: skip
+
+
+def varlen_attention_params(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    attn_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    window: Window = None,
+    causal_align: CausalAlign = "bottom-right",
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionParams:
+    """The checked arguments of one packed call, as `varlen_attention` takes them; no seed is drawn yet."""
+    query, key, value = _autocast(query, key, value)
+    _, nheads, head_dim = _query_and_key_shapes(query, key, value, enable_gqa, is_packed=True)[0]
+    _check_cu_seqlens(query, cu_seqlens_q, max_seqlen_q, "q")
+    _check_cu_seqlens(key, cu_seqlens_k, max_seqlen_k, "k")
+    _check_same_batch(cu_seqlens_q, cu_seqlens_k)
+    _check_dropout(dropout_p)
+    left, right, bottom_right = _band(is_causal, window, causal_align)
+    shape = (cu_seqlens_q.size(0) - 1, nheads, max_seqlen_q, max_seqlen_k)
+    mask, bias = _mask_and_bias(attn_mask, attn_bias, query, shape)
+    return AttentionParams(
+        query, key, value, mask, bias, None, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q, max_seqlen_k, _scale(scale, head_dim), dropout_p, left, right, bottom_right,
+    )  # fmt: skip
+
+
+def draw_seed(p: AttentionParams) -> AttentionParams:
+    """The same call with the seed of its dropout, if it has dropout, drawn from the device's generator."""
+    if p.dropout_p == 0:
+        return p
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=p.q.device)
+    return p.replace(seed=seed)
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    return head_dim**-0.5 if scale is None else scale
 
 
 def device_type(x: Tensor) -> str:
@@ -16,9 +97,9 @@ def device_type(x: Tensor) -> str:
     return "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on, as torch's own attention does; float64 stays."""
-    if not torch._C._is_any_autocast_enabled():
+    if not compat.is_any_autocast_enabled():
         return tensors
     device = device_type(tensors[0])
     if not torch.is_autocast_enabled(device):
@@ -30,7 +111,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 # ---- query, key, value ----
 
 
-def query_and_key_shapes(
+def _query_and_key_shapes(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, is_packed: bool
 ) -> tuple[torch.Size, torch.Size]:
     """The shapes of query and key; dtypes, devices, batch dimensions, heads and head dimensions of all three agree."""
@@ -84,7 +165,7 @@ def _check_heads(nheads: int, nheads_k: int, enable_gqa: bool) -> None:
         raise ValueError(f"key: {rule}, got {nheads} and {nheads_k}")
 
 
-def to_4d(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _to_4d(*tensors: Tensor) -> tuple[Tensor, ...]:
     """(..., heads, seqlen, head_dim) as (batch, heads, seqlen, head_dim); all have as many dimensions as the first."""
     ndim = tensors[0].ndim
     if ndim == 4:
@@ -95,7 +176,7 @@ def to_4d(*tensors: Tensor) -> tuple[Tensor, ...]:
 # ---- mask and bias ----
 
 
-def mask_and_bias(
+def _mask_and_bias(
     attn_mask: Tensor | None, attn_bias: Tensor | None, query: Tensor, shape: tuple[int, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The two slots, 4-D; a float attn_mask is a bias.
@@ -138,7 +219,7 @@ def _broadcast_to_4d(argument: str, x: Tensor, shape: tuple[int, ...]) -> Tensor
 # ---- band and dropout ----
 
 
-def band(is_causal: bool, window: tuple[int | None, int | None] | None, causal_align: str) -> tuple[int, int, bool]:
+def _band(is_causal: bool, window: tuple[int | None, int | None] | None, causal_align: str) -> tuple[int, int, bool]:
     """left, right, bottom_right of the band that causal and window make together."""
     if causal_align not in ALIGNS:
         raise ValueError(f"causal_align: must be one of {ALIGNS}, got {causal_align!r}")
@@ -156,7 +237,7 @@ def _is_window(window: object) -> bool:
     return all(w is None or (isinstance(w, int) and w >= 0) for w in window)
 
 
-def check_dropout(dropout_p: float) -> None:
+def _check_dropout(dropout_p: float) -> None:
     """A probability."""
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: must be in [0, 1], got {dropout_p}")
@@ -165,7 +246,7 @@ def check_dropout(dropout_p: float) -> None:
 # ---- packed sequences ----
 
 
-def check_cu_seqlens(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, side: str) -> None:
+def _check_cu_seqlens(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, side: str) -> None:
     """Device, dtype and shape always; the values on the CPU, where reading them costs nothing.
 
     On a GPU lengths are clamped instead, so that nothing outside of the tensors is touched.
@@ -202,7 +283,7 @@ def _check_edges(edges: list[int], total: int, max_seqlen: int, side: str) -> No
         raise ValueError(f"max_seqlen_{side}: must be at least the longest length {largest}, got {max_seqlen}")
 
 
-def check_same_batch(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+def _check_same_batch(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
     """Both sides hold the same number of sequences."""
     if cu_seqlens_q.size(0) != cu_seqlens_k.size(0):
         sizes = cu_seqlens_k.size(0), cu_seqlens_q.size(0)

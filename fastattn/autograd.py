@@ -7,6 +7,7 @@ kind: that is the cheapest arrangement torch offers, and torch.compile traces th
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends
-from .params import AttentionParams
+from . import backends, compat
+from .params import TENSORS, AttentionParams, Backward, Forward
 
-_PARAMS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? seed, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "float scale, float dropout_p, int left, int right, bool bottom_right"
+# The types of an operator's arguments. A length that changes from call to call must not compile a graph again.
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
+_SYMBOLIC = ("max_seqlen_q", "max_seqlen_k")
+_PARAMS = ", ".join(
+    f"{'SymInt' if name in _SYMBOLIC else _TYPES[kind]} {name}"
+    for name, kind in typing.get_type_hints(AttentionParams).items()
 )
 _library = torch.library.Library("fastattn", "DEF")
 _library.define(
@@ -56,25 +59,44 @@ def _empty_grads(p: AttentionParams, needs_dbias: bool) -> tuple[Tensor, Tensor,
     return torch.empty_like(p.q), torch.empty_like(p.k), torch.empty_like(p.v), dbias
 
 
-def with_contiguous_rows(x: Tensor) -> Tensor:
+def _with_contiguous_rows(x: Tensor) -> Tensor:
     """x, or a copy whose last dimension is contiguous; that of an empty tensor, too, which x.contiguous() leaves."""
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
+def copied(p: AttentionParams) -> list[str]:
+    """Which of q, k and v are copied for the operator, because their last dimension is not contiguous."""
+    return [name for name in "qkv" if getattr(p, name).stride(-1) != 1]
+
+
+def _operands(p: AttentionParams) -> AttentionParams:
+    """The call as the operator takes it: last dimensions contiguous, no tensor twice (torch.compile forbids it)."""
+    q, k, v, cu_seqlens_k = p.q, p.k, p.v, p.cu_seqlens_k
+    is_plain = q is not k and q is not v and k is not v and (cu_seqlens_k is None or cu_seqlens_k is not p.cu_seqlens_q)
+    if is_plain and q.stride()[-1] == k.stride()[-1] == v.stride()[-1] == 1:
+        return p
+    q, k, v = (_with_contiguous_rows(x) for x in (q, k, v))
+    k = k.view_as(k) if k is q else k
+    v = v.view_as(v) if v is q or v is p.k else v
+    if cu_seqlens_k is not None and cu_seqlens_k is p.cu_seqlens_q:
+        cu_seqlens_k = cu_seqlens_k.view_as(cu_seqlens_k)
+    return p.replace(q=q, k=k, v=v, cu_seqlens_k=cu_seqlens_k)
+
+
 def _attention_fwd(p: AttentionParams, backend: str) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_results(p)
-    backends.get(backend).kernels().attention_fwd(out, lse, p)
-    return out, lse
+    results = Forward(*_empty_results(p))
+    backends.get(backend).kernels().attention_fwd(results, p)
+    return results.out, results.lse
 
 
 def _attention_bwd(
     p: AttentionParams, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs_dbias: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dout = with_contiguous_rows(dout)
+    dout = _with_contiguous_rows(dout)
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv, dbias = _empty_grads(p, needs_dbias)
-    to_fill = (dq, dk, dv, dbias if needs_dbias else None)
-    backends.get(backend).kernels().attention_bwd(*to_fill, out, lse, dout, dlse, p)
+    backward = Backward(out, lse, dout, dlse, dq, dk, dv, dbias if needs_dbias else None)
+    backends.get(backend).kernels().attention_bwd(backward, p)
     return dq, dk, dv, dbias
 
 
@@ -105,8 +127,9 @@ def _attention_bwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_grads(p, needs_dbias)
 
 
-def forward(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
+def attention(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
     """out and lse of the named backend; differentiable where something requires a gradient."""
+    p = _operands(p)
     if torch.is_grad_enabled() and _requires_grad(p):
         return AttentionFunction.apply(backend, *p)
     return _call("attention_fwd", p, backend)
@@ -122,8 +145,8 @@ _BODIES: dict[str, Callable[..., Any]] = {"attention_fwd": _attention_fwd, "atte
 
 def _call(name: str, p: AttentionParams, *rest: Any) -> Any:
     """The operator, or just its body where nobody is there to see the operator: torch's dispatcher costs a launch."""
-    is_seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(p.q) is not Tensor
-    if is_seen or torch._C._functorch.peek_interpreter_stack() is not None:
+    is_seen = torch.compiler.is_compiling() or compat.count_dispatch_modes() > 0 or type(p.q) is not Tensor
+    if is_seen or compat.innermost_transformation() is not None:
         return getattr(torch.ops.fastattn, name)(*p, *rest)
     return _BODIES[name](p, *rest)
 
@@ -136,8 +159,8 @@ class AttentionFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         p = AttentionParams(*params)
         out, lse = _call("attention_fwd", p, backend)
-        tensors, ctx.numbers = params[:8], params[8:]
-        ctx.save_for_backward(*tensors, out, lse)
+        ctx.numbers = params[TENSORS:]
+        ctx.save_for_backward(*params[:TENSORS], out, lse)
         ctx.backend = backend
         return out, lse
 
@@ -147,7 +170,14 @@ class AttentionFunction(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        needs_dbias = ctx.needs_input_grad[5]
+        needs_dbias = ctx.needs_input_grad[_POSITIONS["bias"]]
         p = AttentionParams(*tensors, *ctx.numbers)
         dq, dk, dv, dbias = _call("attention_bwd", p, out, lse, dout, dlse, needs_dbias, ctx.backend)
-        return (None, dq, dk, dv, None, dbias if needs_dbias else None) + (None,) * 10
+        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for name, grad in (("q", dq), ("k", dk), ("v", dv), ("bias", dbias if needs_dbias else None)):
+            grads[_POSITIONS[name]] = grad
+        return tuple(grads)
+
+
+# Among the arguments of AttentionFunction.forward, the first of which is the backend.
+_POSITIONS = {name: position for position, name in enumerate(("backend", *AttentionParams._fields))}

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import functools
 import importlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+
+from . import compat
+from .arguments import device_type
+from .params import AttentionParams
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -21,7 +27,7 @@ class FastattnFallbackWarning(UserWarning):
     """A CUDA tensor is attended to by torch, because no fused backend takes the call."""
 
 
-class Problem(NamedTuple):
+class CallTraits(NamedTuple):
     """What the choice of a backend may depend on. Sizes are those of one call; devices are described, not touched."""
 
     device_type: str  # "cpu", "cuda"
@@ -36,23 +42,49 @@ class Problem(NamedTuple):
     is_empty: bool = False  # with a bias, but no query, no key or no head to attend with
 
 
+def traits(p: AttentionParams, return_lse: bool) -> CallTraits:
+    """The traits of a call."""
+    q, bias = p.q, p.bias
+    return CallTraits(
+        device_type(q),
+        _capability(q.device) if q.is_cuda else None,
+        q.dtype,
+        q.shape[-1],
+        p.v.shape[-1],
+        p.cu_seqlens_q is not None,
+        None if bias is None else bias.dtype,
+        p.dropout_p,
+        return_lse,
+        bias is not None and (q.numel() == 0 or p.k.numel() == 0),
+    )
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    if torch.compiler.is_compiling():  # which warns of any cache it meets
+        return torch.cuda.get_device_capability(device)
+    return _cached_capability(device)
+
+
+_cached_capability = functools.cache(torch.cuda.get_device_capability)
+
+
 # ---- when torch's function says the same ----
 
 # F.scaled_dot_product_attention stands in for the reference unless one of these holds. It is given mask, band and bias
 # merged into the one argument it has for them.
-SDPA_DIFFERS: tuple[tuple[str, Callable[[Problem], bool]], ...] = (
-    ("it takes no packed sequences", lambda p: p.is_packed),
-    ("it does not return the log-sum-exp", lambda p: p.return_lse),
-    ("its dropout bits are its own", lambda p: p.dropout_p > 0),
-    ("it wants the bias in the query's dtype", lambda p: p.bias_dtype not in (None, p.dtype)),
-    ("it loses the bias's gradient of an empty problem", lambda p: p.is_empty),
+SDPA_DIFFERS: tuple[tuple[str, Callable[[CallTraits], bool]], ...] = (
+    ("it takes no packed sequences", lambda call: call.is_packed),
+    ("it does not return the log-sum-exp", lambda call: call.return_lse),
+    ("its dropout bits are its own", lambda call: call.dropout_p > 0),
+    ("it wants the bias in the query's dtype", lambda call: call.bias_dtype not in (None, call.dtype)),
+    ("it loses the bias's gradient of an empty problem", lambda call: call.is_empty),
 )
 
 
-def why_not_sdpa(p: Problem) -> str | None:
+def why_not_sdpa(call: CallTraits) -> str | None:
     """The first reason for which F.scaled_dot_product_attention does not say the same, or None."""
     for reason, holds in SDPA_DIFFERS:
-        if holds(p):
+        if holds(call):
             return reason
     return None
 
@@ -60,53 +92,79 @@ def why_not_sdpa(p: Problem) -> str | None:
 # ---- backends as data ----
 
 
+class Route(enum.Enum):
+    """How a backend runs a call; the value says it to a reader of `explain`."""
+
+    OPERATOR = "fused kernels, forward and backward"  # its module's attention_fwd and attention_bwd
+    SDPA = "F.scaled_dot_product_attention"  # its module's attention, where that says the same, else OPERATOR
+    DIFFERENTIABLE = "plain torch operations, differentiable any number of times"  # its module's attention
+
+
+_DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation and the calls it takes."""
 
     name: str
-    module: str  # has attention_fwd and attention_bwd, called with AttentionParams
-    min_capability: tuple[int, int] | None = None  # None: any device
+    module: str  # has attention_fwd and attention_bwd, called with params.Forward or Backward and AttentionParams
+    route: Route = Route.OPERATOR
+    devices: tuple[str, ...] | None = None  # types, such as "cuda"; None: any
+    min_capability: tuple[int, int] | None = None  # of a CUDA device
     dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALF)
     max_head_dim: int | None = None
     on_request_only: bool = False
 
     def kernels(self) -> ModuleType:
         """The module that runs it."""
-        return _module(self.module)
+        if self.module not in _modules:
+            _modules[self.module] = importlib.import_module(self.module, __package__)
+        return _modules[self.module]
 
-    def takes(self, p: Problem) -> bool:
+    def why_missing(self) -> str | None:
+        """Why its module cannot be imported, or None."""
+        return _why_missing(self.module)
+
+    def route_of(self, call: CallTraits) -> Route:
+        """How it runs a call that it takes."""
+        return Route.OPERATOR if self.route is Route.SDPA and why_not_sdpa(call) is not None else self.route
+
+    def words_for(self, call: CallTraits) -> str:
+        """The same, for a reader."""
+        if self.route_of(call) is self.route:
+            return self.route.value
+        return f"plain torch operations, not {self.route.value}: {why_not_sdpa(call)}"
+
+    def takes(self, call: CallTraits) -> bool:
         """Whether it can take the call."""
-        refuses = self._lacks_device(p) or p.dtype not in self.dtypes or self._is_too_wide(p)
-        return not refuses and _why_missing(self.module) is None
+        refuses = self._lacks_device(call) or call.dtype not in self.dtypes or self._is_too_wide(call)
+        return not refuses and self.why_missing() is None
 
-    def why_not(self, p: Problem) -> list[str]:
+    def why_not(self, call: CallTraits) -> list[str]:
         """Every reason for which it cannot take the call; empty if it can."""
         reasons = []
-        if self.min_capability is not None and self._lacks_device(p):
-            if p.capability is None:
-                reasons.append(f"needs a CUDA device, got {p.device_type}")
-            else:
-                wanted, got = _dotted(self.min_capability), _dotted(p.capability)
-                reasons.append(f"needs compute capability >= {wanted}, got {got}")
-        if p.dtype not in self.dtypes:
-            reasons.append(f"takes {', '.join(map(_short, self.dtypes))}, got {_short(p.dtype)}")
-        if self._is_too_wide(p):
-            reasons.append(f"takes head_dim <= {self.max_head_dim}, got {max(p.head_dim, p.head_dim_v)}")
-        if not reasons and (missing := _why_missing(self.module)):
+        if self.devices is not None and call.device_type not in self.devices:
+            wanted = " or ".join(_DEVICES.get(device, device) for device in self.devices)
+            reasons.append(f"needs a {wanted} device, got {call.device_type}")
+        elif self.min_capability is not None and call.capability is not None and self._lacks_device(call):
+            wanted, got = _dotted(self.min_capability), _dotted(call.capability)
+            reasons.append(f"needs compute capability >= {wanted}, got {got}")
+        if call.dtype not in self.dtypes:
+            reasons.append(f"takes {', '.join(map(_short, self.dtypes))}, got {_short(call.dtype)}")
+        if self._is_too_wide(call):
+            reasons.append(f"takes head_dim <= {self.max_head_dim}, got {max(call.head_dim, call.head_dim_v)}")
+        if not reasons and (missing := self.why_missing()):
             reasons.append(missing)
         return reasons
 
-    def _lacks_device(self, p: Problem) -> bool:
-        return self.min_capability is not None and (p.capability is None or p.capability < self.min_capability)
+    def _lacks_device(self, call: CallTraits) -> bool:
+        if self.devices is not None and call.device_type not in self.devices:
+            return True
+        return self.min_capability is not None and call.capability is not None and call.capability < self.min_capability
 
-    def _is_too_wide(self, p: Problem) -> bool:
-        return self.max_head_dim is not None and (p.head_dim > self.max_head_dim or p.head_dim_v > self.max_head_dim)
-
-
-@functools.cache
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(name, __package__)
+    def _is_too_wide(self, call: CallTraits) -> bool:
+        return self.max_head_dim is not None and max(call.head_dim, call.head_dim_v) > self.max_head_dim
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -117,31 +175,30 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_modules: dict[str, ModuleType] = {}
 _missing: dict[str, str | None] = {}
 
 
+@compat.assume_constant
 def _why_missing(module: str) -> str | None:
     if module not in _missing:
         try:
-            importlib.import_module(module, __package__)
+            _modules[module] = importlib.import_module(module, __package__)
             _missing[module] = None
         except ImportError as error:
             _missing[module] = f"is not part of this installation ({error})"
     return _missing[module]
 
 
-# What torch.compiler.assume_constant_result does, without the seconds that importing torch's compiler takes.
-vars(_why_missing)["_dynamo_marked_constant"] = True
-
-
 _ANY_FLOAT = (torch.float32, *HALF, torch.float64)
+_GPU = ("cuda",)
 
 # In order of preference. "torch" takes every call, so the search ends there and a swapped model never breaks.
-BACKENDS = (
-    Backend("triton", ".triton_kernels.attention", min_capability=(8, 0), max_head_dim=256),
-    Backend("cuda", ".cuda_kernels.attention", min_capability=(6, 0), max_head_dim=256),
-    Backend("torch", ".reference", dtypes=_ANY_FLOAT),
-    Backend("reference", ".reference", dtypes=_ANY_FLOAT, on_request_only=True),
+BACKENDS: tuple[Backend, ...] = (
+    Backend("triton", ".triton_kernels.attention", devices=_GPU, min_capability=(8, 0), max_head_dim=256),
+    Backend("cuda", ".cuda_kernels.attention", devices=_GPU, min_capability=(6, 0), max_head_dim=256),
+    Backend("torch", ".torch_sdpa", Route.SDPA, dtypes=_ANY_FLOAT),
+    Backend("reference", ".reference", Route.DIFFERENTIABLE, dtypes=_ANY_FLOAT, on_request_only=True),
 )
 NAMES = tuple(backend.name for backend in BACKENDS)
 
@@ -156,6 +213,23 @@ def get(name: str) -> Backend:
         if backend.name == name:
             return backend
     raise ValueError(f"backend: must be one of {', '.join(NAMES)}, got {name!r}")
+
+
+@contextmanager
+def replaced(backend: Backend) -> Iterator[None]:
+    """Inside, in every thread, the record stands in the place of the one of its name."""
+    global BACKENDS
+    previous = BACKENDS
+    BACKENDS = tuple(backend if b.name == backend.name else b for b in previous)
+    try:
+        yield
+    finally:
+        BACKENDS = previous
+
+
+def anywhere(name: str) -> AbstractContextManager[None]:
+    """Inside, in every thread, the backend takes tensors of any device: whoever runs its kernels elsewhere needs it."""
+    return replaced(dataclasses.replace(get(name), devices=None, min_capability=None))
 
 
 # ---- the choice ----
@@ -186,7 +260,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.name = previous
 
 
-def choose(p: Problem) -> Backend:
+def choose(call: CallTraits) -> Backend:
     """The forced backend, else the first in order of preference that takes the call.
 
     Raises:
@@ -194,26 +268,26 @@ def choose(p: Problem) -> Backend:
     """
     if _forced.name is not None:
         backend = get(_forced.name)
-        if not backend.takes(p):
-            reasons = "; it ".join(backend.why_not(p))
+        if not backend.takes(call):
+            reasons = "; it ".join(backend.why_not(call))
             raise NotImplementedError(f"backend {backend.name!r} cannot take this call: it {reasons}")
         return backend
     for backend in BACKENDS:
-        if not backend.on_request_only and backend.takes(p):
-            if p.device_type == "cuda" and backend.name == "torch":
-                _warn_fallback(p)
+        if not backend.on_request_only and backend.takes(call):
+            if call.device_type == "cuda" and backend.route is Route.SDPA:
+                _warn_fallback(call)
             return backend
     raise NotImplementedError(
-        f"query: dtype must be one of {', '.join(map(_short, _ANY_FLOAT))}, got {_short(p.dtype)}"
+        f"query: dtype must be one of {', '.join(map(_short, _ANY_FLOAT))}, got {_short(call.dtype)}"
     )
 
 
 _warned: set[str] = set()
 
 
-def _warn_fallback(p: Problem) -> None:
+def _warn_fallback(call: CallTraits) -> None:
     """Once per set of reasons in a process."""
-    refusals = "; ".join(f"{b.name} {', '.join(b.why_not(p))}" for b in BACKENDS if b.min_capability is not None)
+    refusals = "; ".join(f"{b.name} {', '.join(b.why_not(call))}" for b in BACKENDS if b.devices is not None)
     if refusals not in _warned:
         _warned.add(refusals)
         message = f"attention runs on torch's own kernels, which are slower: {refusals}"
@@ -236,19 +310,8 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain_choice(p: Problem, notes: tuple[str, ...] = ()) -> Explanation:
-    """The explanation of `choose(p)`."""
-    backend = choose(p)
-    refusals = {b.name: reasons for b in BACKENDS[: BACKENDS.index(backend)] if (reasons := b.why_not(p))}
-    return Explanation(backend.name, _route(backend, p), refusals, notes)
-
-
-def _route(backend: Backend, p: Problem) -> str:
-    if backend.name == "torch":
-        reason = why_not_sdpa(p)
-        if reason is None:
-            return "F.scaled_dot_product_attention"
-        return f"plain torch operations, not F.scaled_dot_product_attention: {reason}"
-    if backend.name == "reference":
-        return "plain torch operations, differentiable any number of times"
-    return "fused kernels, forward and backward"
+def explain_choice(call: CallTraits, notes: tuple[str, ...] = ()) -> Explanation:
+    """The explanation of `choose(call)`."""
+    backend = choose(call)
+    refusals = {b.name: reasons for b in BACKENDS[: BACKENDS.index(backend)] if (reasons := b.why_not(call))}
+    return Explanation(backend.name, backend.words_for(call), refusals, notes)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .backends import BACKENDS, Problem
+from . import backends
+from .backends import CallTraits
 from .cuda_kernels import images
 from .machine import Capability, Gpu, System, detect, pair
 
@@ -73,8 +74,8 @@ def _device(system: System, gpu: Gpu | None) -> dict[str, Any]:
     device_type, capability = ("cpu", None) if gpu is None else ("cuda", gpu.capability)
     chosen = {}
     for dtype in DTYPES:
-        problem = Problem(device_type, capability, dtype, HEAD_DIM, HEAD_DIM)
-        refusals = {b.name: b.why_not(problem) for b in BACKENDS if not b.on_request_only}
+        call = CallTraits(device_type, capability, dtype, HEAD_DIM, HEAD_DIM)
+        refusals = {b.name: b.why_not(call) for b in backends.BACKENDS if not b.on_request_only}
         backend = next(name for name, reasons in refusals.items() if not reasons)
         why_not = {name: reasons for name, reasons in refusals.items() if reasons}
         chosen[str(dtype).removeprefix("torch.")] = {"backend": backend, "why_not": why_not}
@@ -233,7 +234,7 @@ def _device_lines(device: dict[str, Any]) -> list[str]:
 def support_table() -> str:
     """What each backend takes, in order of preference, as the Markdown table of the README."""
     lines = ["| backend | device | dtypes | head_dim | in this version |", "|---|---|---|---|---|"]
-    for backend in BACKENDS:
+    for backend in backends.BACKENDS:
         name = f"`{backend.name}`" + (" (on request)" if backend.on_request_only else "")
         capability = _dotted(backend.min_capability)
         device = "any" if capability is None else f"CUDA, compute capability >= {capability}"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
+from . import arguments, functional
 
 
 class MultiHeadAttention(nn.MultiheadAttention):
@@ -168,8 +168,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         _check_mask("attn_mask", attn_mask, (seqlen_q, seqlen_k), (batch * nheads, seqlen_q, seqlen_k))
         masks = self._masks(q, k, key_padding_mask, attn_mask, is_causal)
         k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
-        params = functional.attention_params(q, k, v, dropout_p=self.dropout if self.training else 0.0, **masks)
-        params = functional.draw_seed(params)
+        params = arguments.attention_params(q, k, v, dropout_p=self.dropout if self.training else 0.0, **masks)
+        params = arguments.draw_seed(params)
         out = functional.attend(params)[0].transpose(1, 2)
         if not is_batched:
             out = out.squeeze(0)
@@ -220,11 +220,11 @@ class MultiHeadAttention(nn.MultiheadAttention):
             raise ValueError(f"query: forward_packed takes (total_q, embed_dim), got shape {tuple(query.shape)}")
         self._check_inputs(query, key, value)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in self._in_projection(query, key, value))
-        params = functional.varlen_attention_params(
+        params = arguments.varlen_attention_params(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal, causal_align="top-left",
         )  # fmt: skip
-        return self.project_output(functional.attend(functional.draw_seed(params))[0])
+        return self.project_output(functional.attend(arguments.draw_seed(params))[0])
 
     def project_query(self, x: Tensor) -> Tensor:
         """(..., embed_dim) -> (..., num_heads, head_dim)."""

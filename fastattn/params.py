@@ -1,4 +1,4 @@
-"""What every backend is called with, forward and backward; csrc/attention.h will hold its twin."""
+"""What every backend is called with, forward and backward; csrc/attention.h has its twin."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class AttentionParams(NamedTuple):
     sequence if bottom_right, else 0, and iff the mask is True there.
     """
 
+    # The tensors come first.
     q: Tensor  # (batch, nheads, seqlen_q, head_dim)    packed: (total_q, nheads, head_dim)
     k: Tensor  # (batch, nheads_k, seqlen_k, head_dim)  packed: (total_k, nheads_k, head_dim)
     v: Tensor  # (batch, nheads_k, seqlen_k, head_dim_v)
@@ -47,3 +48,30 @@ class AttentionParams(NamedTuple):
 
 
 _FIELDS = AttentionParams._fields
+TENSORS = _FIELDS.index("max_seqlen_q")  # how many there are
+
+
+class Forward(NamedTuple):
+    """What a forward pass fills."""
+
+    out: Tensor  # (batch, nheads, seqlen_q, head_dim_v)  packed: (total_q, nheads, head_dim_v)
+    lse: Tensor  # (batch, nheads, seqlen_q) float32      packed: (nheads, total_q)
+
+
+class Backward(NamedTuple):
+    """What a backward pass reads besides the problem, and the gradients that it fills."""
+
+    out: Tensor  # as the forward pass filled them
+    lse: Tensor
+    dout: Tensor
+    dlse: Tensor | None  # None: 0
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None  # the bias's own shape; None: not wanted
+
+    def fill_zero(self) -> None:
+        """Set all gradients to 0, those of a problem without a (batch, head)."""
+        for grad in (self.dq, self.dk, self.dv, self.dbias):
+            if grad is not None:
+                grad.zero_()

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .params import AttentionParams
+from .params import AttentionParams, Backward, Forward
 from .philox import keep_mask
 
 INF = float("inf")
@@ -281,39 +281,30 @@ def attention(p: AttentionParams) -> tuple[Tensor, Tensor]:
         return _packed(p) if p.is_packed() else _dense(p, _dense_shift(p))
 
 
-def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
+def attention_fwd(forward: Forward, p: AttentionParams) -> None:
     """Fill out and lse."""
-    result = attention(p)
-    out.copy_(result[0])
-    lse.copy_(result[1])
+    out, lse = attention(p)
+    forward.out.copy_(out)
+    forward.lse.copy_(lse)
 
 
-def attention_bwd(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dbias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    p: AttentionParams,
-) -> None:
-    """Fill dq, dk, dv and, unless it is None, dbias, in the bias's own shape.
+def attention_bwd(backward: Backward, p: AttentionParams) -> None:
+    """Fill dq, dk, dv and, unless it is None, dbias.
 
     A kernel that sees a row in pieces takes P from lse and delta from out; here the row is whole, and both follow more
     exactly from the scores.
     """
+    dout, dlse, dbias = backward.dout, backward.dlse, backward.dbias
     bias_sum = None if dbias is None else torch.zeros_like(dbias, dtype=_compute_dtype(p.q))
     with _full_precision(p):
         if p.is_packed():
-            dq_sum, dk_sum, dv_sum = _packed_grad(p, dout, dlse, bias_sum)
+            dq, dk, dv = _packed_grad(p, dout, dlse, bias_sum)
         else:
-            dq_sum, dk_sum, dv_sum, ds = _dense_grad(p, dout, dlse, _dense_shift(p))
+            dq, dk, dv, ds = _dense_grad(p, dout, dlse, _dense_shift(p))
             if bias_sum is not None:
                 bias_sum += ds.sum_to_size(bias_sum.shape)
-    dq.copy_(dq_sum)
-    dk.copy_(dk_sum)
-    dv.copy_(dv_sum)
+    backward.dq.copy_(dq)
+    backward.dk.copy_(dk)
+    backward.dv.copy_(dv)
     if dbias is not None and bias_sum is not None:
         dbias.copy_(bias_sum)

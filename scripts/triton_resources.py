@@ -23,16 +23,16 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import tqdm
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastattn import functional
-from fastattn.params import AttentionParams
+from fastattn.arguments import attention_params, draw_seed, varlen_attention_params
+from fastattn.params import AttentionParams, Backward, Forward
 from fastattn.triton_kernels import attention, tiles
+from fastattn.triton_kernels.tiles import Tile
 
 TABLE = Path(__file__).parents[1] / "docs" / "triton_resources.csv"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -111,29 +111,38 @@ def problem(point: Point) -> AttentionParams:
     if point.features == "common":
         arguments["attn_mask"] = torch.empty((BATCH, 1, 1, point.seqlen), dtype=torch.bool)
         arguments["attn_bias"] = torch.empty(scores, dtype=point.dtype) if point.kernel == "dbias" else None
-        return functional.draw_seed(functional.attention_params(q, k, v, **arguments))
+        return draw_seed(attention_params(q, k, v, **arguments))
     arguments |= {"attn_mask": torch.empty(scores, dtype=torch.bool), "attn_bias": torch.empty(scores, dtype=q.dtype)}
     edges = torch.arange(0, (BATCH + 1) * point.seqlen, point.seqlen, dtype=torch.int32)
     packed = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     lengths = (edges, edges, point.seqlen, point.seqlen)
-    return functional.draw_seed(functional.varlen_attention_params(*packed, *lengths, **arguments))
+    return draw_seed(varlen_attention_params(*packed, *lengths, **arguments))
 
 
-def compiled(point: Point, tile: tiles.Tile | None = None) -> Any:
+class Recorder(attention.Device):
+    """A GPU of that capability that launches nothing and notes each kernel's tile and arguments."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.launches: dict[Any, tuple[Tile, dict[str, Any]]] = {}
+        self._gpu = tiles.Gpu(capability, 1, SMEM_BYTES)
+
+    def gpu(self, device: torch.device) -> tiles.Gpu:
+        return self._gpu
+
+    def launch(self, kernel: Any, programs: int, tile: Tile, p: AttentionParams, arguments: dict[str, Any]) -> None:
+        self.launches[kernel] = (tile, arguments)
+
+
+def compiled(point: Point, tile: Tile | None = None) -> Any:
     """The point's kernel as a launch compiles it, with its tile of the table or another one."""
-    p, launches = problem(point), {}
-
-    def record(kernel: Any, programs: int, tile: tiles.Tile, p: AttentionParams, arguments: dict[str, Any]) -> None:
-        launches[kernel] = (tile, arguments)
-
+    p, recorder = problem(point), Recorder(point.capability)
     wanted = attention.KERNELS[point.kernel]
-    gpu = tiles.Gpu(point.capability, 1, SMEM_BYTES)
     out, lse = torch.empty_like(p.q), torch.empty(p.q.shape[:-1])
     lse = lse.T if p.is_packed() else lse
-    with mock.patch.object(attention, "_launch", record), mock.patch.object(tiles, "gpu", lambda device: gpu):
-        attention.attention_fwd(out, lse, p)
-        attention.attention_bwd(p.q, p.k, p.v, p.bias, out, lse, out, lse, p)
-    chosen, arguments = launches[wanted]
+    with attention.on(recorder):
+        attention.attention_fwd(Forward(out, lse), p)
+        attention.attention_bwd(Backward(out, lse, out, lse, p.q, p.k, p.v, p.bias), p)
+    chosen, arguments = recorder.launches[wanted]
     tile = tile or chosen
     triton.runtime.driver.set_active(Driver(point.capability))
     if "pairs" in arguments:
@@ -143,7 +152,7 @@ def compiled(point: Point, tile: tiles.Tile | None = None) -> Any:
     return wanted.run(**arguments, **blocks, **options, grid=(1,), warmup=True)
 
 
-def resources(point: Point, tile: tiles.Tile | None = None) -> dict[str, Any]:
+def resources(point: Point, tile: Tile | None = None) -> dict[str, Any]:
     """What the compiled kernel takes; the stack holds nothing but spilled registers."""
     kernel = compiled(point, tile)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+from collections.abc import Iterator
 
 # Beside a busy process two spinning threads run several times slower than one; tests run in parallel processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-from torch import Tensor
 
 # Triton reads it when it is imported: its kernels run in the interpreter where no GPU takes them.
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastattn import autograd, functional
 from fastattn.params import AttentionParams
+from tests.support.poison import fresh_memory_is_nan
+from tests.support.stand_in import recording
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,55 +45,15 @@ def seed() -> None:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned() -> Iterator[None]:
     """Results that a backend is given to fill hold NaN before it does."""
-
-    def poison(allocate):
-        def allocate_poisoned(*args: object) -> tuple[Tensor, ...]:
-            return tuple(x.fill_(torch.nan) for x in allocate(*args))
-
-        return allocate_poisoned
-
-    monkeypatch.setattr(autograd, "_empty_results", poison(autograd._empty_results))
-    monkeypatch.setattr(autograd, "_empty_grads", poison(autograd._empty_grads))
+    with fresh_memory_is_nan():
+        yield
 
 
 @pytest.fixture
-def attended(monkeypatch: pytest.MonkeyPatch) -> list[AttentionParams]:
-    """The parameters of every attention call made during a test."""
-    calls, attend = [], functional.attend
-
-    def record(params, *args):
-        calls.append(params)
-        return attend(params, *args)
-
-    monkeypatch.setattr(functional, "attend", record)
-    return calls
-
-
-# ---- the launcher on a libcuda that notes what it is called with ----
-
-
-@pytest.fixture
-def loaded(tmp_path, monkeypatch):
-    """(launcher, stub), as a new process has them."""
-    from tests.support.attention_struct import Struct
-    from tests.support.stub_cuda import load
-
-    launcher, stub = load(tmp_path, monkeypatch)
-    stub.library.stub_set_params_bytes(ctypes.sizeof(Struct))
-    return launcher, stub
-
-
-@pytest.fixture
-def launcher(loaded):
-    from tests.support.launcher_calls import image
-
-    launcher, _ = loaded
-    launcher.set_image_source(image)
-    return launcher
-
-
-@pytest.fixture
-def stub(loaded):
-    return loaded[1]
+def attended() -> Iterator[list[AttentionParams]]:
+    """Every attention call made on the `torch` backend during a test."""
+    calls: list[AttentionParams] = []
+    with recording(calls):
+        yield calls

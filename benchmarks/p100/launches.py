@@ -1,19 +1,17 @@
-"""The launches that fastattn.cuda makes for a call, recorded instead of made, on CPU tensors."""
+"""The launches of CUDA kernels that a call makes, recorded instead of made, on CPU tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from fastattn import _launcher, reference
-from fastattn.cuda_kernels import attention as cuda
-from fastattn.params import AttentionParams
+from fastattn.cuda_kernels import attention
+from fastattn.params import AttentionParams, Backward, Forward
 
 
 @dataclass(frozen=True)
@@ -32,29 +30,42 @@ class Launch:
 KERNELS = {kernel.name: kernel for kernel in _launcher.KERNELS}
 
 
-def launch_of(name: str, element: str, grid: tuple[int, int, int], p: AttentionParams, buffers: cuda.Buffers) -> Launch:
-    """What a call of fastattn.cuda.launch stands for."""
-    kernel = KERNELS[name]
+def launch_of(
+    kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, buffers: attention.Buffers
+) -> Launch:
+    """The launch that Device.launch is asked for."""
+    k = KERNELS[kernel]
     read = [(x, field, False) for field, x in p._asdict().items() if isinstance(x, Tensor)]
     written = [(x, field, True) for field, x in buffers._asdict().items() if x is not None]
-    params = _launcher.pack(element, p, buffers)
-    return Launch(name, element, grid, kernel.threads, kernel.smem, params, read + written)
+    return Launch(kernel, element, grid, k.threads, k.smem, _launcher.pack(element, p, buffers), read + written)
 
 
-@contextmanager
-def recording(multiprocessors: int) -> Iterator[list[Launch]]:
-    """Inside, fastattn.cuda launches nothing and adds to the list.
+class Recorder(attention.Device):
+    """A card that launches nothing and notes everything.
 
     Args:
         multiprocessors: of the card; on one that is not full, the backward takes other kernels.
     """
-    launches: list[Launch] = []
 
-    def note(*arguments: Any) -> None:
-        launches.append(launch_of(*arguments))
+    def __init__(self, multiprocessors: int) -> None:
+        self.launches: list[Launch] = []
+        self._multiprocessors = multiprocessors
 
-    with mock.patch.object(cuda, "launch", note), mock.patch.object(cuda, "multiprocessors", lambda _: multiprocessors):
-        yield launches
+    def multiprocessors(self, device: torch.device) -> int:
+        return self._multiprocessors
+
+    def launch(
+        self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: attention.Buffers
+    ) -> None:
+        self.launches.append(launch_of(kernel, element, grid, p, b))
+
+
+@contextmanager
+def recording(multiprocessors: int) -> Iterator[list[Launch]]:
+    """Inside, fastattn's CUDA kernels are not launched but added to the list; the argument is Recorder's."""
+    recorder = Recorder(multiprocessors)
+    with attention.on(recorder):
+        yield recorder.launches
 
 
 def record(p: AttentionParams, backward: bool, multiprocessors: int = 56) -> list[Launch]:
@@ -67,12 +78,13 @@ def record(p: AttentionParams, backward: bool, multiprocessors: int = 56) -> lis
     """
     with recording(multiprocessors) as launches:
         if not backward:
-            cuda.attention_fwd(*empty_results(p), p)
+            attention.attention_fwd(Forward(*empty_results(p)), p)
             return launches
         out, lse = (x.detach() for x in reference.attention(p))
         dq, dk, dv = map(torch.empty_like, (p.q, p.k, p.v))
         dbias = None if p.bias is None else torch.empty_like(p.bias)
-        cuda.attention_bwd(dq, dk, dv, dbias, out, lse.float().contiguous(), torch.randn_like(out), None, p)
+        lse, dout = lse.float().contiguous(), torch.randn_like(out)
+        attention.attention_bwd(Backward(out, lse, dout, None, dq, dk, dv, dbias), p)
     return launches
 
 

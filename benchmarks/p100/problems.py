@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastattn.cuda_kernels import attention as cuda
-from fastattn.params import UNBOUNDED, AttentionParams
+from fastattn.cuda_kernels import attention
+from fastattn.params import UNBOUNDED, AttentionParams, Backward, Forward
 
 from .launches import Launch, empty_results, recording
 
@@ -106,11 +106,11 @@ def launches(problem: Problem, multiprocessors: int, seqlen: int | None = None) 
     out, lse = empty_results(p)
     with recording(multiprocessors) as recorded:
         if not problem.is_backward:
-            cuda.attention_fwd(out, lse, p)
+            attention.attention_fwd(Forward(out, lse), p)
         else:
             dout, dq, dk, dv = map(torch.empty_like, (out, p.q, p.k, p.v))
             dbias = torch.empty_like(p.bias) if p.bias is not None and problem.feature == BIAS_GRADIENT else None
-            cuda.attention_bwd(dq, dk, dv, dbias, out, lse, dout, None, p)
+            attention.attention_bwd(Backward(out, lse, dout, None, dq, dk, dv, dbias), p)
     return recorded
 
 

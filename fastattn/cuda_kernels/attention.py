@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _launcher
+from .. import _launcher, compat
 from ..blocks import bias_tiles_and_copies, count
-from ..params import AttentionParams
+from ..params import AttentionParams, Backward, Forward
 from . import images
 
 ELEMENTS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# How much longer than the last tile of the table the others take for a score: it may compute as many more in vain.
-SLOWER = {"attention_fwd": 1.15, "attention_bwd": 1.4}
-# With fewer blocks than this per multiprocessor, five products on a part of the card lose to seven on all of it.
-FULL = 2
-
-# Of a grid in z; a kernel takes the further sequences in turn.
-MOST_BLOCKS = 65535
+# Cost of a score in every kernel but the table's last, relative to the last. So the last one may compute 15 % (40 %)
+# more scores that nobody wants and still be chosen.
+SCORE_COST = {"attention_fwd": 1.15, "attention_bwd": 1.4}
+# Blocks per multiprocessor that fill a GPU. With fewer, the backward split in two (seven products, a block per tile)
+# beats the one in one piece (five products, a block per key head).
+BLOCKS_TO_FILL = 2
 
 _launcher.set_image_source(images.image)
 
 
 class Buffers(NamedTuple):
-    """What kernels fill or read besides the call's own tensors; a pass leaves out what it does not know."""
+    """The tensors that a kernel fills or reads besides the problem's own; None: those that it does not need."""
 
-    out: Tensor  # (batch, nheads, seqlen_q, head_dim_v)    packed: (total_q, nheads, head_dim_v)
-    lse: Tensor  # (batch, nheads, seqlen_q) float32        packed: (nheads, total_q)
+    out: Tensor
+    lse: Tensor
     dout: Tensor | None = None
     dlse: Tensor | None = None
     delta: Tensor | None = None  # as lse
@@ -38,22 +39,55 @@ class Buffers(NamedTuple):
     dv: Tensor | None = None
     dq_sum: Tensor | None = None  # (*lse.shape, head_dim) float32
     dbias_partial: Tensor | None = None  # (copies, *bias.shape) float32
-    dbias: Tensor | None = None  # the bias's own shape
+    dbias: Tensor | None = None
+
+
+# ---- where kernels run ----
+
+
+class Device:
+    """The GPU that the tensors of a call are on. Executors and recorders are subclasses."""
+
+    max_grid_z = 65535  # a block takes the sequences beyond it in turn
+
+    def multiprocessors(self, device: torch.device) -> int:
+        """How many there are."""
+        return _launcher.multiprocessors(device.index)
+
+    def launch(self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers) -> None:
+        """Run a kernel on the current stream of the call's device."""
+        device = p.q.device.index
+        _launcher.launch(kernel, element, device, compat.current_stream(device), grid, p, b)
+
+
+_device = Device()
+
+
+@contextmanager
+def on(device: Device) -> Iterator[None]:
+    """Kernels of calls inside, and of their backward passes in whatever thread, run on this device."""
+    global _device
+    previous, _device = _device, device
+    try:
+        yield
+    finally:
+        _device = previous
 
 
 # ---- forward ----
 
 
-def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
+def attention_fwd(forward: Forward, p: AttentionParams) -> None:
     """Fill out and lse."""
     shape = p.q.shape
     batch = shape[0] if p.cu_seqlens_q is None else p.batch_size()
     if batch == 0 or shape[1] == 0:
-        out.zero_()
-        lse.fill_(-torch.inf)
+        forward.out.zero_()
+        forward.lse.fill_(-torch.inf)
         return
     name, tiles = _forward(shape[-1], p.v.shape[-1], p.max_seqlen_q, p.max_seqlen_k, p.left, p.right, p.bottom_right)
-    launch(name, ELEMENTS[p.q.dtype], (tiles, shape[1], min(batch, MOST_BLOCKS)), p, Buffers(out, lse))
+    grid = (tiles, shape[1], min(batch, _device.max_grid_z))
+    _device.launch(name, ELEMENTS[p.q.dtype], grid, p, Buffers(*forward))
 
 
 @functools.lru_cache(4096)
@@ -61,71 +95,60 @@ def _forward(
     head_dim: int, head_dim_v: int, seqlen_q: int, seqlen_k: int, left: int, right: int, bottom_right: bool
 ) -> tuple[str, int]:
     """The name of the kernel, and how many tiles of queries it has."""
-    kernel = _kernel("attention_fwd", head_dim, head_dim_v, seqlen_q, seqlen_k, left, right, bottom_right)
+    kernel = choose_kernel("attention_fwd", head_dim, head_dim_v, seqlen_q, seqlen_k, left, right, bottom_right)
     return kernel.name, count(seqlen_q, kernel.block_m)
 
 
 # ---- backward ----
 
 
-def attention_bwd(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dbias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    p: AttentionParams,
-) -> None:
-    """Fill dq, dk, dv and, unless it is None, dbias, in the bias's own shape."""
+def attention_bwd(backward: Backward, p: AttentionParams) -> None:
+    """Fill dq, dk, dv and, unless it is None, dbias."""
     batch, nheads, nheads_k = p.batch_size(), p.q.shape[1], p.k.shape[1]
     if batch * nheads == 0:
-        for grad in (dq, dk, dv, dbias):
-            if grad is not None:
-                grad.zero_()
+        backward.fill_zero()
         return
-    element = ELEMENTS[p.q.dtype]
+    element, blocks_z = ELEMENTS[p.q.dtype], min(batch, _device.max_grid_z)
+    out, lse, dout, dlse, dq, dk, dv, dbias = backward
     buffers = Buffers(out, lse, dout, dlse, torch.empty_like(lse), dq, dk, dv)
 
-    sizes = _sizes(p)
-    kernel, kernel_dq = _kernel("attention_bwd", *sizes), _kernel("attention_bwd_dq", *sizes)
+    kernel, kernel_dq = choose_kernel("attention_bwd", *sizes(p)), choose_kernel("attention_bwd_dq", *sizes(p))
     key_tiles = count(p.max_seqlen_k, kernel.block_n)
-    if key_tiles > 1 and batch * nheads_k < FULL * multiprocessors(p.q.device):
+    if key_tiles > 1 and batch * nheads_k < BLOCKS_TO_FILL * _device.multiprocessors(p.q.device):
         query_tiles = count(p.max_seqlen_q, kernel_dq.block_m)
-        launch(kernel_dq.name, element, (query_tiles, nheads, min(batch, MOST_BLOCKS)), p, buffers)
-        launch(kernel.name, element, (key_tiles, nheads_k, min(batch, MOST_BLOCKS)), p, buffers)
+        _device.launch(kernel_dq.name, element, (query_tiles, nheads, blocks_z), p, buffers)
+        _device.launch(kernel.name, element, (key_tiles, nheads_k, blocks_z), p, buffers)
     else:
         if key_tiles > 1 and dq.dtype != torch.float32:
             buffers = buffers._replace(dq_sum=lse.new_empty(*lse.shape, dq.shape[-1]))
-        launch(kernel.name, element, (1, nheads_k, min(batch, MOST_BLOCKS)), p, buffers)
+        _device.launch(kernel.name, element, (1, nheads_k, blocks_z), p, buffers)
     if dbias is not None and dbias.numel():
         _bias_grad(dbias, buffers, p)
 
 
 def _bias_grad(dbias: Tensor, buffers: Buffers, p: AttentionParams) -> None:
-    """Fill dbias: partial sums in copies of the bias, as many as fill the card, then their sum."""
-    kernel = _kernel("attention_bwd_dbias", *_sizes(p))
-    busy = FULL * multiprocessors(p.q.device)
+    """Fill dbias: partial sums in copies of the bias, as many as fill the GPU, then their sum."""
+    kernel = choose_kernel("attention_bwd_dbias", *sizes(p))
+    busy = BLOCKS_TO_FILL * _device.multiprocessors(p.q.device)
     bias_tiles, copies = bias_tiles_and_copies(p, dbias.shape, (kernel.block_m, kernel.block_n), busy)
     buffers = buffers._replace(dbias=dbias, dbias_partial=buffers.lse.new_empty(copies, *dbias.shape))
-    launch(kernel.name, ELEMENTS[p.q.dtype], (bias_tiles, copies, 1), p, buffers)
+    _device.launch(kernel.name, ELEMENTS[p.q.dtype], (bias_tiles, copies, 1), p, buffers)
     grid = (count(dbias.numel(), SUM_THREADS), 1, 1)
-    launch("attention_dbias_sum", ELEMENTS[dbias.dtype], grid, p, buffers)
+    _device.launch("attention_dbias_sum", ELEMENTS[dbias.dtype], grid, p, buffers)
 
 
-# ---- choice and launch ----
+# ---- choice ----
 
 SUM_THREADS = next(k.threads for k in _launcher.KERNELS if k.name == "attention_dbias_sum")
 
 
-def _sizes(p: AttentionParams) -> tuple[int, int, int, int, int, int, bool]:
+def sizes(p: AttentionParams) -> tuple[int, int, int, int, int, int, bool]:
+    """What of a problem the choice of a kernel depends on."""
     return p.q.shape[-1], p.v.shape[-1], p.max_seqlen_q, p.max_seqlen_k, p.left, p.right, p.bottom_right
 
 
 @functools.lru_cache(4096)
-def _kernel(
+def choose_kernel(
     pass_: str, head_dim: int, head_dim_v: int, seqlen_q: int, seqlen_k: int, left: int, right: int, bottom_right: bool
 ) -> _launcher.Kernel:
     """The pass's kernel for the head dimension and, where there is a choice, the lengths and the band."""
@@ -134,13 +157,13 @@ def _kernel(
     shift = seqlen_k - seqlen_q if bottom_right else 0
 
     def cost(k: _launcher.Kernel) -> float:
-        scores = _scores(k, seqlen_q, seqlen_k, left - shift, right + shift)
-        return scores * (1 if k is candidates[-1] else SLOWER[pass_])
+        scores = computed_scores(k, seqlen_q, seqlen_k, left - shift, right + shift)
+        return scores * (1 if k is candidates[-1] else SCORE_COST[pass_])
 
     return min(candidates, key=cost)
 
 
-def _scores(k: _launcher.Kernel, seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:
+def computed_scores(k: _launcher.Kernel, seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:
     """How many scores a kernel computes: those of all tiles that the band leaves something of."""
     tiles = 0
     for first in range(0, seqlen_q, k.block_m):
@@ -149,14 +172,3 @@ def _scores(k: _launcher.Kernel, seqlen_q: int, seqlen_k: int, left: int, right:
         if begin < end:
             tiles += count(end, k.block_n) - begin // k.block_n
     return tiles * k.block_m * k.block_n
-
-
-def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors the device has."""
-    return _launcher.multiprocessors(device.index)
-
-
-def launch(kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, buffers: Buffers) -> None:
-    """Run a kernel on the current stream of the call's device."""
-    device = p.q.device.index
-    _launcher.launch(kernel, element, device, torch._C._cuda_getCurrentRawStream(device), grid, p, buffers)

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .. import functional
+from .. import arguments, functional
 from ..modules import MultiHeadAttention
 from .transformer import DecoderLayer, Transformer
 
@@ -32,13 +32,13 @@ class _LayerCache:
         if self.past is not None:
             key, value = torch.cat([self.past[0], key], dim=2), torch.cat([self.past[1], value], dim=2)
         self.past = key, value
-        out, _ = functional.attend(functional.attention_params(query, key, value))
+        out, _ = functional.attend(arguments.attention_params(query, key, value))
         return attention.project_output(out.squeeze(2).unflatten(0, x.shape[:2]))
 
     def attend_memory(self, attention: MultiHeadAttention, x: Tensor) -> Tensor:
         """Attention of the newest position `x` (sentences, beam, d_model) to the source."""
         query = attention.project_query(x).transpose(1, 2)
-        params = functional.attention_params(query, self.memory_keys, self.memory_values, self.source_mask)
+        params = arguments.attention_params(query, self.memory_keys, self.memory_values, self.source_mask)
         out, _ = functional.attend(params)
         return attention.project_output(out.transpose(1, 2))
 

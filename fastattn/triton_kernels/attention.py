@@ -1,343 +1,26 @@
-"""Fused attention in Triton: out = softmax(scale * Q K^T + bias) V and its gradients, never storing the weights.
-
-Forward (Vaswani et al. 2017, eq. 1; Dao 2023, Algorithm 1): a program computes BLOCK_M rows of one (batch, head) and
-walks over the key tiles that the band and the lengths leave, with a running maximum and sum per row. Exponents are in
-base 2; lse is stored in natural units, -inf for a row without a key.
-
-Backward (Dao 2023, Algorithm 2): P = exp(S - lse) is computed again from q, k and lse. With f the factor of dropout and
-delta = rowsum(P * dP) - dlse = rowsum(out * dout) - dlse,
-
-    dV = (f P)^T dout      dP = f (dout V^T)      dS = P (dP - delta)      dQ = scale dS K      dK = scale dS^T Q
-
-Short sequences, whose keys are one tile: a program of attention_bwd_kernel takes whole (batch, key head) pairs and
-walks over the query tiles. Else attention_bwd_dq_kernel has a program per query tile and writes delta, which
-attention_bwd_dkdv_kernel (a program per key tile and key head) reads. So does attention_bwd_dbias_kernel (a program per
-tile of the bias and copy of it). Every element is summed up by one program in a fixed order: two runs give the same
-bits, and nothing is atomic.
-
-Layout: element (b, h, i, d) of q lies at q.ptr + b * q.stride_b + h * q.stride_h + i * q.stride_row + d, and packed
-tensors have stride_b = 0 and begin at their sequence's first token. A tile of scores is (queries, keys), or (keys,
-queries) where dK and dV are computed.
-"""
+"""The Triton kernels: which of them run for a call, on how many programs, with which tiles and what workspace."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..blocks import bias_tiles_and_copies, count
-from ..params import AttentionParams
+from ..params import AttentionParams, Backward, Forward
 from . import tiles
 from .arguments import inputs, per_row, rows
-from .scores import (
-    INF,
-    dropout_keeps,
-    fill_orphans,
-    finish_scores,
-    head,
-    key_range,
-    load_lse,
-    load_per_row,
-    load_rows,
-    query_range,
-    sequence,
-    store_per_row,
-    store_rows,
-    tile_gradients,
+from .bias_gradient import attention_bwd_dbias_kernel
+from .kernels import (
+    attention_bwd_dkdv_kernel,
+    attention_bwd_dq_kernel,
+    attention_bwd_kernel,
+    attention_fwd_kernel,
 )
-
-LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# Numbers that change from call to call; kernels are not compiled again for those that divide by 16 or are 1.
-CHANGING = ("total_q", "total_k", "batch", "max_seqlen_q", "max_seqlen_k")
-
-
-# ---- forward: a program per query tile of `pairs` (batch, head) ----
-
-
-@triton.jit(do_not_specialize=CHANGING)
-def attention_fwd_kernel(
-    q, k, v, out, lse, mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k,
-    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale_log2, pairs,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """out and lse."""
-    tile_count = tl.maximum(tl.cdiv(max_seqlen_q, BLOCK_M), 1)
-    # From the last tile on, of which a causal band leaves most keys.
-    tile = tile_count - 1 - tl.program_id(0) % tile_count
-    for n in range(pairs):
-        bh = tl.program_id(0) // tile_count * pairs + n
-        b, h, i0 = bh // nheads, bh % nheads, tile * BLOCK_M
-        first_q, seqlen_q = sequence(cu_seqlens_q_ptr, b, total_q, max_seqlen_q)
-        first_k, seqlen_k = sequence(cu_seqlens_k_ptr, b, total_k, max_seqlen_k)
-        shift = (seqlen_k - seqlen_q) * band.bottom_right
-        head_out, head_lse = head(out, b, h, first_q), head(lse, b, h, first_q)
-        fill_orphans(head_out, 0.0, cu_seqlens_q_ptr, b, batch, seqlen_q, first_q, total_q, tile, tile_count,
-                     HEAD_DIM_V, BLOCK_DV)  # fmt: skip
-        fill_orphans(head_lse, -INF, cu_seqlens_q_ptr, b, batch, seqlen_q, first_q, total_q, tile, tile_count, 1, 1)
-        if i0 < seqlen_q:
-            head_k, head_v = head(k, b, h // group, first_k), head(v, b, h // group, first_k)
-            rows = i0 + tl.arange(0, BLOCK_M)
-            q_tile = load_rows(head(q, b, h, first_q), rows, seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-            row_max = tl.full((BLOCK_M,), -INF, tl.float32)
-            row_sum = tl.zeros((BLOCK_M,), tl.float32)
-            sums = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-            begin, end = key_range(i0, seqlen_q, seqlen_k, shift, band, BLOCK_M, BLOCK_N)
-            for j0 in range(begin, end, BLOCK_N):
-                keys = j0 + tl.arange(0, BLOCK_N)
-                k_tile = load_rows(head_k, keys, seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-                qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-                scores = finish_scores(
-                    qk, b, h, rows[:, None], keys[None, :], seqlen_q, seqlen_k, shift, mask, bias, band, scale_log2
-                )
-                new_max = tl.maximum(row_max, tl.max(scores, 1))
-                # A row without a key so far: all its scores are -inf, and so is the maximum.
-                reference = tl.where(new_max == -INF, 0.0, new_max)
-                weights = tl.exp2(scores - reference[:, None])
-                rescale = tl.exp2(row_max - reference)
-                row_sum = row_sum * rescale + tl.sum(weights, 1)
-                row_max = new_max
-                if dropout.seed_ptr is not None:
-                    keeps = dropout_keeps(dropout, b, h, i0, j0, BLOCK_M, BLOCK_N, False)
-                    weights = tl.where(keeps, weights, 0.0)
-                v_tile = load_rows(head_v, keys, seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-                sums = tl.dot(weights.to(DOT_DTYPE), v_tile, sums * rescale[:, None], input_precision=PRECISION)
-
-            is_empty = row_sum == 0.0
-            row_sum = tl.where(is_empty, 1.0, row_sum)
-            row_lse = tl.where(is_empty, -INF, (row_max + tl.log2(row_sum)) * LN_2)
-            store_per_row(head_lse, rows, seqlen_q, row_lse)
-            sums = sums * (dropout.rescale / row_sum)[:, None]
-            store_rows(head_out, rows, seqlen_q, sums, HEAD_DIM_V, BLOCK_DV)
-
-
-# ---- backward of short sequences: a program for `pairs` (batch, key head), whose keys are one tile ----
-
-
-@triton.jit(do_not_specialize=CHANGING)
-def attention_bwd_kernel(
-    q, k, v, lse, dout, dlse, delta, dq, dk, dv,
-    mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k,
-    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale, scale_log2, pairs,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """dQ, dK and dV, and delta unless its pointer is None."""
-    nheads_k = nheads // group
-    keys = tl.arange(0, BLOCK_N)
-    for n in range(pairs):
-        bh = tl.program_id(0) * pairs + n
-        b, h_k = bh // nheads_k, bh % nheads_k
-        first_q, seqlen_q = sequence(cu_seqlens_q_ptr, b, total_q, max_seqlen_q)
-        first_k, seqlen_k = sequence(cu_seqlens_k_ptr, b, total_k, max_seqlen_k)
-        shift = (seqlen_k - seqlen_q) * band.bottom_right
-        k_tile = load_rows(head(k, b, h_k, first_k), keys, seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-        v_tile = load_rows(head(v, b, h_k, first_k), keys, seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-        dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-        for member in range(group):
-            h = h_k * group + member
-            head_q, head_dout, head_dq = head(q, b, h, first_q), head(dout, b, h, first_q), head(dq, b, h, first_q)
-            fill_orphans(head_dq, 0.0, cu_seqlens_q_ptr, b, batch, seqlen_q, first_q, total_q, 0, 1, HEAD_DIM, BLOCK_D)
-            for i0 in range(0, seqlen_q, BLOCK_M):
-                rows = i0 + tl.arange(0, BLOCK_M)
-                q_tile = load_rows(head_q, rows, seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-                dout_tile = load_rows(head_dout, rows, seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-                row_lse = load_lse(head(lse, b, h, first_q), rows, seqlen_q)
-                weights, kept_weights, dp = tile_gradients(
-                    q_tile, k_tile, v_tile, dout_tile, row_lse[None, :], b, h, i0, 0, seqlen_q, seqlen_k, shift,
-                    mask, bias, dropout, band, scale_log2, BLOCK_M, BLOCK_N, True, PRECISION
-                )  # fmt: skip
-                # The weights sum to 1 up to the rounding of their scores, which must not tell them from delta.
-                total = tl.sum(weights, 0)
-                row_delta = tl.sum(weights * dp, 0) / tl.where(total == 0.0, 1.0, total)
-                if dlse.ptr is not None:
-                    row_delta -= load_per_row(head(dlse, b, h, first_q), rows, seqlen_q, 0.0)
-                if delta.ptr is not None:
-                    store_per_row(head(delta, b, h, first_q), rows, seqlen_q, row_delta)
-                dscores = (weights * (dp - row_delta[None, :])).to(DOT_DTYPE)
-                dv_tile = tl.dot(kept_weights.to(DOT_DTYPE), dout_tile, dv_tile, input_precision=PRECISION)
-                dk_tile = tl.dot(dscores, q_tile, dk_tile, input_precision=PRECISION)
-                # Triton shares all these products out to the warps like this one: by rows if it is tall.
-                if BLOCK_N > BLOCK_D:
-                    dq_tile = tl.trans(tl.dot(tl.trans(k_tile), dscores, input_precision=PRECISION))
-                else:
-                    dq_tile = tl.dot(tl.trans(dscores), k_tile, input_precision=PRECISION)
-                store_rows(head_dq, rows, seqlen_q, dq_tile * scale, HEAD_DIM, BLOCK_D)
-        head_dk, head_dv = head(dk, b, h_k, first_k), head(dv, b, h_k, first_k)
-        store_rows(head_dk, keys, seqlen_k, dk_tile * scale, HEAD_DIM, BLOCK_D)
-        store_rows(head_dv, keys, seqlen_k, dv_tile * dropout.rescale, HEAD_DIM_V, BLOCK_DV)
-        fill_orphans(head_dk, 0.0, cu_seqlens_k_ptr, b, batch, seqlen_k, first_k, total_k, 0, 1, HEAD_DIM, BLOCK_D)
-        fill_orphans(head_dv, 0.0, cu_seqlens_k_ptr, b, batch, seqlen_k, first_k, total_k, 0, 1, HEAD_DIM_V, BLOCK_DV)
-
-
-# ---- dQ and delta: a program per (batch, head, query tile) ----
-
-
-@triton.jit(do_not_specialize=CHANGING)
-def attention_bwd_dq_kernel(
-    q, k, v, out, lse, dout, dlse, delta, dq,
-    mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k,
-    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale, scale_log2,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """delta and dQ of one tile of queries."""
-    tile_count = tl.maximum(tl.cdiv(max_seqlen_q, BLOCK_M), 1)
-    tile, bh = tile_count - 1 - tl.program_id(0) % tile_count, tl.program_id(0) // tile_count
-    b, h, i0 = bh // nheads, bh % nheads, tile * BLOCK_M
-    first_q, seqlen_q = sequence(cu_seqlens_q_ptr, b, total_q, max_seqlen_q)
-    first_k, seqlen_k = sequence(cu_seqlens_k_ptr, b, total_k, max_seqlen_k)
-    shift = (seqlen_k - seqlen_q) * band.bottom_right
-    head_dq = head(dq, b, h, first_q)
-    fill_orphans(head_dq, 0.0, cu_seqlens_q_ptr, b, batch, seqlen_q, first_q, total_q, tile, tile_count,
-                 HEAD_DIM, BLOCK_D)  # fmt: skip
-    if i0 >= seqlen_q:
-        return
-
-    head_k, head_v = head(k, b, h // group, first_k), head(v, b, h // group, first_k)
-    rows = i0 + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(head(q, b, h, first_q), rows, seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-    dout_tile = load_rows(head(dout, b, h, first_q), rows, seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-    out_tile = load_rows(head(out, b, h, first_q), rows, seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-    row_lse = load_lse(head(lse, b, h, first_q), rows, seqlen_q)
-    row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
-    if dlse.ptr is not None:
-        row_delta -= load_per_row(head(dlse, b, h, first_q), rows, seqlen_q, 0.0)
-    store_per_row(head(delta, b, h, first_q), rows, seqlen_q, row_delta)
-
-    dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    begin, end = key_range(i0, seqlen_q, seqlen_k, shift, band, BLOCK_M, BLOCK_N)
-    for j0 in range(begin, end, BLOCK_N):
-        keys = j0 + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(head_k, keys, seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-        v_tile = load_rows(head_v, keys, seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-        weights, _, dp = tile_gradients(
-            q_tile, k_tile, v_tile, dout_tile, row_lse[:, None], b, h, i0, j0, seqlen_q, seqlen_k, shift,
-            mask, bias, dropout, band, scale_log2, BLOCK_M, BLOCK_N, False, PRECISION
-        )  # fmt: skip
-        dscores = weights * (dp - row_delta[:, None])
-        dq_tile = tl.dot(dscores.to(DOT_DTYPE), k_tile, dq_tile, input_precision=PRECISION)
-    store_rows(head_dq, rows, seqlen_q, dq_tile * scale, HEAD_DIM, BLOCK_D)
-
-
-# ---- dK and dV: a program per (batch, key head, key tile) ----
-
-
-@triton.jit(do_not_specialize=CHANGING)
-def attention_bwd_dkdv_kernel(
-    q, k, v, lse, dout, delta, dk, dv,
-    mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k,
-    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale, scale_log2,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """dK and dV of one tile of keys, over all query heads that share them."""
-    tile_count = tl.maximum(tl.cdiv(max_seqlen_k, BLOCK_N), 1)
-    tile, bh = tl.program_id(0) % tile_count, tl.program_id(0) // tile_count
-    nheads_k = nheads // group
-    b, h_k, j0 = bh // nheads_k, bh % nheads_k, tile * BLOCK_N
-    first_q, seqlen_q = sequence(cu_seqlens_q_ptr, b, total_q, max_seqlen_q)
-    first_k, seqlen_k = sequence(cu_seqlens_k_ptr, b, total_k, max_seqlen_k)
-    shift = (seqlen_k - seqlen_q) * band.bottom_right
-    head_dk, head_dv = head(dk, b, h_k, first_k), head(dv, b, h_k, first_k)
-    fill_orphans(head_dk, 0.0, cu_seqlens_k_ptr, b, batch, seqlen_k, first_k, total_k, tile, tile_count,
-                 HEAD_DIM, BLOCK_D)  # fmt: skip
-    fill_orphans(head_dv, 0.0, cu_seqlens_k_ptr, b, batch, seqlen_k, first_k, total_k, tile, tile_count,
-                 HEAD_DIM_V, BLOCK_DV)  # fmt: skip
-    if j0 >= seqlen_k:
-        return
-
-    keys = j0 + tl.arange(0, BLOCK_N)
-    k_tile = load_rows(head(k, b, h_k, first_k), keys, seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-    v_tile = load_rows(head(v, b, h_k, first_k), keys, seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    begin, end = query_range(j0, seqlen_q, seqlen_k, shift, band, BLOCK_M, BLOCK_N)
-    for member in range(group):
-        h = h_k * group + member
-        head_q, head_dout = head(q, b, h, first_q), head(dout, b, h, first_q)
-        head_lse, head_delta = head(lse, b, h, first_q), head(delta, b, h, first_q)
-        for i0 in range(begin, end, BLOCK_M):
-            rows = i0 + tl.arange(0, BLOCK_M)
-            q_tile = load_rows(head_q, rows, seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-            dout_tile = load_rows(head_dout, rows, seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-            row_lse = load_lse(head_lse, rows, seqlen_q)
-            row_delta = load_per_row(head_delta, rows, seqlen_q, 0.0)
-            weights, kept_weights, dp = tile_gradients(
-                q_tile, k_tile, v_tile, dout_tile, row_lse[None, :], b, h, i0, j0, seqlen_q, seqlen_k, shift,
-                mask, bias, dropout, band, scale_log2, BLOCK_M, BLOCK_N, True, PRECISION
-            )  # fmt: skip
-            dscores = weights * (dp - row_delta[None, :])
-            dv_tile = tl.dot(kept_weights.to(DOT_DTYPE), dout_tile, dv_tile, input_precision=PRECISION)
-            dk_tile = tl.dot(dscores.to(DOT_DTYPE), q_tile, dk_tile, input_precision=PRECISION)
-    store_rows(head_dk, keys, seqlen_k, dk_tile * scale, HEAD_DIM, BLOCK_D)
-    store_rows(head_dv, keys, seqlen_k, dv_tile * dropout.rescale, HEAD_DIM_V, BLOCK_DV)
-
-
-# ---- bias gradient: a program per (tile of the bias, copy of the bias) ----
-
-
-@triton.jit(do_not_specialize=(*CHANGING, "copies", "bias_batch", "bias_rows", "bias_keys"))
-def attention_bwd_dbias_kernel(
-    q, k, v, lse, dout, delta, partial_ptr, copies, bias_batch, bias_heads, bias_rows, bias_keys,
-    mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k,
-    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale_log2,
-    ROWS_BROADCAST: tl.constexpr, KEYS_BROADCAST: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """One copy of one tile of the bias gradient: dS summed over its share of all that the tile is broadcast to."""
-    row_tiles, key_tiles = tl.cdiv(bias_rows, BLOCK_M), tl.cdiv(bias_keys, BLOCK_N)
-    copy, index = tl.program_id(0) % copies, tl.program_id(0) // copies
-    own_j0, index = index % key_tiles * BLOCK_N, index // key_tiles
-    own_i0, index = index % row_tiles * BLOCK_M, index // row_tiles
-    own_h, own_b = index % bias_heads, index // bias_heads
-
-    # The tiles of scores that this tile of the bias is broadcast to.
-    sum_keys = tl.cdiv(max_seqlen_k, BLOCK_N) if KEYS_BROADCAST else 1
-    sum_rows = tl.cdiv(max_seqlen_q, BLOCK_M) if ROWS_BROADCAST else 1
-    sum_heads, sum_batch = nheads // bias_heads, batch // bias_batch
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for n in range(copy, sum_batch * sum_heads * sum_rows * sum_keys, copies):
-        j0, i0 = own_j0 + n % sum_keys * BLOCK_N, own_i0 + n // sum_keys % sum_rows * BLOCK_M
-        outer = n // sum_keys // sum_rows
-        h, b = own_h + outer % sum_heads, own_b + outer // sum_heads
-        first_q, seqlen_q = sequence(cu_seqlens_q_ptr, b, total_q, max_seqlen_q)
-        first_k, seqlen_k = sequence(cu_seqlens_k_ptr, b, total_k, max_seqlen_k)
-        shift = (seqlen_k - seqlen_q) * band.bottom_right
-        begin, end = key_range(i0, seqlen_q, seqlen_k, shift, band, BLOCK_M, BLOCK_N)
-        if (i0 < seqlen_q) & (j0 >= begin) & (j0 < end):
-            rows, keys = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
-            head_k, head_v = head(k, b, h // group, first_k), head(v, b, h // group, first_k)
-            q_tile = load_rows(head(q, b, h, first_q), rows, seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-            k_tile = load_rows(head_k, keys, seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-            v_tile = load_rows(head_v, keys, seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-            dout_tile = load_rows(head(dout, b, h, first_q), rows, seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-            row_lse = load_lse(head(lse, b, h, first_q), rows, seqlen_q)
-            row_delta = load_per_row(head(delta, b, h, first_q), rows, seqlen_q, 0.0)
-            weights, _, dp = tile_gradients(
-                q_tile, k_tile, v_tile, dout_tile, row_lse[:, None], b, h, i0, j0, seqlen_q, seqlen_k, shift,
-                mask, bias, dropout, band, scale_log2, BLOCK_M, BLOCK_N, False, PRECISION
-            )  # fmt: skip
-            sums += weights * (dp - row_delta[:, None])
-
-    rows, keys = own_i0 + tl.arange(0, BLOCK_M), own_j0 + tl.arange(0, BLOCK_N)
-    if ROWS_BROADCAST:
-        sums = tl.sum(sums, 0, keep_dims=True)
-    if KEYS_BROADCAST:
-        sums = tl.sum(sums, 1, keep_dims=True)
-    slice_ = (copy.to(tl.int64) * bias_batch + own_b) * bias_heads + own_h
-    offsets = (slice_ * bias_rows + rows[:, None]) * bias_keys + keys[None, :]
-    inside = (rows < bias_rows)[:, None] & (keys < bias_keys)[None, :]
-    tl.store(partial_ptr + offsets, tl.broadcast_to(sums, BLOCK_M, BLOCK_N), inside)
-
-
-# ---- launchers ----
+from .tiles import block
 
 KERNELS = {
     "fwd": attention_fwd_kernel,
@@ -348,41 +31,75 @@ KERNELS = {
 }
 
 
-def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
+# ---- where kernels run ----
+
+
+class Device:
+    """The GPU that the tensors of a call are on, or the interpreter. Recorders are subclasses."""
+
+    def gpu(self, device: torch.device) -> tiles.Gpu:
+        """What the choice of tiles depends on."""
+        return tiles.gpu(device)
+
+    def launch(
+        self, kernel: Any, programs: int, tile: tiles.Tile, p: AttentionParams, arguments: dict[str, Any]
+    ) -> Any:
+        """Run a kernel on the current stream of the call's device; returns what was compiled for it."""
+        blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        with torch.cuda.device_of(p.q):
+            return kernel[(programs,)](**arguments, **blocks, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+_device = Device()
+
+
+@contextmanager
+def on(device: Device) -> Iterator[None]:
+    """Kernels of calls inside, and of their backward passes in whatever thread, run on this device."""
+    global _device
+    previous, _device = _device, device
+    try:
+        yield
+    finally:
+        _device = previous
+
+
+def _tile(kernel: str, p: AttentionParams) -> Any:
+    head_dims = block(p.q.size(-1)), block(p.v.size(-1))
+    seqlens = block(p.max_seqlen_q), block(p.max_seqlen_k)
+    return tiles.chosen(kernel, _device.gpu(p.q.device), p.q.dtype, head_dims, seqlens)
+
+
+# ---- forward ----
+
+
+def attention_fwd(forward: Forward, p: AttentionParams) -> None:
     """Fill out and lse."""
+    out, lse = forward
     heads = p.batch_size() * p.q.size(1)
     if heads == 0:
         out.zero_()
         lse.fill_(-torch.inf)
         return
-    gpu = tiles.gpu(p.q.device)
     tile = _tile("fwd", p)
-    pairs = gpu.share(heads, tile)
+    pairs = _device.gpu(p.q.device).share(heads, tile)
     programs = heads // pairs * count(p.max_seqlen_q, tile.block_m)
     own = {"out": rows(out, p), "lse": per_row(lse, p), "pairs": pairs}
-    _launch(KERNELS["fwd"], programs, tile, p, inputs(p) | own)
+    _device.launch(KERNELS["fwd"], programs, tile, p, inputs(p) | own)
 
 
-def attention_bwd(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dbias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    p: AttentionParams,
-) -> None:
-    """Fill dq, dk, dv and, unless it is None, dbias, in the bias's own shape."""
+# ---- backward ----
+
+
+def attention_bwd(backward: Backward, p: AttentionParams) -> None:
+    """Fill dq, dk, dv and, unless it is None, dbias."""
+    out, lse, dout, dlse, dq, dk, dv, dbias = backward
     heads, group = p.batch_size() * p.q.size(1), p.q.size(1) // max(p.k.size(1), 1)
     if heads == 0:
-        for grad in (dq, dk, dv, dbias):
-            if grad is not None:
-                grad.zero_()
+        backward.fill_zero()
         return
     has_bias = dbias is not None and dbias.numel() > 0
-    gpu, short = tiles.gpu(p.q.device), _tile("bwd", p)
+    gpu, short = _device.gpu(p.q.device), _tile("bwd", p)
     # Query heads that share a key head go one after the other there, which must not leave the GPU idle.
     is_short = short is not None and (group == 1 or heads // group >= gpu.multiprocessors)
     delta = per_row(torch.empty_like(lse) if has_bias or not is_short else None, p)
@@ -391,7 +108,7 @@ def attention_bwd(
     if is_short:
         pairs = gpu.share(heads // group, short)
         own = grads | {"scale": p.scale, "pairs": pairs}
-        _launch(KERNELS["bwd"], heads // group // pairs, short, p, known | own)
+        _device.launch(KERNELS["bwd"], heads // group // pairs, short, p, known | own)
     else:
         _bwd_in_two(known | grads | {"scale": p.scale, "out": rows(out, p)}, heads, group, p)
     if dbias is not None and has_bias:
@@ -402,32 +119,20 @@ def _bwd_in_two(known: dict[str, Any], heads: int, group: int, p: AttentionParam
     """dQ and delta, which dK and dV then read."""
     tile = _tile("dq", p)
     own = {name: known[name] for name in known if name not in ("dk", "dv")}
-    _launch(KERNELS["dq"], heads * count(p.max_seqlen_q, tile.block_m), tile, p, own)
+    _device.launch(KERNELS["dq"], heads * count(p.max_seqlen_q, tile.block_m), tile, p, own)
     tile = _tile("dkdv", p)
     own = {name: known[name] for name in known if name not in ("dq", "out", "dlse")}
-    _launch(KERNELS["dkdv"], heads // group * count(p.max_seqlen_k, tile.block_n), tile, p, own)
+    _device.launch(KERNELS["dkdv"], heads // group * count(p.max_seqlen_k, tile.block_n), tile, p, own)
 
 
 def _bias_grad(dbias: Tensor, known: dict[str, Any], p: AttentionParams) -> None:
     """Fill dbias: partial sums in copies of the bias, as many as fill the GPU, then their sum."""
     tile, sizes = _tile("dbias", p), dbias.shape
-    busy = tiles.gpu(p.q.device).programs(tile)
+    busy = _device.gpu(p.q.device).programs(tile)
     bias_tiles, copies = bias_tiles_and_copies(p, sizes, (tile.block_m, tile.block_n), busy)
     partial = dbias.new_empty(copies, *sizes, dtype=torch.float32)
     names = ("bias_batch", "bias_heads", "bias_rows", "bias_keys")
     own = dict(zip(names, sizes, strict=True)) | {"partial_ptr": partial, "copies": copies}
     broadcast = {"ROWS_BROADCAST": sizes[2] == 1, "KEYS_BROADCAST": sizes[3] == 1}
-    _launch(KERNELS["dbias"], bias_tiles * copies, tile, p, known | own | broadcast)
+    _device.launch(KERNELS["dbias"], bias_tiles * copies, tile, p, known | own | broadcast)
     dbias.copy_(partial.sum(0))
-
-
-def _tile(kernel: str, p: AttentionParams) -> Any:
-    sizes = (p.q.size(-1), p.v.size(-1)), (p.max_seqlen_q, p.max_seqlen_k)
-    return tiles.choose(kernel, tiles.gpu(p.q.device), p.q.dtype, *(tuple(map(tiles.block, pair)) for pair in sizes))
-
-
-def _launch(kernel: Any, programs: int, tile: tiles.Tile, p: AttentionParams, arguments: dict[str, Any]) -> Any:
-    """Run a kernel on the current stream of the call's device; returns what was compiled for it."""
-    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    with torch.cuda.device_of(p.q):
-        return kernel[(programs,)](**arguments, **blocks, num_warps=tile.num_warps, num_stages=tile.num_stages)

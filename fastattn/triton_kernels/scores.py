@@ -9,6 +9,8 @@ import triton.language as tl
 
 INF: tl.constexpr = tl.constexpr(float("inf"))
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# Numbers that change from call to call; kernels are not compiled again for those that divide by 16 or are 1.
+CHANGING = ("total_q", "total_k", "batch", "max_seqlen_q", "max_seqlen_k")
 
 
 # ---- arguments; a pointer or an edge that is None is a feature that the compiled kernel does not have ----

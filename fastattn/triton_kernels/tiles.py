@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import csv
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,23 +148,56 @@ def choose(
     Raises:
         ValueError: no row fits.
     """
+    return choose_from(table(), kernel, gpu, dtype, head_dims, seqlens)
+
+
+def choose_from(
+    rows: tuple[Row, ...],
+    kernel: str,
+    gpu: Gpu,
+    dtype: torch.dtype,
+    head_dims: tuple[int, int],
+    seqlens: tuple[int, int],
+) -> Tile | None:
+    """The choice of `choose` from another table."""
     head_dim, seqlen = max(head_dims), max(seqlens)
     if gpu.capability is None:
         fitting = [INTERPRETER] if kernel != "bwd" or seqlen <= INTERPRETER.block_m else []
     else:
-        rows = [
+        found = [
             row
-            for row in table()
+            for row in rows
             if (row.kernel, row.dtype) == (kernel, dtype)
             and row.capability in (None, gpu.capability)
             and (head_dim <= row.head_dim and seqlen <= row.seqlen)
             and row.smem_bytes <= gpu.smem_bytes
         ]
-        rows.sort(key=lambda row: (row.head_dim, row.seqlen, row.capability is None))
-        fitting = [row.tile for row in rows]
+        found.sort(key=lambda row: (row.head_dim, row.seqlen, row.capability is None))
+        fitting = [row.tile for row in found]
     if not fitting and kernel == "bwd":
         return None
     if not fitting:
         raise ValueError(f"no tiles of {kernel} for {dtype}, head_dim {head_dim} in {gpu.smem_bytes} bytes")
     tile = fitting[0]
     return tile._replace(block_m=min(tile.block_m, seqlens[0]), block_n=min(tile.block_n, seqlens[1]))
+
+
+_choice: Callable[..., Tile | None] = choose
+
+
+def chosen(
+    kernel: str, gpu: Gpu, dtype: torch.dtype, head_dims: tuple[int, int], seqlens: tuple[int, int]
+) -> Tile | None:
+    """The tile that a call takes: `choose`'s, unless another choice is forced."""
+    return _choice(kernel, gpu, dtype, head_dims, seqlens)
+
+
+@contextmanager
+def forced(choice: Callable[..., Tile | None]) -> Iterator[None]:
+    """Calls inside, and their backward passes in whatever thread, take this choice, called like `choose`."""
+    global _choice
+    previous, _choice = _choice, choice
+    try:
+        yield
+    finally:
+        _choice = previous

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import fastattn
 from fastattn import backends, functional
-from fastattn.backends import Problem
+from fastattn.arguments import attention_params
+from fastattn.backends import CallTraits
 from tests.support.cases import AXES, Case
 from tests.support.contract import check
+from tests.support.stand_in import installed, stand_in
 
 GPUS = {
     "P100": (6, 0), "GTX 1080": (6, 1), "V100": (7, 0), "T4": (7, 5),
@@ -25,40 +29,41 @@ GPUS = {
 FUSED = {"P100": "cuda", "GTX 1080": "cuda", "V100": "cuda", "T4": "cuda"}  # triton on all others
 
 
-def problem(gpu: str | None, **changes: Any) -> Problem:
+def call_on(gpu: str | None, **changes: Any) -> CallTraits:
     described: dict[str, Any] = {"device_type": "cpu" if gpu is None else "cuda", "capability": gpu and GPUS[gpu]}
-    return Problem(**{**described, "dtype": torch.float32, "head_dim": 64, "head_dim_v": 64, **changes})
+    return CallTraits(**{**described, "dtype": torch.float32, "head_dim": 64, "head_dim_v": 64, **changes})
 
 
 @pytest.fixture
-def all_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def all_installed() -> Iterator[None]:
     """Every backend's module can be imported."""
-    monkeypatch.setattr(backends, "_missing", {b.module: None for b in backends.BACKENDS})
+    with installed("triton", "cuda"):
+        yield
 
 
 @pytest.fixture
-def none_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def none_installed() -> Iterator[None]:
     """Only the plain torch routes are there."""
-    reason = "is not part of this installation (no module)"
-    monkeypatch.setattr(
-        backends, "_missing", {b.module: reason if b.min_capability else None for b in backends.BACKENDS}
-    )
+    with installed():
+        yield
 
 
 @pytest.fixture
-def warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
-    fresh: set[str] = set()
-    monkeypatch.setattr(backends, "_warned", fresh)
-    yield fresh
+def warned() -> Iterator[set[str]]:
+    """Which warnings have been given: none so far."""
+    before = set(backends._warned)
+    backends._warned.clear()
+    yield backends._warned
+    backends._warned.update(before)
 
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [1, 64, 256])
 def test_every_gpu_gets_its_kernels(all_installed: None, gpu: str, dtype: torch.dtype, head_dim: int) -> None:
-    p = problem(gpu, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim)
-    assert backends.choose(p).name == FUSED.get(gpu, "triton")
-    explanation = backends.explain_choice(p)
+    call = call_on(gpu, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim)
+    assert backends.choose(call).name == FUSED.get(gpu, "triton")
+    explanation = backends.explain_choice(call)
     assert explanation.backend == FUSED.get(gpu, "triton")
     if gpu in FUSED:
         dotted = ".".join(map(str, GPUS[gpu]))
@@ -71,13 +76,13 @@ def test_every_gpu_gets_its_kernels(all_installed: None, gpu: str, dtype: torch.
 @pytest.mark.parametrize("head_dims", [(64, 64), (256, 257), (257, 256)])
 def test_a_backend_takes_what_it_has_no_reason_against(request, installed, gpu, dtype, head_dims) -> None:
     request.getfixturevalue(installed)
-    p = problem(gpu, dtype=dtype, head_dim=head_dims[0], head_dim_v=head_dims[1])
+    call = call_on(gpu, dtype=dtype, head_dim=head_dims[0], head_dim_v=head_dims[1])
     for backend in backends.BACKENDS:
-        assert backend.takes(p) == (backend.why_not(p) == [])
+        assert backend.takes(call) == (backend.why_not(call) == [])
 
 
 def test_cpu_runs_torch_whatever_is_installed(all_installed: None) -> None:
-    explanation = backends.explain_choice(problem(None))
+    explanation = backends.explain_choice(call_on(None))
     assert explanation.backend == "torch" and explanation.route == "F.scaled_dot_product_attention"
     assert explanation.refusals == {
         "triton": ["needs a CUDA device, got cpu"],
@@ -96,34 +101,34 @@ def test_cpu_runs_torch_whatever_is_installed(all_installed: None) -> None:
 def test_falls_back_to_torch_with_a_warning(
     all_installed: None, warned: set[str], changes: dict[str, Any], reason: str
 ) -> None:
-    p = problem("P100", **changes)
+    call = call_on("P100", **changes)
     with pytest.warns(fastattn.FastattnFallbackWarning) as record:
-        assert backends.choose(p).name == "torch"
+        assert backends.choose(call).name == "torch"
     assert f"cuda {reason}" in str(record[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose(p).name == "torch"  # once per reason
+        assert backends.choose(call).name == "torch"  # once per reason
     with pytest.warns(fastattn.FastattnFallbackWarning):
-        backends.choose(p._replace(head_dim=512))
+        backends.choose(call._replace(head_dim=512))
 
 
 def test_missing_kernels_are_a_reason(none_installed: None, warned: set[str]) -> None:
     with pytest.warns(fastattn.FastattnFallbackWarning, match="is not part of this installation"):
-        assert backends.choose(problem("H100")).name == "torch"
+        assert backends.choose(call_on("H100")).name == "torch"
 
 
 def test_no_warning_on_the_cpu(none_installed: None, warned: set[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose(problem(None, head_dim=512)).name == "torch"
+        assert backends.choose(call_on(None, head_dim=512)).name == "torch"
     assert not warned
 
 
 def test_forcing_is_strict(all_installed: None) -> None:
     with fastattn.use_backend("triton"):
-        assert backends.choose(problem("H100")).name == "triton"
+        assert backends.choose(call_on("H100")).name == "triton"
         with pytest.raises(NotImplementedError, match=r"'triton' cannot take this call.*capability >= 8.0, got 6.0"):
-            backends.choose(problem("P100"))
+            backends.choose(call_on("P100"))
         q = torch.randn(1, 1, 2, 4)
         with pytest.raises(NotImplementedError, match="needs a CUDA device, got cpu"):
             fastattn.scaled_dot_product_attention(q, q, q)
@@ -132,12 +137,12 @@ def test_forcing_is_strict(all_installed: None) -> None:
 def test_forcing_nests_and_ends(all_installed: None) -> None:
     with fastattn.use_backend("reference"):
         with fastattn.use_backend("torch"):
-            assert backends.choose(problem(None)).name == "torch"
-        assert backends.choose(problem(None)).name == "reference"
+            assert backends.choose(call_on(None)).name == "torch"
+        assert backends.choose(call_on(None)).name == "reference"
         with pytest.raises(RuntimeError), fastattn.use_backend("torch"):
             raise RuntimeError
-        assert backends.choose(problem("H100")).name == "reference"
-    assert backends.choose(problem(None)).name == "torch"
+        assert backends.choose(call_on("H100")).name == "reference"
+    assert backends.choose(call_on(None)).name == "torch"
 
 
 def test_forcing_an_unknown_backend() -> None:
@@ -152,8 +157,8 @@ def test_forcing_an_unknown_backend() -> None:
 def _torch_takes(case: Case) -> bool:
     (q, k, v, bias), arguments = case.make()
     arguments.pop("return_lse")
-    p = functional.attention_params(q, k, v, attn_bias=bias, **arguments)
-    return backends.why_not_sdpa(functional._problem(p, case.return_lse)) is None
+    p = attention_params(q, k, v, attn_bias=bias, **arguments)
+    return backends.why_not_sdpa(backends.traits(p, case.return_lse)) is None
 
 
 def _claimed() -> list[Case]:
@@ -170,19 +175,32 @@ def _claimed() -> list[Case]:
     return cases
 
 
+class SdpaCalls(TorchFunctionMode):
+    """Notes with which options F.scaled_dot_product_attention is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options: list[dict[str, Any]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            self.options.append(kwargs or {})
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("case", _claimed(), ids=str)
-def test_torch_says_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+def test_torch_says_the_same(case: Case) -> None:
+    with SdpaCalls() as calls:
+        check(case)
+    assert len(calls.options) == 2  # the two runs that must agree
+    assert not any("is_causal" in options for options in calls.options) or case.mask == case.bias == "none"
 
-    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(kwargs)
-        return original(*args, **kwargs)
 
-    original = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
-    check(case)
-    assert len(calls) == 2  # the two runs that must agree
-    assert not any("is_causal" in c for c in calls) or case.mask == case.bias == "none"
+def test_ours_in_the_place_of_torchs_does_not_call_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.randn(3, 2, 2, 9, 8).unbind()
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fastattn.scaled_dot_product_attention)
+    assert torch.equal(F.scaled_dot_product_attention(q, k, v, is_causal=True), expected)
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
@@ -233,6 +251,18 @@ def test_explain_packed_and_copies() -> None:
     assert "note: q is copied" in str(explanation)
 
 
+def test_explain_tells_dense_from_packed_as_the_call_does() -> None:
+    x, cu_seqlens = torch.randn(7, 2, 8), torch.tensor([0, 3, 7], dtype=torch.int32)
+    lengths = {"cu_seqlens_k": cu_seqlens, "max_seqlen_q": 4, "max_seqlen_k": 4}
+    assert "packed" in fastattn.explain(x, x, x, cu_seqlens, **lengths).route
+    q = torch.randn(2, 2, 3, 8)
+    assert fastattn.explain(q, q, q, None, 0.5).backend == "torch"
+    mask = torch.ones(3, 3, dtype=torch.int32)
+    for call in (fastattn.explain, fastattn.scaled_dot_product_attention):
+        with pytest.raises(ValueError, match="attn_mask: dtype must be bool .* got torch.int32"):
+            call(q, q, q, mask)
+
+
 def test_explain_draws_no_random_number() -> None:
     q = torch.randn(1, 1, 2, 4)
     before = torch.get_rng_state()
@@ -249,3 +279,27 @@ def test_half_precision_is_attended_to_in_float32_on_the_cpu(dtype, is_autocast)
         out = functional.scaled_dot_product_attention(q, k, v, mask)
     expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
     assert out.dtype == dtype and torch.equal(out, expected.to(dtype))
+
+
+# ---- seams for whoever runs kernels elsewhere ----
+
+
+def test_a_backend_is_allowed_anywhere_in_every_thread(all_installed: None) -> None:
+    seen = []
+    with backends.anywhere("cuda"):
+        thread = threading.Thread(target=lambda: seen.append(backends.choose(call_on(None)).name))
+        thread.start()
+        thread.join()
+        assert backends.get("cuda").why_not(call_on(None)) == []
+    assert seen == ["cuda"]
+    assert backends.choose(call_on(None)).name == "torch"
+    assert backends.get("cuda").why_not(call_on(None)) == ["needs a CUDA device, got cpu"]
+
+
+def test_a_record_names_the_devices_it_takes(all_installed: None) -> None:
+    with stand_in("cuda", devices=("cpu", "cuda"), min_capability=(7, 0)):
+        assert backends.choose(call_on(None)).name == "cuda"
+        assert backends.get("cuda").why_not(call_on("P100")) == ["needs compute capability >= 7.0, got 6.0"]
+        assert backends.get("cuda").why_not(call_on(None)._replace(device_type="mps")) == [
+            "needs a CPU or CUDA device, got mps"
+        ]

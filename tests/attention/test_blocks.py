@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastattn import blocks, functional
+from fastattn import blocks
+from fastattn.arguments import attention_params, varlen_attention_params
 
 
 @pytest.mark.parametrize(("n", "block", "expected"), [(0, 4, 1), (1, 4, 1), (4, 4, 1), (5, 4, 2), (64, 16, 4)])
@@ -30,9 +31,9 @@ def test_bias_tiles_and_copies(shape, busy, expected, packed):
     if packed:
         q, k = torch.zeros(batch * seqlen_q, nheads, 8), torch.zeros(batch * seqlen_k, nheads, 8)
         ends = [torch.arange(batch + 1, dtype=torch.int32) * n for n in (seqlen_q, seqlen_k)]
-        p = functional.varlen_attention_params(q, k, k, *ends, seqlen_q, seqlen_k)
+        p = varlen_attention_params(q, k, k, *ends, seqlen_q, seqlen_k)
     else:
         q, k = torch.zeros(batch, nheads, seqlen_q, 8), torch.zeros(batch, nheads, seqlen_k, 8)
-        p = functional.attention_params(q, k, k)
+        p = attention_params(q, k, k)
     assert p.batch_size() == batch
     assert blocks.bias_tiles_and_copies(p, torch.Size(shape), (16, 32), busy) == expected

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import functional
+from fastattn.arguments import attention_params
 from tests.support.cases import cumulative
 
 pytestmark = pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -52,7 +53,7 @@ def test_weights_sum_to_one_or_to_nothing(backend: str, seqlen_q: int, seqlen_k:
     mask = normal(seed + 2, 1, 2, seqlen_q, seqlen_k) > 0.8
     ones = torch.ones(1, 2, seqlen_k, 1, dtype=torch.float64)
     has_key = mask.any(-1).double()
-    weights = functional.attention_weights(functional.attention_params(q, k, ones, mask))
+    weights = functional.attention_weights(attention_params(q, k, ones, mask))
     with fastattn.use_backend(backend):
         out = fastattn.scaled_dot_product_attention(q, k, ones, mask)
     torch.testing.assert_close(weights.sum(-1), has_key)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import functional, reference
+from fastattn.arguments import attention_params, draw_seed, varlen_attention_params
 from fastattn.philox import philox4x32
 from tests.support.cases import BANDS, Case, cumulative
 from tests.support.contract import call, call_reference, leaf
@@ -61,7 +62,7 @@ def test_bands_are_as_drawn(drawn: tuple[str, int, int]) -> None:
     expected = [[c == "1" for c in row] for row in DRAWN[drawn].split()]
     assert band(name, seqlen_q, seqlen_k) == expected
     q, k = torch.zeros(1, 1, seqlen_q, 4), torch.zeros(1, 1, seqlen_k, 4)
-    weights = functional.attention_weights(functional.attention_params(q, k, k, **BANDS[name]))
+    weights = functional.attention_weights(attention_params(q, k, k, **BANDS[name]))
     assert torch.equal(weights[0, 0] > 0, torch.tensor(expected))
 
 
@@ -143,7 +144,7 @@ def test_dropout_drops_the_weights_of_its_mask(backend: str) -> None:
         torch.manual_seed(3)
         out = fastattn.scaled_dot_product_attention(q, k, v, dropout_p=0.4)
     torch.manual_seed(3)
-    seed = functional.draw_seed(functional.attention_params(q, k, v, dropout_p=0.4)).seed
+    seed = draw_seed(attention_params(q, k, v, dropout_p=0.4)).seed
     keep = reference.dropout_mask(seed, 2, 3, 5, 7, 0.4)
     expected = (8**-0.5 * q @ k.transpose(-1, -2)).softmax(-1) * keep / 0.6
     torch.testing.assert_close(out, expected)
@@ -203,7 +204,7 @@ def test_huge_scores_do_not_overflow() -> None:
 def test_lengths_that_promise_too_much_are_cut() -> None:
     """On a GPU nobody has checked cu_seqlens by value: nothing outside of the tensors may be read or written."""
     x, valid = torch.randn(7, 2, 4), cumulative([3, 4])
-    p = functional.varlen_attention_params(x, x, x, valid, valid, 9, 9)
+    p = varlen_attention_params(x, x, x, valid, valid, 9, 9)
     beyond = torch.tensor([0, 3, 12], dtype=torch.int32)
     expected, actual = reference.attention(p), reference.attention(p.replace(cu_seqlens_q=beyond, cu_seqlens_k=beyond))
     torch.testing.assert_close(actual, expected)

@@ -4,46 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import backends, reference
-from fastattn.params import UNBOUNDED, AttentionParams
+from fastattn import reference
+from fastattn.backends import Route
+from fastattn.params import UNBOUNDED, AttentionParams, Backward, Forward
 from tests.support.cases import Case, pairwise
 from tests.support.contract import check
+from tests.support.stand_in import stand_in
 
 Change = Callable[[AttentionParams], AttentionParams]
 
 
 def kernels(forward: Change | None = None, backward: Change | None = None) -> SimpleNamespace:
-    """The reference's kernels on changed parameters."""
+    """The reference's passes on changed parameters."""
 
-    def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
-        reference.attention_fwd(out, lse, forward(p) if forward else p)
+    def attention_fwd(buffers: Forward, p: AttentionParams) -> None:
+        reference.attention_fwd(buffers, forward(p) if forward else p)
 
-    def attention_bwd(*args: Any) -> None:
-        *buffers, p = args
-        reference.attention_bwd(*buffers, backward(p) if backward else p)
+    def attention_bwd(buffers: Backward, p: AttentionParams) -> None:
+        reference.attention_bwd(buffers, backward(p) if backward else p)
 
     return SimpleNamespace(attention_fwd=attention_fwd, attention_bwd=attention_bwd)
 
 
-def after(forward: Callable[..., None] | None = None, backward: Callable[..., None] | None = None) -> SimpleNamespace:
-    """The reference's kernels, and then something done to what they filled."""
+def after(
+    forward: Callable[[Tensor, Tensor, AttentionParams], object] | None = None,
+    backward: Callable[[Backward], object] | None = None,
+) -> SimpleNamespace:
+    """The reference's passes, and then something done to what they filled."""
 
-    def attention_fwd(out: Tensor, lse: Tensor, p: AttentionParams) -> None:
-        reference.attention_fwd(out, lse, p)
+    def attention_fwd(buffers: Forward, p: AttentionParams) -> None:
+        reference.attention_fwd(buffers, p)
         if forward:
-            forward(out, lse, p)
+            forward(*buffers, p)
 
-    def attention_bwd(*args: Any) -> None:
-        reference.attention_bwd(*args)
+    def attention_bwd(buffers: Backward, p: AttentionParams) -> None:
+        reference.attention_bwd(buffers, p)
         if backward:
-            backward(*args[:4])
+            backward(buffers)
 
     return SimpleNamespace(attention_fwd=attention_fwd, attention_bwd=attention_bwd)
 
@@ -55,18 +58,17 @@ def neighbour(p: AttentionParams) -> AttentionParams:
     return p.replace(cu_seqlens_k=(p.cu_seqlens_k + 1).clamp(max=p.k.size(0)).to(torch.int32))
 
 
-def without_dlse(*args: Any) -> None:
-    *head, _dlse, p = args
-    reference.attention_bwd(*head, None, p)
+def without_dlse(buffers: Backward, p: AttentionParams) -> None:
+    reference.attention_bwd(buffers._replace(dlse=None), p)
 
 
-def transposed_dv(dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None) -> None:
-    dv.copy_(dv.flip(-1))
+def transposed_dv(buffers: Backward) -> None:
+    buffers.dv.copy_(buffers.dv.flip(-1))
 
 
-def doubled_dbias(dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None) -> None:
-    if dbias is not None:
-        dbias.mul_(2)
+def doubled_dbias(buffers: Backward) -> None:
+    if buffers.dbias is not None:
+        buffers.dbias.mul_(2)
 
 
 NOISE = torch.Generator().manual_seed(0)
@@ -117,10 +119,9 @@ CASES = [c for c in pairwise() if c.return_lse and c.mask != "all-false"] + [
 
 
 @pytest.mark.parametrize("sabotage", SABOTAGE)
-def test_broken_kernels_are_caught(sabotage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.Backend, "kernels", lambda self: SABOTAGE[sabotage])
+def test_broken_kernels_are_caught(sabotage: str) -> None:
     caught = 0
-    with fastattn.use_backend("torch"):
+    with stand_in("torch", route=Route.OPERATOR, passes=SABOTAGE[sabotage]), fastattn.use_backend("torch"):
         for case in CASES:
             try:
                 check(case)

@@ -20,10 +20,16 @@ VARIED = Case(
 
 
 @pytest.mark.parametrize("multiprocessors", [1, MANY], ids=["whole", "split"])
-def test_contract(attention_case: Case, multiprocessors: int, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contract(attention_case: Case, multiprocessors: int, poisoned: None) -> None:
     cuda = pytest.importorskip("fastattn.cuda_kernels.attention")
-    monkeypatch.setattr(cuda, "multiprocessors", lambda device: multiprocessors)
-    with fastattn.use_backend("cuda"):
+
+    class Resized(cuda.Device):
+        """The GPU, with other multiprocessors as far as the choice of kernels goes."""
+
+        def multiprocessors(self, device: torch.device) -> int:
+            return multiprocessors
+
+    with cuda.on(Resized()), fastattn.use_backend("cuda"):
         check(attention_case, "cuda")
 
 

@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import autograd, functional
+from fastattn.arguments import attention_params, draw_seed, varlen_attention_params
 from fastattn.cuda_kernels import attention as cuda
+from fastattn.params import Backward, Forward
 from tests.simt.attention import PtxKernels, SourceKernels, on_the_cpu
 from tests.simt.executor import SCHEDULES
 from tests.support.cases import SEVERAL_TILES, WITHIN_ONE_TILE, Case, full, pairwise
@@ -44,12 +46,9 @@ def test_what_pairs_do_not_promise(case: Case, multiprocessors: int, poisoned: N
 
 @pytest.mark.parametrize("packed", [False, True])
 @MODES
-def test_several_sequences_for_each_block(
-    multiprocessors: int, packed: bool, monkeypatch: pytest.MonkeyPatch, poisoned: None
-) -> None:
+def test_several_sequences_for_each_block(multiprocessors: int, packed: bool, poisoned: None) -> None:
     """A grid's z is limited: here to three blocks for four sequences."""
-    monkeypatch.setattr(cuda, "MOST_BLOCKS", 3)
-    with on_the_cpu(SourceKernels(checked=True), multiprocessors=multiprocessors):
+    with on_the_cpu(SourceKernels(checked=True), multiprocessors=multiprocessors, max_grid_z=3):
         check(replace(VARIED, packed=packed, batch=4))
         check(replace(WITHIN_ONE_TILE[0], packed=packed, batch=4))
 
@@ -177,10 +176,10 @@ def test_a_bias_in_float32_beside_half_tensors() -> None:
 def test_lengths_are_cut_to_the_tensors() -> None:
     """Wrong lengths, which only a synchronising check could refuse, give numbers, and touch nothing outside."""
     q, k, v = (torch.randn(20, 2, 16) for _ in range(3))
-    edges = torch.tensor([0, 9, 40], dtype=torch.int32)
-    with on_the_cpu(SourceKernels(checked=True)), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastattn.arguments, "_check_edges", lambda *args: None)
-        out = fastattn.varlen_attention(q, k, v, edges, edges, 8, 8)
+    right, wrong = torch.tensor([[0, 8, 16], [0, 9, 40]], dtype=torch.int32)
+    p = varlen_attention_params(q, k, v, right, right, 8, 8)
+    with on_the_cpu(SourceKernels(checked=True)):
+        out, _ = functional.attend(p.replace(cu_seqlens_q=wrong, cu_seqlens_k=wrong))
     assert out.isfinite().all()
     assert torch.equal(out[8], torch.zeros(2, 16)) and torch.equal(out[17:], torch.zeros(3, 2, 16))
 
@@ -213,19 +212,19 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("packed", [False, True])
 def test_nothing_is_read_by_the_host(multiprocessors: int, packed: bool) -> None:
     (q, k, v, bias), arguments = replace(VARIED, packed=packed).make()
-    params = functional.varlen_attention_params if packed else functional.attention_params
+    params = varlen_attention_params if packed else attention_params
     arguments.pop("return_lse")
-    p = functional.draw_seed(params(q, k, v, attn_bias=bias, **arguments))
+    p = draw_seed(params(q, k, v, attn_bias=bias, **arguments))
     out, lse = autograd._empty_results(p)
     grads = autograd._empty_grads(p, needs_dbias=True)
     with on_the_cpu(SourceKernels(), multiprocessors=multiprocessors), HostReads():
-        cuda.attention_fwd(out, lse, p)
-        cuda.attention_bwd(*grads, out, lse, torch.ones_like(out), torch.ones_like(lse), p)
+        cuda.attention_fwd(Forward(out, lse), p)
+        cuda.attention_bwd(Backward(out, lse, torch.ones_like(out), torch.ones_like(lse), *grads), p)
     assert all(x.isfinite().all() for x in (out, *grads))
 
 
 def test_operators_are_registered_as_torch_wants_them() -> None:
-    p = functional.attention_params(*(torch.randn(2, 2, 9, 16) for _ in range(3)), is_causal=True)
+    p = attention_params(*(torch.randn(2, 2, 9, 16) for _ in range(3)), is_causal=True)
     with on_the_cpu(SourceKernels()):
         torch.library.opcheck(torch.ops.fastattn.attention_fwd.default, (*p, "cuda"))
         out, lse = torch.ops.fastattn.attention_fwd(*p, "cuda")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
-from fastattn import functional
-from fastattn.params import UNBOUNDED, AttentionParams
+from fastattn.arguments import attention_params
+from fastattn.params import UNBOUNDED, AttentionParams, Forward
 from tests.simt.attention import on_the_cpu
 from tests.support.cases import SEVERAL_TILES, WITHIN_ONE_TILE, Case, pairwise
 from tests.support.contract import call
@@ -27,7 +29,7 @@ def problem(
 ) -> AttentionParams:
     q = torch.randn(batch, heads[0], seqlens[0], 16, dtype=dtype)
     k, v = (torch.randn(batch, heads[1], seqlens[1], 16, dtype=dtype) for _ in range(2))
-    return functional.attention_params(q, k, v, enable_gqa=heads[0] != heads[1], **arguments)
+    return attention_params(q, k, v, enable_gqa=heads[0] != heads[1], **arguments)
 
 
 # ---- choice ----
@@ -64,7 +66,7 @@ def problem(
     ],
 )
 def test_choice(pass_: str, dims: tuple[int, int], seqlens: tuple[int, int], name: str) -> None:
-    assert cuda._kernel(pass_, *dims, *seqlens, *EVERYWHERE).name == f"{pass_}_{name}"
+    assert cuda.choose_kernel(pass_, *dims, *seqlens, *EVERYWHERE).name == f"{pass_}_{name}"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def test_choice(pass_: str, dims: tuple[int, int], seqlens: tuple[int, int], nam
     ],
 )
 def test_choice_in_a_band(pass_: str, seqlens: tuple[int, int], band: tuple[int, int, bool], name: str) -> None:
-    assert cuda._kernel(pass_, 64, 64, *seqlens, *band).name == f"{pass_}_{name}"
+    assert cuda.choose_kernel(pass_, 64, 64, *seqlens, *band).name == f"{pass_}_{name}"
 
 
 @pytest.mark.parametrize("seqlens", [(1, 1), (64, 64), (100, 37), (37, 100), (5, 0), (0, 5)], ids=str)
@@ -93,7 +95,7 @@ def test_scores_are_those_of_the_tiles_in_the_band(seqlens: tuple[int, int], ban
         tiles = sum(
             int(tile.any()) for rows in is_allowed.split(kernel.block_m) for tile in rows.split(kernel.block_n, dim=1)
         )
-        assert cuda._scores(kernel, n, m, left, right) == tiles * kernel.block_m * kernel.block_n
+        assert cuda.computed_scores(kernel, n, m, left, right) == tiles * kernel.block_m * kernel.block_n
 
 
 @pytest.mark.parametrize("pass_", ["attention_fwd", "attention_bwd"])
@@ -105,8 +107,8 @@ def test_a_larger_tile_never_computes_many_more_scores(pass_: str) -> None:
     chosen = set()
     for n in range(1, 200, 7):
         for m in range(1, 200, 5):
-            kernel, smaller = (cuda._kernel(pass_, 64, 64, *lengths, *EVERYWHERE) for lengths in ((n, m), (1, 1)))
-            assert scores(kernel, n, m) <= cuda.SLOWER[pass_] * scores(smaller, n, m), (n, m)
+            kernel, smaller = (cuda.choose_kernel(pass_, 64, 64, *lengths, *EVERYWHERE) for lengths in ((n, m), (1, 1)))
+            assert scores(kernel, n, m) <= cuda.SCORE_COST[pass_] * scores(smaller, n, m), (n, m)
             chosen.add(kernel.name)
     assert chosen == {kernel.name for kernel in launches.KERNELS.values() if kernel.name.startswith(f"{pass_}_d64")}
 
@@ -222,3 +224,36 @@ def test_every_backward_has_rows_whose_keys_are_all_in_one_tile() -> None:
     for case, name in zip(WITHIN_ONE_TILE, kernels, strict=True):
         kernel = launches.KERNELS[name]
         assert case.seqlens[0] > kernel.block_m and case.seqlens[1] <= kernel.block_n, case
+
+
+# ---- the device ----
+
+
+def test_a_device_holds_in_every_thread() -> None:
+    """As in autograd's, which run the backward pass of a GPU."""
+    p = problem()
+    with launches.recording(1) as recorded:
+        thread = threading.Thread(target=cuda.attention_fwd, args=(Forward(*launches.empty_results(p)), p))
+        thread.start()
+        thread.join()
+    assert [launch.kernel for launch in recorded] == ["attention_fwd_d32_32x32"]
+
+
+def test_devices_nest_and_end() -> None:
+    p = problem()
+    with launches.recording(1) as outer:
+        with pytest.raises(RuntimeError), launches.recording(1) as inner:
+            raise RuntimeError
+        cuda.attention_fwd(Forward(*launches.empty_results(p)), p)
+    assert len(outer) == 1 and not inner
+    assert type(cuda._device) is cuda.Device
+
+
+def test_sequences_beyond_a_grid_are_taken_in_turn() -> None:
+    p = problem(batch=5)
+    recorder = launches.Recorder(1)
+    recorder.max_grid_z = 2
+    with cuda.on(recorder):
+        cuda.attention_fwd(Forward(*launches.empty_results(p)), p)
+    (launch,) = recorder.launches
+    assert launch.grid[2] == 2

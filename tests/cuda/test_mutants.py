@@ -7,12 +7,10 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
-from fastattn.cuda_kernels import attention as cuda
 from tests.simt.attention import ATTENTION, on_the_cpu
 from tests.simt.build import CHECKED, build_library
 from tests.simt.executor import Library, SimtError
@@ -64,7 +62,7 @@ def run(folder: Path, case: Case, checked: bool, is_split: bool) -> MutantKernel
     kernels = MutantKernels(folder, case.dtype, checked)
     multiprocessors = 1000 if is_split else 1
     # More than two sequences: then a block has several of them.
-    with on_the_cpu(kernels, multiprocessors=multiprocessors), mock.patch.object(cuda, "MOST_BLOCKS", 2):
+    with on_the_cpu(kernels, multiprocessors=multiprocessors, max_grid_z=2):
         check(case)
     return kernels
 

@@ -15,7 +15,7 @@ from benchmarks.p100.machine import control, nvdisasm, sass
 from benchmarks.p100.machine.execute import Machine, execute
 from benchmarks.p100.machine.instructions import step_of
 from benchmarks.p100.machine.memory import Access, GlobalMemory
-from fastattn import functional
+from fastattn.arguments import attention_params
 from fastattn.cuda_kernels import images, nvrtc
 from fastattn.cuda_kernels.sources import ELEMENTS
 from tests.support.cases import SEVERAL_TILES, WITHIN_ONE_TILE, Case, pairwise
@@ -108,7 +108,7 @@ def test_every_instruction_is_understood(element: str) -> None:
 def test_what_blocks_execute(length: int) -> None:
     """The multiplications are those of the two products, the sectors those of q, k, v, out and lse."""
     tensors = (torch.randn(1, 1, length, 64) for _ in range(3))
-    (launch,) = launches.record(functional.attention_params(*tensors), backward=False)
+    (launch,) = launches.record(attention_params(*tensors), backward=False)
     code, kernel = program(launch.kernel, launch.element), launches.KERNELS[launch.kernel]
     traces = execute(code, launch.grid, launch.threads, launch.smem, launch.params_bytes, launch.buffers)
     is_ffma = np.array([i.op == "FFMA" for i in code.instructions])

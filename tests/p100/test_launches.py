@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastattn import functional
+from fastattn.arguments import attention_params, varlen_attention_params
 from fastattn.params import AttentionParams
 
 launches = pytest.importorskip("benchmarks.p100.launches", reason="the native part is not built")
@@ -13,7 +13,7 @@ launches = pytest.importorskip("benchmarks.p100.launches", reason="the native pa
 
 def problem(length: int, **arguments: object) -> AttentionParams:
     tensors = (torch.randn(2, 3, length, 64) for _ in range(3))
-    return functional.attention_params(*tensors, **arguments)
+    return attention_params(*tensors, **arguments)
 
 
 def test_forward() -> None:
@@ -47,9 +47,7 @@ def test_backward_of_a_bias() -> None:
 def test_packed() -> None:
     edges = torch.tensor([0, 5, 40], dtype=torch.int32)
     tensors = (torch.randn(40, 3, 64) for _ in range(3))
-    p = functional.varlen_attention_params(
-        *tensors, cu_seqlens_q=edges, cu_seqlens_k=edges, max_seqlen_q=35, max_seqlen_k=35
-    )
+    p = varlen_attention_params(*tensors, cu_seqlens_q=edges, cu_seqlens_k=edges, max_seqlen_q=35, max_seqlen_k=35)
     (launch,) = launches.record(p, backward=False)
     shapes = {name: tuple(x.shape) for x, name, _ in launch.buffers}
     assert shapes["out"] == (40, 3, 64) and shapes["lse"] == (3, 40)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fastattn import backends, info
-from fastattn.backends import Backend
 from fastattn.cuda_kernels import images
 from fastattn.cuda_kernels.sources import DEFAULT_ARCHS, Arch
+from tests.support.stand_in import installed, stand_in
 
 CUDA_12 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 CUDA_13 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
@@ -56,17 +56,17 @@ def machine(*gpus: info.Gpu, **changes) -> info.System:
 
 
 @pytest.fixture
-def fused(monkeypatch):
+def fused():
     """Both fused backends count as installed, whatever this machine has."""
-    monkeypatch.setattr(backends, "_why_missing", lambda module: None)
+    with installed("triton", "cuda"):
+        yield
 
 
 @pytest.fixture
-def no_fused(monkeypatch):
+def no_fused():
     """Neither fused backend is installed."""
-    monkeypatch.setattr(
-        backends, "_why_missing", lambda module: None if module == ".reference" else "is not part of this installation"
-    )
+    with installed():
+        yield
 
 
 def chosen(device: dict) -> set[str]:
@@ -282,10 +282,9 @@ def test_exit_status(monkeypatch, capsys, fused, working):
     assert json.loads(capsys.readouterr().out)["ok"] is working
 
 
-def test_a_refusal_of_some_dtypes_names_them(monkeypatch):
-    half_only = Backend("cuda", ".reference", min_capability=(6, 0), dtypes=(torch.float16,))
-    monkeypatch.setattr(info, "BACKENDS", (half_only, backends.get("torch")))
-    text = info.render(info.gather(machine(T4)))
+def test_a_refusal_of_some_dtypes_names_them(fused):
+    with stand_in("cuda", dtypes=(torch.float16,)):
+        text = info.render(info.gather(machine(T4)))
     assert "  float16   cuda" in text
     assert "  not cuda: it takes float16, got float32 (float32)" in text
 

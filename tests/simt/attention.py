@@ -1,4 +1,4 @@
-"""Runs the launches of fastattn.cuda on the CPU: the executor in the place of the driver.
+"""Runs the launches of CUDA kernels on the CPU: the executor in the place of the driver.
 
 with on_the_cpu(SourceKernels(checked=True)):
     fastattn.scaled_dot_product_attention(q, k, v)  # CPU tensors, the CUDA kernels
@@ -11,19 +11,20 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
 
-from fastattn import _launcher, backends
-from fastattn.cuda_kernels import attention as cuda
-from fastattn.cuda_kernels import images
+from benchmarks.p100.launches import launch_of
+from fastattn import backends
+from fastattn.cuda_kernels import attention, images
 from fastattn.cuda_kernels.sources import ELEMENTS
 from fastattn.params import AttentionParams
 from tests.simt.build import CACHE, ROOT
 from tests.simt.executor import Library, load
 from tests.simt.ptx import PtxLibrary, load_ptx, load_ptx_text
+from tests.support.poison import fresh_memory_is_nan
 
 ATTENTION = ROOT / "csrc" / "attention.cu"
 
@@ -69,51 +70,49 @@ def _ptx_library(element: str, arch: str, checked: bool) -> PtxLibrary:
     return load_ptx_text(image.decode().rstrip("\0"), name=f"attention_{element}.{arch}.ptx")
 
 
-@contextmanager
-def on_the_cpu(
-    kernels: Kernels, schedule: str | int = "in-order", multiprocessors: int = 4, poison: bool = True
-) -> Iterator[None]:
-    """Every attention call inside runs on the `cuda` backend, whose kernels run in the executor.
+class Executor(attention.Device):
+    """A card whose kernels run on the CPU.
 
     Args:
         kernels: what is launched.
         schedule: the order of threads and blocks, as of Library.launch.
         multiprocessors: of the card that is imitated; on many, small problems take the split backward.
-        poison: fill fresh memory with NaN, so that nobody reads a workspace before it is written.
+        max_grid_z: of the card; blocks take the sequences beyond it in turn.
     """
-    table = {kernel.name: kernel for kernel in _launcher.KERNELS}
 
-    def launch(name: str, element: str, grid: tuple[int, int, int], p: AttentionParams, buffers: cuda.Buffers) -> None:
-        kernel = table[name]
-        read = [(x, field, False) for field, x in p._asdict().items() if isinstance(x, torch.Tensor)]
-        written = [(x, field, True) for field, x in buffers._asdict().items() if x is not None]
-        kernels.library(name, element).launch(
-            name,
+    def __init__(
+        self, kernels: Kernels, schedule: str | int = "in-order", multiprocessors: int = 4, max_grid_z: int = 65535
+    ) -> None:
+        self.kernels, self.schedule, self.max_grid_z = kernels, schedule, max_grid_z
+        self._multiprocessors = multiprocessors
+
+    def multiprocessors(self, device: torch.device) -> int:
+        return self._multiprocessors
+
+    def launch(
+        self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: attention.Buffers
+    ) -> None:
+        launch = launch_of(kernel, element, grid, p, b)
+        self.kernels.library(kernel, element).launch(
+            kernel,
             grid,
-            (kernel.threads,),
-            _launcher.pack(element, p, buffers),
-            dynamic_smem=kernel.smem,
-            buffers=read + written,
-            schedule=schedule,
+            (launch.threads,),
+            launch.params_bytes,
+            dynamic_smem=launch.smem,
+            buffers=launch.buffers,
+            schedule=self.schedule,
         )
-
-    anywhere = [dataclasses.replace(b, min_capability=None) if b.name == "cuda" else b for b in backends.BACKENDS]
-    with (
-        mock.patch.object(backends, "BACKENDS", tuple(anywhere)),
-        mock.patch.object(cuda, "launch", launch),
-        mock.patch.object(cuda, "multiprocessors", lambda device: multiprocessors),
-        _fresh_memory_is_nan(poison),
-        backends.use_backend("cuda"),
-    ):
-        yield
 
 
 @contextmanager
-def _fresh_memory_is_nan(poison: bool) -> Iterator[None]:
-    """What torch.empty returns; torch does that itself in its deterministic mode."""
-    previous = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(poison or previous)
-    try:
+def on_the_cpu(kernels: Kernels, poison: bool = True, **card: Any) -> Iterator[None]:
+    """Every attention call inside runs on the `cuda` backend, whose kernels run in the executor.
+
+    Args:
+        kernels: what is launched.
+        poison: fill fresh memory with NaN, so that nobody reads a workspace before it is written.
+        card: further arguments of Executor.
+    """
+    executor = Executor(kernels, **card)
+    with backends.anywhere("cuda"), attention.on(executor), fresh_memory_is_nan(poison), backends.use_backend("cuda"):
         yield
-    finally:
-        torch.use_deterministic_algorithms(previous)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import functional, reference
+from fastattn.arguments import attention_params, draw_seed, varlen_attention_params
 from tests.support.cases import Case
 from tests.support.tolerance import Condition, assert_close_to_oracle
 
@@ -29,8 +30,8 @@ def call_reference(tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> tu
     arguments = dict(arguments)
     return_lse = arguments.pop("return_lse")
     packed = "cu_seqlens_q" in arguments
-    params = functional.varlen_attention_params if packed else functional.attention_params
-    out, lse = reference.attention(functional.draw_seed(params(q, k, v, attn_bias=bias, **arguments)))
+    params = varlen_attention_params if packed else attention_params
+    out, lse = reference.attention(draw_seed(params(q, k, v, attn_bias=bias, **arguments)))
     return (out, lse) if return_lse else (out,)
 
 
@@ -63,7 +64,7 @@ def _condition(
     tensors: tuple[Tensor, ...], mask: Tensor | None, bias: Tensor | None, dropout_p: float, arguments: dict[str, Any]
 ) -> Condition:
     q, k, v, dout = (x.double() for x in tensors)
-    p = functional.attention_params(q, k, v, mask, attn_bias=None if bias is None else bias.double(), **arguments)
+    p = attention_params(q, k, v, mask, attn_bias=None if bias is None else bias.double(), **arguments)
     weights, group = functional.attention_weights(p), q.size(1) // k.size(1)
     k, v = (x.abs().repeat_interleave(group, 1) for x in (k, v))
     scores = abs(p.scale) * q.abs() @ k.transpose(-1, -2)

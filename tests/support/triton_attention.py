@@ -13,13 +13,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 
 from fastattn import backends
 from tests.support.cases import Case
 from tests.support.contract import call, call_reference, condition, run
+from tests.support.poison import fresh_memory_is_nan
 from tests.support.tolerance import assert_close_to_oracle
 
 # conftest.py sets it where there is no such GPU.
@@ -35,7 +35,7 @@ def on_triton(
     in_one: bool = True,
     kernels: str = KERNELS,
 ) -> Iterator[None]:
-    """Every attention call inside runs on the `triton` backend, and fresh memory holds NaN where that is cheap.
+    """Every attention call inside runs on the `triton` backend, and fresh memory holds NaN.
 
     Args:
         block_m, block_n: tiles of all kernels; None for those of the table.
@@ -43,39 +43,31 @@ def on_triton(
         in_one: whether the backward of short sequences is one kernel.
         kernels: package of the kernels, as seen from fastattn.
     """
-    tiles = importlib.import_module(f"{kernels}.tiles", "fastattn")
-    choose, gpu = tiles.choose, tiles.gpu
+    attention = importlib.import_module(f"{kernels}.attention", "fastattn")
+    tiles = attention.tiles
 
-    def choose_forced(kernel: str, gpu: Any, dtype: torch.dtype, head_dims: Any, seqlens: tuple[int, int]) -> Any:
-        tile = choose(kernel, gpu, dtype, head_dims, seqlens)
+    class Few(attention.Device):
+        """The same with other multiprocessors."""
+
+        def gpu(self, device: torch.device) -> Any:
+            return super().gpu(device)._replace(multiprocessors=multiprocessors)
+
+    def choose(kernel: str, gpu: Any, dtype: torch.dtype, head_dims: Any, seqlens: tuple[int, int]) -> Any:
+        tile = tiles.choose(kernel, gpu, dtype, head_dims, seqlens)
         if tile is None or (kernel == "bwd" and not in_one):
             return None
         tile = tile._replace(block_m=block_m or tile.block_m, block_n=block_n or tile.block_n)
         return None if kernel == "bwd" and seqlens[1] > tile.block_n else tile
 
-    records = [
-        dataclasses.replace(b, module=f"{kernels}.attention", min_capability=None) if b.name == "triton" else b
-        for b in backends.BACKENDS
-    ]
+    backend = dataclasses.replace(backends.get("triton"), module=attention.__name__, devices=None, min_capability=None)
     with (
-        mock.patch.object(backends, "BACKENDS", tuple(records)),
-        mock.patch.object(tiles, "choose", choose_forced),
-        mock.patch.object(tiles, "gpu", lambda device: gpu(device)._replace(multiprocessors=multiprocessors)),
-        _fresh_memory_is_nan(),
+        backends.replaced(backend),
+        tiles.forced(choose),
+        attention.on(Few()),
+        fresh_memory_is_nan(),
         backends.use_backend("triton"),
     ):
         yield
-
-
-@contextmanager
-def _fresh_memory_is_nan() -> Iterator[None]:
-    """What torch.empty returns; torch does that itself in its deterministic mode, which not every GPU library has."""
-    previous = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(previous or DEVICE == "cpu")
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(previous)
 
 
 @functools.cache

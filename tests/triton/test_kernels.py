@@ -11,7 +11,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import fastattn
-from fastattn import reference
+from fastattn import functional, reference
+from fastattn.arguments import attention_params, draw_seed, varlen_attention_params
 from fastattn.params import AttentionParams
 from fastattn.triton_kernels import arguments, tiles
 from tests.support.cases import Case, full, pairwise
@@ -194,13 +195,13 @@ def test_offsets_beyond_32_bits(in_one: bool, far: int, huge: Tensor) -> None:
         assert near.any() and torch.equal(near, far_away)
 
 
-def test_lengths_are_cut_to_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_are_cut_to_the_tensors() -> None:
     """Wrong lengths, which only a synchronising check could refuse, give numbers, and touch nothing outside."""
-    monkeypatch.setattr(fastattn.arguments, "_check_edges", lambda *args: None)
     q, k, v = (torch.randn(20, 2, 16, device=DEVICE) for _ in range(3))
-    edges = torch.tensor([0, 9, 40], dtype=torch.int32, device=DEVICE)
+    right, wrong = torch.tensor([[0, 8, 16], [0, 9, 40]], dtype=torch.int32, device=DEVICE)
+    p = varlen_attention_params(q, k, v, right, right, 8, 8)
     with on_triton():
-        out = fastattn.varlen_attention(q, k, v, edges, edges, 8, 8)
+        out, _ = functional.attend(p.replace(cu_seqlens_q=wrong, cu_seqlens_k=wrong))
     assert out.isfinite().all()
     assert not out[8].any() and not out[17:].any()
 
@@ -220,18 +221,18 @@ def test_no_problem_is_too_small() -> None:
 
 
 @pytest.mark.parametrize("dropout_p", [0.3, 0.8, 1 - 2**-40, 1.0])
-def test_dropout_bits_are_the_references(dropout_p: float, attended: list[AttentionParams]) -> None:
+def test_dropout_bits_are_the_references(dropout_p: float) -> None:
     """Equal weights, and an identity in the place of v and of the upstream gradient, show every single one."""
     batch, nheads, seqlen_q, seqlen_k = 2, 3, 33, 64
     q, k = torch.zeros(batch, nheads, seqlen_q, 16), torch.zeros(batch, nheads, seqlen_k, 16)
     v = torch.eye(seqlen_k).expand(batch, nheads, -1, -1)
     q, k, v = (x.to(DEVICE).requires_grad_() for x in (q, k, v))
+    p = draw_seed(attention_params(q, k, v, dropout_p=dropout_p))
+    assert p.seed is not None
     with on_triton(16, 32):
-        out = fastattn.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+        out, _ = functional.attend(p)
         upstream = torch.eye(seqlen_q, seqlen_k, device=DEVICE).expand_as(out)
         (dv,) = torch.autograd.grad(out, v, upstream)
-    (p,) = attended
-    assert p.seed is not None
     kept = reference.dropout_mask(p.seed, batch, nheads, seqlen_q, seqlen_k, dropout_p)
     assert kept.any() == (dropout_p < 0.9)
     rescale = 1 / (1 - dropout_p) if kept.any() else 0.0
@@ -243,7 +244,7 @@ def test_dropout_bits_are_the_references(dropout_p: float, attended: list[Attent
 @pytest.mark.parametrize("packed", [False, True])
 def test_agrees_with_the_cuda_kernels(packed: bool) -> None:
     """The same weights are dropped, so the two differ by roundings only, here of up to 75 terms."""
-    simt = pytest.importorskip("simt.attention", reason="the native part is not built")
+    simt = pytest.importorskip("tests.simt.attention", reason="the native part is not built")
     case = replace(VARIED, dtype=torch.float32, packed=packed)
     with on_triton():
         actual = run(call, case, case.dtype)

@@ -50,8 +50,8 @@ class Mutant:
 
 MUTANTS = {
     "scale ignored": Mutant("scores.py", "qk * scale_log2", "qk * LOG2_E"),
-    "scale of dq ignored": Mutant("attention.py", "dq_tile * scale,", "dq_tile,"),
-    "scale of dk ignored": Mutant("attention.py", "dk_tile * scale,", "dk_tile,"),
+    "scale of dq ignored": Mutant("kernels.py", "dq_tile * scale,", "dq_tile,"),
+    "scale of dk ignored": Mutant("kernels.py", "dk_tile * scale,", "dk_tile,"),
     "mask inverted": Mutant(
         "scores.py", "tl.load(mask.ptr + offsets, inside, 0)", "tl.load(mask.ptr + offsets, inside, 0) == 0", MASKED
     ),
@@ -68,7 +68,7 @@ MUTANTS = {
     "window off by one": Mutant(
         "scores.py", "keys - rows >= shift - band.left", "keys - rows > shift - band.left", LEFT
     ),
-    "bottom-right ignored": Mutant("attention.py", "(seqlen_k - seqlen_q) * band.bottom_right", "0", WINDOW),
+    "bottom-right ignored": Mutant("kernels.py", "(seqlen_k - seqlen_q) * band.bottom_right", "0", WINDOW),
     "one key tile too few": Mutant(
         "scores.py", "seqlen_q) + shift + band.right,", "seqlen_q) + shift + band.right - 16,", WINDOW
     ),
@@ -79,26 +79,24 @@ MUTANTS = {
     "a query tile too late": Mutant(
         "scores.py", "j0 - shift - band.right, 0)", "j0 - shift - band.right + 16, 0)", WINDOW
     ),
-    "sum of weights not rescaled": Mutant("attention.py", "row_sum * rescale +", "row_sum +"),
-    "out not rescaled": Mutant("attention.py", "sums * rescale[:, None]", "sums"),
-    "a row without keys is NaN": Mutant(
-        "attention.py", "tl.where(new_max == -INF, 0.0, new_max)", "new_max", EMPTY_ROWS
-    ),
+    "sum of weights not rescaled": Mutant("kernels.py", "row_sum * rescale +", "row_sum +"),
+    "out not rescaled": Mutant("kernels.py", "sums * rescale[:, None]", "sums"),
+    "a row without keys is NaN": Mutant("kernels.py", "tl.where(new_max == -INF, 0.0, new_max)", "new_max", EMPTY_ROWS),
     "a row without keys in the backward": Mutant("scores.py", "tl.where(lse == -INF, INF, lse)", "lse", EMPTY_ROWS),
-    "lse in base 2": Mutant("attention.py", "tl.log2(row_sum)) * LN_2", "tl.log2(row_sum))"),
-    "dropout not rescaled": Mutant("attention.py", "dropout.rescale / row_sum", "1.0 / row_sum", DROPPED),
-    "dropout not rescaled in dv": Mutant("attention.py", "dv_tile * dropout.rescale", "dv_tile", DROPPED),
+    "lse in base 2": Mutant("kernels.py", "tl.log2(row_sum)) * LN_2", "tl.log2(row_sum))"),
+    "dropout not rescaled": Mutant("kernels.py", "dropout.rescale / row_sum", "1.0 / row_sum", DROPPED),
+    "dropout not rescaled in dv": Mutant("kernels.py", "dv_tile * dropout.rescale", "dv_tile", DROPPED),
     "dropout not rescaled in dP": Mutant("scores.py", "dp * dropout.rescale", "dp", DROPPED),
     "dropout missing in dv": Mutant("scores.py", "kept_weights = tl.where(keeps, weights, 0.0)", "pass", DROPPED),
     "dropout missing in dP": Mutant("scores.py", "dp = tl.where(keeps, dp * dropout.rescale, 0.0)", "pass", DROPPED),
     "dropout bits of the first head": Mutant("scores.py", "rows[:, None], h, b)", "rows[:, None], h * 0, b)", DROPPED),
     "dropout words in another order": Mutant("scores.py", "(word_0, word_2)", "(word_2, word_0)", DROPPED),
     "dropout words in another order in dK": Mutant("scores.py", "word_1[:, None, :]", "word_2[:, None, :]", DROPPED),
-    "delta ignored": Mutant("attention.py", "weights * (dp - row_delta[None, :])", "weights * dp"),
-    "delta ignored in dq": Mutant("attention.py", "weights * (dp - row_delta[:, None])", "weights * dp", PLAIN),
-    "gradient of lse ignored": Mutant("attention.py", "row_delta -= load_per_row", "load_per_row"),
-    "dk of the first head of a group": Mutant("attention.py", "h = h_k * group + member", "h = h_k * group", GROUPED),
-    "keys of another head": Mutant("attention.py", "h // group", "h * 0", GROUPED),
+    "delta ignored": Mutant("kernels.py", "weights * (dp - row_delta[None, :])", "weights * dp"),
+    "delta ignored in dq": Mutant("kernels.py", "weights * (dp - row_delta[:, None])", "weights * dp", PLAIN),
+    "gradient of lse ignored": Mutant("kernels.py", "row_delta -= load_per_row", "load_per_row"),
+    "dk of the first head of a group": Mutant("kernels.py", "h = h_k * group + member", "h = h_k * group", GROUPED),
+    "keys of another head": Mutant("kernels.py", "h // group", "h * 0", GROUPED),
     "tokens of no sequence not cleared": Mutant(
         "scores.py", "row in range(seqlen + tile", "row in range(end + tile", PACKED
     ),
@@ -106,47 +104,45 @@ MUTANTS = {
         "scores.py", "first = token(cu_seqlens_ptr, b,", "first = 1 + token(cu_seqlens_ptr, b,", PACKED
     ),
     "the first copy of the bias gradient lost": Mutant("attention.py", "partial.sum(0)", "partial[1:].sum(0)", PER_KEY),
-    "bias gradient of one tile for all": Mutant("attention.py", "own_j0 + n % sum_keys * BLOCK_N", "own_j0", PER_HEAD),
-    "bias gradient not summed over keys": Mutant("attention.py", "if KEYS_BROADCAST:", "if False:", PER_HEAD),
-    "bias gradient not summed over rows": Mutant("attention.py", "if ROWS_BROADCAST:", "if False:", PER_KEY),
+    "bias gradient of one tile for all": Mutant(
+        "bias_gradient.py", "own_j0 + n % sum_keys * BLOCK_N", "own_j0", PER_HEAD
+    ),
+    "bias gradient not summed over keys": Mutant("bias_gradient.py", "if KEYS_BROADCAST:", "if False:", PER_HEAD),
+    "bias gradient not summed over rows": Mutant("bias_gradient.py", "if ROWS_BROADCAST:", "if False:", PER_KEY),
     "every program takes its first head only": Mutant(
-        "attention.py", "tile_count * pairs + n", "tile_count * pairs", PAIRS
+        "kernels.py", "tile_count * pairs + n", "tile_count * pairs", PAIRS
     ),
     "in one: the first head only": Mutant(
-        "attention.py", "bh = tl.program_id(0) * pairs + n", "bh = tl.program_id(0) * pairs", PAIRS, IN_ONE
+        "kernels.py", "bh = tl.program_id(0) * pairs + n", "bh = tl.program_id(0) * pairs", PAIRS, IN_ONE
     ),
     "in one: the first query tile only": Mutant(
-        "attention.py", "range(0, seqlen_q, BLOCK_M)", "range(0, BLOCK_M, BLOCK_M)", PLAIN, IN_ONE
+        "kernels.py", "range(0, seqlen_q, BLOCK_M)", "range(0, BLOCK_M, BLOCK_M)", PLAIN, IN_ONE
     ),
-    "in one: scale of dq ignored": Mutant("attention.py", "dq_tile * scale,", "dq_tile,", PLAIN, IN_ONE),
-    "in one: scale of dk ignored": Mutant("attention.py", "dk_tile * scale,", "dk_tile,", PLAIN, IN_ONE),
+    "in one: scale of dq ignored": Mutant("kernels.py", "dq_tile * scale,", "dq_tile,", PLAIN, IN_ONE),
+    "in one: scale of dk ignored": Mutant("kernels.py", "dk_tile * scale,", "dk_tile,", PLAIN, IN_ONE),
     "in one: dq of wide heads": Mutant(
-        "attention.py", "tl.trans(dscores), k_tile,", "tl.trans(dscores), -k_tile,", WIDE, IN_ONE
+        "kernels.py", "tl.trans(dscores), k_tile,", "tl.trans(dscores), -k_tile,", WIDE, IN_ONE
     ),
     "in one: dq of narrow heads": Mutant(
-        "attention.py", "tl.trans(k_tile), dscores,", "tl.trans(-k_tile), dscores,", PLAIN, IN_ONE
+        "kernels.py", "tl.trans(k_tile), dscores,", "tl.trans(-k_tile), dscores,", PLAIN, IN_ONE
     ),
-    "in one: delta ignored": Mutant("attention.py", "(dp - row_delta[None, :])", "dp", PLAIN, IN_ONE),
+    "in one: delta ignored": Mutant("kernels.py", "(dp - row_delta[None, :])", "dp", PLAIN, IN_ONE),
     "in one: delta without dropout": Mutant(
-        "attention.py", "tl.sum(weights * dp, 0) /", "0.7 * tl.sum(kept_weights * dp, 0) /", DROPPED, IN_ONE
+        "kernels.py", "tl.sum(weights * dp, 0) /", "0.7 * tl.sum(kept_weights * dp, 0) /", DROPPED, IN_ONE
     ),
-    "in one: gradient of lse ignored": Mutant(
-        "attention.py", "row_delta -= load_per_row", "load_per_row", PLAIN, IN_ONE
-    ),
+    "in one: gradient of lse ignored": Mutant("kernels.py", "row_delta -= load_per_row", "load_per_row", PLAIN, IN_ONE),
     "in one: no delta for the bias gradient": Mutant(
-        "attention.py", "if delta.ptr is not None:", "if False:", BIASED, IN_ONE
+        "kernels.py", "if delta.ptr is not None:", "if False:", BIASED, IN_ONE
     ),
     "in one: dk of the first head of a group": Mutant(
-        "attention.py", "h = h_k * group + member", "h = h_k * group", GROUPED, IN_ONE
+        "kernels.py", "h = h_k * group + member", "h = h_k * group", GROUPED, IN_ONE
     ),
-    "in one: dropout not rescaled in dv": Mutant(
-        "attention.py", "dv_tile * dropout.rescale", "dv_tile", DROPPED, IN_ONE
-    ),
+    "in one: dropout not rescaled in dv": Mutant("kernels.py", "dv_tile * dropout.rescale", "dv_tile", DROPPED, IN_ONE),
     "in one: tokens of no sequence not cleared": Mutant(
         "scores.py", "row in range(seqlen + tile", "row in range(end + tile", PACKED, IN_ONE
     ),
     "in one: bottom-right ignored": Mutant(
-        "attention.py", "(seqlen_k - seqlen_q) * band.bottom_right", "0", WINDOW, IN_ONE
+        "kernels.py", "(seqlen_k - seqlen_q) * band.bottom_right", "0", WINDOW, IN_ONE
     ),
 }
 

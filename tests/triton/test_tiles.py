@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,10 @@ UNKNOWN = Gpu((99, 0), 132, 99 << 10)
 HALF = torch.float16
 
 
-def choose(kernel: str, gpu: Gpu, dtype: torch.dtype, head_dim: int, seqlen: int) -> Tile | None:
-    return tiles.choose.__wrapped__(kernel, gpu, dtype, (head_dim, 16), (seqlen, seqlen))
-
-
-@pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch):
-    """Sets the table."""
-    return lambda *rows: monkeypatch.setattr(tiles, "table", lambda: rows)
+def choose(
+    kernel: str, gpu: Gpu, dtype: torch.dtype, head_dim: int, seqlen: int, rows: tuple[Row, ...] | None = None
+) -> Tile | None:
+    return tiles.choose_from(rows or tiles.table(), kernel, gpu, dtype, (head_dim, 16), (seqlen, seqlen))
 
 
 def test_every_row_can_be_chosen() -> None:
@@ -49,38 +46,49 @@ def test_an_unknown_gpu_gets_a_tile_for_every_call(dtype: torch.dtype) -> None:
         choose("fwd", UNKNOWN, HALF, 512, 16)
 
 
-def test_the_tightest_bounds_count_and_then_the_gpu_that_measured(table) -> None:
+def test_the_tightest_bounds_count_and_then_the_gpu_that_measured() -> None:
     any_gpu, measured, short = (Tile(n, n, 4, 1) for n in (32, 64, 128))
-    table(
+    rows = (
         Row("fwd", None, HALF, 64, tiles.LONG, any_gpu, 0),
         Row("fwd", (9, 0), HALF, 64, tiles.LONG, measured, 0),
         Row("fwd", None, HALF, 64, 128, short, 0),
         Row("fwd", (9, 0), HALF, 256, tiles.LONG, Tile(16, 16, 1, 1), 0),
     )
-    assert choose("fwd", UNKNOWN, HALF, 64, 4096) == any_gpu
-    assert choose("fwd", Gpu((9, 0), 1, 1), HALF, 64, 4096) == measured
-    assert choose("fwd", Gpu((8, 0), 1, 1), HALF, 64, 4096) == any_gpu
-    assert choose("fwd", Gpu((9, 0), 1, 1), HALF, 64, 128) == short
-    assert choose("fwd", Gpu((9, 0), 1, 1), HALF, 128, 4096) == Tile(16, 16, 1, 1)
+    assert choose("fwd", UNKNOWN, HALF, 64, 4096, rows) == any_gpu
+    assert choose("fwd", Gpu((9, 0), 1, 1), HALF, 64, 4096, rows) == measured
+    assert choose("fwd", Gpu((8, 0), 1, 1), HALF, 64, 4096, rows) == any_gpu
+    assert choose("fwd", Gpu((9, 0), 1, 1), HALF, 64, 128, rows) == short
+    assert choose("fwd", Gpu((9, 0), 1, 1), HALF, 128, 4096, rows) == Tile(16, 16, 1, 1)
     with pytest.raises(ValueError, match="no tiles of fwd for torch.float32"):
-        choose("fwd", UNKNOWN, torch.float32, 64, 128)
+        choose("fwd", UNKNOWN, torch.float32, 64, 128, rows)
 
 
-def test_a_row_that_takes_too_much_shared_memory_is_passed_over(table) -> None:
+def test_a_row_that_takes_too_much_shared_memory_is_passed_over() -> None:
     large, small = Tile(128, 128, 8, 3), Tile(32, 32, 4, 1)
-    rows = [Row(k, None, HALF, 64, 128, large, 100_000) for k in ("fwd", "bwd")]
-    table(*rows, Row("fwd", None, HALF, 64, tiles.LONG, small, 30_000))
-    assert choose("fwd", UNKNOWN, HALF, 64, 128) == large
-    assert choose("bwd", UNKNOWN, HALF, 64, 128) == large
-    assert choose("fwd", UNKNOWN._replace(smem_bytes=65_536), HALF, 64, 128) == small
-    assert choose("bwd", UNKNOWN._replace(smem_bytes=65_536), HALF, 64, 128) is None
+    rows = tuple(Row(k, None, HALF, 64, 128, large, 100_000) for k in ("fwd", "bwd"))
+    rows += (Row("fwd", None, HALF, 64, tiles.LONG, small, 30_000),)
+    assert choose("fwd", UNKNOWN, HALF, 64, 128, rows) == large
+    assert choose("bwd", UNKNOWN, HALF, 64, 128, rows) == large
+    assert choose("fwd", UNKNOWN._replace(smem_bytes=65_536), HALF, 64, 128, rows) == small
+    assert choose("bwd", UNKNOWN._replace(smem_bytes=65_536), HALF, 64, 128, rows) is None
 
 
-def test_no_tile_is_larger_than_the_sequences(table) -> None:
-    table(Row("fwd", None, HALF, 64, tiles.LONG, Tile(128, 64, 8, 2), 0))
-    chosen = tiles.choose.__wrapped__("fwd", UNKNOWN, HALF, (64, 64), (16, 4096))
+def test_no_tile_is_larger_than_the_sequences() -> None:
+    rows = (Row("fwd", None, HALF, 64, tiles.LONG, Tile(128, 64, 8, 2), 0),)
+    chosen = tiles.choose_from(rows, "fwd", UNKNOWN, HALF, (64, 64), (16, 4096))
     assert chosen == Tile(16, 64, 8, 2)
     assert [tiles.block(n) for n in (0, 1, 16, 17, 64, 65)] == [16, 16, 16, 32, 64, 128]
+
+
+def test_a_forced_choice_holds_in_every_thread_and_ends() -> None:
+    forced, call = Tile(16, 32, 1, 1), ("fwd", UNKNOWN, HALF, (64, 64), (64, 64))
+    seen = []
+    with tiles.forced(lambda *call: forced):
+        thread = threading.Thread(target=lambda: seen.append(tiles.chosen(*call)))
+        thread.start()
+        thread.join()
+    assert seen == [forced]
+    assert tiles.chosen(*call) == tiles.choose(*call) != forced
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""torch's own attention function, and plain torch operations for the calls of which it does not say the same."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .params import UNBOUNDED, AttentionParams
+from .reference import attention_bwd, attention_fwd
+
+__all__ = ["attention", "attention_bwd", "attention_fwd"]
+
+# Bound here, so that whoever puts fastattn's function in the place of torch's gets torch's where it is needed.
+_sdpa = F.scaled_dot_product_attention
+
+
+def attention(p: AttentionParams) -> tuple[Tensor, None]:
+    """out of F.scaled_dot_product_attention, for a call for which it says the same, and no lse."""
+    mask, options = p.mask, {}
+    if p.left < UNBOUNDED or p.right < UNBOUNDED:
+        is_top_left = not p.bottom_right or p.max_seqlen_q == p.max_seqlen_k
+        is_plain_causal = p.left == UNBOUNDED and p.right == 0 and p.mask is None and p.bias is None
+        # With a scale of 0 or less torch's causal kernels return NaN: they mask by -inf before they scale.
+        if is_plain_causal and is_top_left and p.scale > 0:
+            options["is_causal"] = True
+        else:
+            mask = reference.band(p) if mask is None else reference.band(p) & mask
+    if p.bias is not None:
+        mask = p.bias if mask is None else torch.where(mask, p.bias, -torch.inf)
+    if p.q.size(1) != p.k.size(1):
+        options["enable_gqa"] = True
+    if p.q.device.type == "cpu" and p.q.dtype in (torch.float16, torch.bfloat16):
+        # In half precision torch's gradient is ten times slower than in float32 on the CPU.
+        q, k, v = (x.float() for x in (p.q, p.k, p.v))
+        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+        with torch.autocast("cpu", enabled=False):
+            return _sdpa(q, k, v, mask, scale=p.scale, **options).to(p.q.dtype), None
+    return _sdpa(p.q, p.k, p.v, mask, scale=p.scale, **options), None

@@ -1,0 +1,53 @@
+"""Private torch API: every name is there and means what fastattn takes it to mean, and no other file uses any."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastattn
+from fastattn import compat
+
+PRIVATE = re.compile(r"\btorch\._[A-Za-z]|\b_dynamo_")
+
+
+def test_every_name_exists() -> None:
+    """All but that of the current stream, which builds for the CPU alone lack; they say so when it is asked for."""
+    assert hasattr(torch._C, "_cuda_getCurrentRawStream") == torch.backends.cuda.is_built()
+    if not torch.backends.cuda.is_built():
+        with pytest.raises(RuntimeError, match="built without CUDA"):
+            compat.current_stream(0)
+
+    assert not compat.is_any_autocast_enabled()
+    with torch.autocast("cpu"):
+        assert compat.is_any_autocast_enabled()
+
+    assert compat.count_dispatch_modes() == 0
+    with FakeTensorMode():
+        assert compat.count_dispatch_modes() == 1
+
+    seen = []
+
+    def see(x: torch.Tensor) -> torch.Tensor:
+        seen.append(compat.innermost_transformation())
+        return x
+
+    see(torch.zeros(2))
+    torch.vmap(see)(torch.zeros(2))
+    assert seen[0] is None and seen[1] is not None
+
+
+def test_a_constant_is_marked_as_torch_marks_it() -> None:
+    theirs = torch.compiler.assume_constant_result(lambda: 1)
+    assert vars(compat.assume_constant(lambda: 1)) == vars(theirs)
+
+
+def test_private_api_stands_in_one_file() -> None:
+    assert PRIVATE.search("torch._C._len_torch_dispatch_stack()")
+    package = Path(fastattn.__file__).parent
+    users = {file.name for file in package.rglob("*.py") if PRIVATE.search(file.read_text())}
+    assert users == {"compat.py"}
