@@ -28,7 +28,7 @@ class FastattnFallbackWarning(UserWarning):
 
 
 class CallTraits(NamedTuple):
-    """What the choice of a backend may depend on. Sizes are those of one call; devices are described, not touched."""
+    """The traits of one call that the choice of a backend may depend on; devices are described, not touched."""
 
     device_type: str  # "cpu", "cuda"
     capability: tuple[int, int] | None  # of a CUDA device
@@ -127,11 +127,11 @@ class Backend:
         return _why_missing(self.module)
 
     def route_of(self, call: CallTraits) -> Route:
-        """How it runs a call that it takes."""
+        """The way in which it runs a call that it takes."""
         return Route.OPERATOR if self.route is Route.SDPA and why_not_sdpa(call) is not None else self.route
 
     def words_for(self, call: CallTraits) -> str:
-        """The same, for a reader."""
+        """The way in which it runs a call, for a reader."""
         if self.route_of(call) is self.route:
             return self.route.value
         return f"plain torch operations, not {self.route.value}: {why_not_sdpa(call)}"
@@ -296,7 +296,7 @@ def _warn_fallback(call: CallTraits) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What runs for one call, why not the others, and what is worth knowing. `print` it."""
+    """The backend that runs one call, the reasons against those before it, and notes. `print` it."""
 
     backend: str
     route: str  # what the backend does, in words

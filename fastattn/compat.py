@@ -33,7 +33,7 @@ current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStr
 
 
 def assume_constant(function: FunctionT) -> FunctionT:
-    """What torch.compiler.assume_constant_result does, without the seconds that importing torch's compiler takes.
+    """Mark a function as torch.compiler.assume_constant_result does, without the seconds that importing that takes.
 
     torch 2.0.
     """

@@ -1,4 +1,4 @@
-"""What every backend is called with, forward and backward; csrc/attention.h has its twin."""
+"""The arguments that every backend is called with, forward and backward; csrc/attention.h has their twin."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class AttentionParams(NamedTuple):
         return AttentionParams(*fields)
 
     def batch_size(self) -> int:
-        """How many sequences there are."""
+        """The number of sequences."""
         return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
     def is_packed(self) -> bool:
@@ -52,14 +52,14 @@ TENSORS = _FIELDS.index("max_seqlen_q")  # how many there are
 
 
 class Forward(NamedTuple):
-    """What a forward pass fills."""
+    """The results that a forward pass fills."""
 
     out: Tensor  # (batch, nheads, seqlen_q, head_dim_v)  packed: (total_q, nheads, head_dim_v)
     lse: Tensor  # (batch, nheads, seqlen_q) float32      packed: (nheads, total_q)
 
 
 class Backward(NamedTuple):
-    """What a backward pass reads besides the problem, and the gradients that it fills."""
+    """The tensors that a backward pass reads besides the problem, and the gradients that it fills."""
 
     out: Tensor  # as the forward pass filled them
     lse: Tensor

@@ -51,7 +51,7 @@ class Device:
     max_grid_z = 65535  # a block takes the sequences beyond it in turn
 
     def multiprocessors(self, device: torch.device) -> int:
-        """How many there are."""
+        """The number of the device's multiprocessors."""
         return _launcher.multiprocessors(device.index)
 
     def launch(self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers) -> None:
@@ -143,7 +143,7 @@ SUM_THREADS = next(k.threads for k in _launcher.KERNELS if k.name == "attention_
 
 
 def sizes(p: AttentionParams) -> tuple[int, int, int, int, int, int, bool]:
-    """What of a problem the choice of a kernel depends on."""
+    """The sizes and the band of a problem, on which the choice of a kernel depends."""
     return p.q.shape[-1], p.v.shape[-1], p.max_seqlen_q, p.max_seqlen_k, p.left, p.right, p.bottom_right
 
 
@@ -164,7 +164,7 @@ def choose_kernel(
 
 
 def computed_scores(k: _launcher.Kernel, seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:
-    """How many scores a kernel computes: those of all tiles that the band leaves something of."""
+    """The number of scores that a kernel computes: those of all tiles that the band leaves something of."""
     tiles = 0
     for first in range(0, seqlen_q, k.block_m):
         last = min(first + k.block_m, seqlen_q) - 1

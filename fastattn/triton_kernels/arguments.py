@@ -49,7 +49,7 @@ def _band(p: AttentionParams) -> Band:
 
 
 def inputs(p: AttentionParams) -> dict[str, Any]:
-    """What every kernel is called with."""
+    """The arguments that all kernels share, by name."""
     head_dim, head_dim_v = p.q.size(-1), p.v.size(-1)
     return {
         "q": rows(p.q, p),
@@ -79,7 +79,7 @@ def inputs(p: AttentionParams) -> dict[str, Any]:
 
 
 def _dot_dtype(q: Tensor) -> tl.dtype:
-    """Of the operands of products: the tensors' own. The interpreter cannot multiply bfloat16."""
+    """The dtype of the operands of products: the tensors' own. The interpreter cannot multiply bfloat16."""
     if q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and IS_INTERPRETED):
         return tl.float32
     return tl.float16 if q.dtype == torch.float16 else tl.bfloat16

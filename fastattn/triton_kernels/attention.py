@@ -38,7 +38,7 @@ class Device:
     """The GPU that the tensors of a call are on, or the interpreter. Recorders are subclasses."""
 
     def gpu(self, device: torch.device) -> tiles.Gpu:
-        """What the choice of tiles depends on."""
+        """The facts about a device that the choice of tiles depends on."""
         return tiles.gpu(device)
 
     def launch(

@@ -1,4 +1,4 @@
-"""What the kernels of all passes share: arguments, sequences, rows, and a tile's scores, dropout and gradients."""
+"""The parts that the kernels of all passes share: arguments, sequences, rows, scores of a tile, dropout, gradients."""
 
 from __future__ import annotations
 

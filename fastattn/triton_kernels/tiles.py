@@ -26,7 +26,7 @@ BUSY_WARPS = 16  # of a multiprocessor
 
 
 class Tile(NamedTuple):
-    """How a kernel divides its work."""
+    """A tile of the scores, and the warps and stages of the program that computes it."""
 
     block_m: int  # queries
     block_n: int  # keys
@@ -36,18 +36,18 @@ class Tile(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """What the choice depends on."""
+    """The facts about a GPU that the choice of a tile depends on."""
 
     capability: tuple[int, int] | None  # None: the interpreter
     multiprocessors: int
     smem_bytes: int  # of a block
 
     def programs(self, tile: Tile) -> int:
-        """How many keep it busy."""
+        """The number of programs that keep the GPU busy."""
         return self.multiprocessors * max(1, BUSY_WARPS // tile.num_warps)
 
     def share(self, heads: int, tile: Tile) -> int:
-        """How many of the (batch, head) pairs a program takes: a divisor that leaves the GPU busy."""
+        """The number of (batch, head) pairs that a program takes: a divisor that leaves the GPU busy."""
         pairs = tile.pairs
         while pairs > 1 and (heads % pairs or heads // pairs < self.programs(tile)):
             pairs //= 2

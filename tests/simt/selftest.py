@@ -1,5 +1,5 @@
-"""What the executor's own tests launch, as CUDA C++ or as PTX: the kernels of simt/kernels, what their numbers must be,
-and where the report of each planted defect must point."""
+"""The launches of the executor's own tests, as CUDA C++ or as PTX: the kernels of simt/kernels, what their numbers must
+be, and where the report of each planted defect must point."""
 
 from __future__ import annotations
 

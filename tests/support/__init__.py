@@ -1,1 +1,1 @@
-"""What the tests of several folders need: the cases, the check, the tolerance, and stand-ins."""
+"""The helpers of several folders of tests: the cases, the check, the tolerance, and stand-ins."""

@@ -36,7 +36,7 @@ def call_reference(tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> tu
 
 
 def condition(case: Case) -> Condition:
-    """What the tolerance depends on, sequence by sequence."""
+    """The numbers that the tolerance depends on, sequence by sequence."""
     (q, k, v, bias), arguments = case.make()
     for name in ("return_lse", "max_seqlen_q", "max_seqlen_k"):
         arguments.pop(name, None)

@@ -1,4 +1,4 @@
-"""What tests/test_launcher*.py launch: a kernel with the parameters of one small problem."""
+"""The launch of tests/cuda/test_launcher*.py: a kernel with the parameters of one small problem."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def fresh_memory_is_nan(wanted: bool = True) -> Iterator[None]:
-    """What torch.empty and its like return inside; torch does that itself in its deterministic mode.
+    """Inside, torch.empty and its like return NaN; torch does that itself in its deterministic mode.
 
     Args:
         wanted: False: memory is as it is outside.

@@ -44,7 +44,7 @@ def run(
     schedule: str | int = "in-order",
     dynamic_smem: int = 0,
 ) -> list[int]:
-    """What the threads wrote, each given one of the values, in a checked launch of one block."""
+    """The values that the threads wrote, each given one of the values, in a checked launch of one block."""
     x = torch.tensor([*values], dtype=torch.int32)
     library = load_ptx_text(text, checked=True)
     (out,) = selftest.launch(

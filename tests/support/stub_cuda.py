@@ -67,7 +67,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Launch:
-    """What one cuLaunchKernel got."""
+    """The arguments of one cuLaunchKernel."""
 
     kernel: str
     image: str  # that the kernel is from
@@ -109,7 +109,7 @@ class Stub:
         self.library.stub_fail(function.encode(), error, after)
 
     def current_device(self) -> int:
-        """Of this thread's context; -1 without one."""
+        """The device of this thread's context; -1 without one."""
         return self.library.stub_current_device()
 
     def make_current(self, device: int) -> None:

@@ -72,7 +72,7 @@ def on_triton(
 
 @functools.cache
 def expected(case: Case) -> tuple:
-    """What the oracle says, what plain torch says, and how much rounding the case allows."""
+    """The results of the oracle and of plain torch, and how much rounding the case allows."""
     oracle = run(call_reference, case, torch.float64, DEVICE)
     return oracle, run(call_reference, case, case.dtype, DEVICE), condition(case)
 

@@ -1,4 +1,4 @@
-"""What the operands of PTX instructions are called in the emitted C++."""
+"""The names of the operands of PTX instructions in the emitted C++."""
 
 from __future__ import annotations
 
