@@ -1,6 +1,7 @@
 // Every kernel of one element type, which -DFASTATTN_ELEMENT names: float, __half or __nv_bfloat16. tiles.cuh has the
 // table.
 #include "attention_bwd.cuh"
+#include "attention_dbias.cuh"
 #include "attention_fwd.cuh"
 
 namespace fastattn {

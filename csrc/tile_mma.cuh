@@ -51,6 +51,18 @@ __device__ __forceinline__ void for_each_row(const TileRows<E>& rows, const Lane
     }
 }
 
+// rows = factor * x, where a thread holds kRows rows of the product x.
+template <class E, class T, int kRows>
+__device__ __forceinline__ void store_rows(const TileRows<E>& to, const float (&x)[kRows][T::kDims], float factor,
+                                           const Lane<T>& lane) {
+    for_each_row<kRows>(to, lane, [&](int i, E* row) {
+#pragma unroll
+        for (int d = 0; d < T::kDims; d += 4)
+            to.store(row, lane.template column<T::kDims>(d),
+                     make_float4(x[i][d] * factor, x[i][d + 1] * factor, x[i][d + 2] * factor, x[i][d + 3] * factor));
+    });
+}
+
 // The sum or maximum of a row: over the lanes of equal y.
 template <class T>
 __device__ __forceinline__ float row_sum(float x) {
