@@ -1,7 +1,7 @@
 // The gradient of a bias: dS, summed over every batch, head, row and key that the bias is broadcast to.
 //
-// attention_bwd_dbias: a block computes one copy of one tile of the bias. It walks over the tiles of scores that it
-//   is broadcast to, every gridDim.y-th of them, and computes dS of each again.
+// attention_bwd_dbias: a block computes one copy of one tile of the bias. Of the tiles of scores that this tile is
+//   broadcast to, it walks over every gridDim.y-th, and computes dS of each again.
 // attention_dbias_sum: a thread adds up the copies of one element, in a fixed order.
 //
 // shared memory: the two operands of one product at a time, then the tile's sums. registers: P and dS of a tile, and
@@ -23,8 +23,9 @@ struct BroadcastTiles {
 
 __device__ __forceinline__ int tiles(int n, int block) { return (n + block - 1) / block; }
 
-// Adds up the rows or the columns of the tile in shared memory, or both, as the bias broadcasts: into its first row,
-// its first column or its first element, each of which the thread that writes it may read without another barrier.
+// Reduces the tile in shared memory over the dimensions that the bias broadcasts: into its first row, its first column
+// or its first element. Without another barrier, every thread may read the first column, but only thread j element j of
+// the first row.
 template <class T>
 __device__ __forceinline__ void sum_broadcast(float* tile, bool rows_broadcast, bool keys_broadcast) {
     __syncthreads();
@@ -48,7 +49,7 @@ __device__ __forceinline__ void attention_bwd_dbias(const AttentionParams& p) {
     float* right = left + ScoresSmem<T>::kLeft;
     const Lane<T> lane;
 
-    // Which tile of the bias this block has, and the tiles of scores it stands for.
+    // This block's tile of the bias, and the tiles of scores that it is broadcast to.
     const BiasGrad& dbias = p.dbias;
     const int row_tiles = tiles(dbias.rows, T::kBlockM), key_tiles = tiles(dbias.keys, T::kBlockN);
     int index = blockIdx.x;
