@@ -1,4 +1,4 @@
-"""What every backend is called with, forward and backward; csrc/attention.h has its twin."""
+"""The arguments of every backend, forward and backward; csrc/attention.h holds their twin."""
 
 from __future__ import annotations
 

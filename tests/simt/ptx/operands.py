@@ -1,4 +1,4 @@
-"""What the operands of PTX instructions are called in the emitted C++."""
+"""Operands of PTX instructions as expressions of the emitted C++."""
 
 from __future__ import annotations
 
