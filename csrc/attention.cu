@@ -1,6 +1,19 @@
-// Every kernel of one element type, which -DFASTATTN_ELEMENT names: float, __half or __nv_bfloat16. tiles.cuh has the
-// table.
+// Every kernel of one element type, which -DFASTATTN_ELEMENT names: float, __half or __nv_bfloat16.
+//
+// To be read in this order: attention.h (the arguments), tiles.cuh (the table of kernels), tile_copy.cuh, tile_mma.cuh,
+// mask.cuh, softmax.cuh, attention_fwd.cuh, attention_bwd.cuh, attention_dbias.cuh. Words that all of them use:
+//   E             the element type of the tensors; the arithmetic is in float
+//   T             a Tile of tiles.cuh: its sizes, and how many rows and columns of a product each thread holds
+//   i0, j0        the first query and the first key of a tile; i, j: a thread's own rows and columns of it, from 0 on
+//   left, right   the operands of a product in shared memory: left (k, rows), right (k, columns), k is contracted
+//   line          what an operand has for one k
+//   slice         the part of the contracted dimension that is in shared memory at a time
+//   staged        copied into shared memory, as floats
+//   staggered     swizzle of a transposed operand, against bank conflicts: lines 4 to 7 of every 8 have row r at r ^ 16
+//   swapped       swizzle of the weights' lines, against bank conflicts: in every second group of 4, neighbouring lines
+//                 change places
 #include "attention_bwd.cuh"
+#include "attention_dbias.cuh"
 #include "attention_fwd.cuh"
 
 namespace fastattn {

@@ -15,7 +15,7 @@
 namespace fastattn {
 namespace {
 
-// The one of this process. It is never destroyed: at exit libcuda may be gone before it.
+// The driver of this process. It is never destroyed: at exit libcuda may be gone before it.
 Driver& the_driver() {
     static Driver& driver = *new Driver;
     return driver;

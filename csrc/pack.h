@@ -1,4 +1,4 @@
-// Makes AttentionParams of a call's Python values. Tensors are known only by their methods data_ptr, stride, shape,
+// AttentionParams from a call's Python values. Tensors are known only by their methods data_ptr, stride, shape,
 // is_contiguous and dtype, called through the C API: this is the launcher's way to a kernel, and each detour through
 // general attribute look-up would cost as much as the launch itself.
 #pragma once
@@ -139,8 +139,8 @@ struct Layout {
     int dims() const { return is_packed ? 3 : 4; }
 };
 
-// Four elements are one access: 16 bytes of float, 8 of a half type. Strides of dimensions that are never walked do
-// not matter; their sizes are only asked for where they decide.
+// Four elements are one access: 16 bytes of float, 8 of a half type. Strides of dimensions of size 1 do
+// not matter; sizes are asked for only where they decide.
 inline bool is_aligned(py::handle tensor, const void* data, const Sizes& strides, index_t last, const Layout& layout,
                        const char* name) {
     if (last % 4 != 0 || reinterpret_cast<std::size_t>(data) % (4 * layout.element_size) != 0) return false;

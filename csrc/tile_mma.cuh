@@ -1,6 +1,6 @@
-// Products of tiles. Each thread holds a micro-tile of the result in registers and multiplies outer products out of
+// Products of tiles. Each thread holds a micro-tile of accumulators in registers and adds outer products of operands in
 // shared memory: left (k, rows) and right (k, columns), both with the contracted dimension outermost, so that what a
-// thread needs for one k lies together.
+// thread needs for one k is contiguous.
 #pragma once
 
 #include "tile_copy.cuh"
@@ -10,7 +10,7 @@ namespace fastattn {
 
 // ---- which part of a product a thread holds
 
-// Lane bit 0 is a row bit and the next ones are column bits: neighbours read the same address of one operand.
+// Lane bit 0 is a row bit and the next ones are column bits: neighbours read one operand by a broadcast.
 template <class T>
 struct Lane {
     int warp, x, y;
@@ -22,7 +22,7 @@ struct Lane {
         y = lane % 2 + lane / 2 / T::kLanesX * 2;
     }
 
-    // Of `kCount` rows or columns per thread, the i-th one's index in the product.
+    // The index in the product of the i-th of this thread's kCount rows or columns.
     template <int kCount>
     __device__ __forceinline__ int row(int i) const {
         constexpr int kGroup = kGroupOf<kCount>;
@@ -49,6 +49,18 @@ __device__ __forceinline__ void for_each_row(const TileRows<E>& rows, const Lane
         index += step;
         row += step * rows.stride;
     }
+}
+
+// rows = factor * x, where a thread holds kRows rows of the product x.
+template <class E, class T, int kRows>
+__device__ __forceinline__ void store_rows(const TileRows<E>& to, const float (&x)[kRows][T::kDims], float factor,
+                                           const Lane<T>& lane) {
+    for_each_row<kRows>(to, lane, [&](int i, E* row) {
+#pragma unroll
+        for (int d = 0; d < T::kDims; d += 4)
+            to.store(row, lane.template column<T::kDims>(d),
+                     make_float4(x[i][d] * factor, x[i][d + 1] * factor, x[i][d + 2] * factor, x[i][d + 3] * factor));
+    });
 }
 
 // The sum or maximum of a row: over the lanes of equal y.
@@ -103,15 +115,15 @@ __device__ __forceinline__ void store_group(float* to, const float (&r)[kCount])
         *reinterpret_cast<float4*>(to) = make_float4(r[0], r[1], r[2], r[3]);
 }
 
-// Where weights of a lane's own keys lie: neighbours in x put them into lines of different banks.
+// The swizzle of the weights' lines: lanes that are neighbours in x write their own keys' weights to different banks.
 __device__ __forceinline__ constexpr int swapped(int key) { return key ^ (key >> 2 & 1); }
 
-// c += left^T right over `length` values of k, a multiple of kStep. With kSwapped, line swapped(k) of left is the k-th.
-// From line 4 to line 7 of 8, rows and columns lie left_shift and right_shift further on.
+// c += left^T right over `length` values of k, a multiple of kStep. With kSwapped, left has line k at swapped(k). Where
+// operands are staggered, rows and columns of lines 4 to 7 of every 8 are left_shift and right_shift further on.
 //
-// The outer product goes up one column and down the next. A register stays in the cache of operands from one FMA to the
-// next, and of those that are read from the register file on sm_60 hardly ever two lie in one bank; other orders cost
-// up to a fifth of all cycles.
+// The outer product goes up one column of accumulators and down the next. Consecutive FMAs then share an operand, which
+// stays in the operand reuse cache, and those read from the register file are hardly ever in one bank on sm_60; other
+// orders cost up to a fifth of all cycles.
 template <class T, int kLeftLine, int kRightLine, int kStep = 8, bool kSwapped = false, int kRows, int kColumns>
 __device__ __forceinline__ void multiply(float (&c)[kRows][kColumns], const float* left, const float* right, int length,
                                          int left_shift = 0, int right_shift = 0) {

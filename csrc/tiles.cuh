@@ -3,12 +3,12 @@
 
 namespace fastattn {
 
-// Of `kCount` rows or columns that a thread holds, how many are contiguous: one vector access.
+// How many of a thread's kCount rows or columns are contiguous: one vector access.
 template <int kCount>
 constexpr int kGroupOf = kCount < 4 ? kCount : 4;
 template <int a, int b>
 constexpr int kLarger = a > b ? a : b;
-// Floats from line to line of a transposed operand with so many rows: the rows of a line are staggered, 16 with 16.
+// Floats from line to line of a transposed operand of kRows rows: whole 32s, because staggered() exchanges 16 with 16.
 template <int kRows>
 constexpr int kLineOf = (kRows + 31) / 32 * 32;
 
@@ -18,7 +18,7 @@ template <int HeadDim, int BlockM, int BlockN, int Warps, int LanesX, int MinBlo
 struct Tile {
     static constexpr int kHeadDim = HeadDim, kBlockM = BlockM, kBlockN = BlockN;
     static constexpr int kWarps = Warps, kLanesX = LanesX, kLanesY = 32 / LanesX, kThreads = 32 * Warps;
-    static constexpr int kMinBlocks = MinBlocks;  // per multiprocessor: what the compiler plans its registers for
+    static constexpr int kMinBlocks = MinBlocks;  // per multiprocessor; limits the registers of a thread
 
     // What one thread holds of a product: rows and columns come in groups of contiguous ones, one vector access each.
     static constexpr int kRows = BlockM / (Warps * kLanesY), kKeys = BlockN / LanesX, kDims = HeadDim / LanesX;
@@ -44,7 +44,7 @@ struct Tile {
 template <class T>
 struct ForwardSmem {
     static constexpr int kKeys = T::kSlice * T::kBlockN, kWeights = T::kKeySlice * T::kBlockM;
-    // With half the values at a time if they and the weights fit where the keys were.
+    // Half the values at a time, if all of them and the weights would take more than the place of the keys.
     static constexpr bool kHalves = T::kOneSlice && T::kKeySlice * T::kHeadDim + kWeights > kKeys;
     static constexpr int kValueSlice = kHalves ? T::kKeySlice / 2 : T::kKeySlice, kValues = kValueSlice * T::kHeadDim;
     static constexpr int kQueries = T::kSlice * kLineOf<T::kBlockM>;

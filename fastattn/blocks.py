@@ -1,4 +1,4 @@
-"""The division of a fused pass into blocks, or programs, of a GPU."""
+"""Grid sizes: the partition of a fused pass into blocks (Triton: programs) of a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_BIAS_COPIES = 64
 
 
 def count(n: int, block: int) -> int:
-    """The blocks that n elements take; at least 1, because tokens of no sequence have to be filled, too."""
+    """The number of blocks for n items; at least 1, because a block has to clear the tokens of no sequence."""
     return -(-n // block) or 1
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from . import backends
 from .backends import CallTraits
 from .cuda_kernels import images
-from .machine import Capability, Gpu, System, detect, pair
+from .machine import Capability, System, VisibleGpu, detect, pair
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIM = 64  # of the call for which the backends are asked; every class of head_dim takes the same path
@@ -69,7 +68,7 @@ def _dotted(version: Capability | None) -> str | None:
     return None if version is None else "{}.{}".format(*version)
 
 
-def _device(system: System, gpu: Gpu | None) -> dict[str, Any]:
+def _device(system: System, gpu: VisibleGpu | None) -> dict[str, Any]:
     """The report on one GPU, or on the CPU."""
     device_type, capability = ("cpu", None) if gpu is None else ("cuda", gpu.capability)
     chosen = {}
@@ -92,7 +91,7 @@ def _device(system: System, gpu: Gpu | None) -> dict[str, Any]:
 
 
 def _image(system: System, capability: Capability) -> str:
-    """Which image of the CUDA kernels a GPU gets, in words."""
+    """The image of the CUDA kernels that a GPU gets, in words."""
     try:
         arch = images.selected(capability, system.kernels)
     except (images.ImageError, ValueError) as error:
@@ -161,7 +160,7 @@ def _unseen(system: System) -> dict[str, Any]:
 
 
 def _torch_fixes(system: System) -> list[str]:
-    """What gives every GPU a torch with kernels for it; each one will do."""
+    """Commands that install a torch with kernels for every GPU; each of them suffices."""
     oldest, newest = min(gpu.capability for gpu in system.gpus), max(gpu.capability for gpu in system.gpus)
     install = "pip install --force-reinstall"  # or pip would keep another build of a version that is asked for
     if oldest < (7, 5):
@@ -232,16 +231,15 @@ def _device_lines(device: dict[str, Any]) -> list[str]:
 
 
 def support_table() -> str:
-    """What each backend takes, in order of preference, as the Markdown table of the README."""
-    lines = ["| backend | device | dtypes | head_dim | in this version |", "|---|---|---|---|---|"]
+    """The Markdown table of the README: the calls each backend takes, in order of preference."""
+    lines = ["| backend | device | dtypes | head_dim |", "|---|---|---|---|"]
     for backend in backends.BACKENDS:
         name = f"`{backend.name}`" + (" (on request)" if backend.on_request_only else "")
         capability = _dotted(backend.min_capability)
         device = "any" if capability is None else f"CUDA, compute capability >= {capability}"
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
         head_dim = "any" if backend.max_head_dim is None else f"1 ... {backend.max_head_dim}"
-        file = Path(__file__).parent.joinpath(*backend.module.split(".")[1:]).with_suffix(".py")
-        lines.append(f"| {name} | {device} | {dtypes} | {head_dim} | {'yes' if file.exists() else 'no'} |")
+        lines.append(f"| {name} | {device} | {dtypes} | {head_dim} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What a machine has, as far as fastattn cares: looked at, not judged."""
+"""A description of the machine, as far as fastattn depends on it: facts, no conclusions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Capability = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Gpu:
+class VisibleGpu:
     """One visible GPU."""
 
     name: str
@@ -28,7 +28,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class System:
-    """What a machine has, as far as fastattn cares."""
+    """One machine: its software, its visible GPUs and the state of fastattn's installation."""
 
     versions: dict[str, str | None]  # of python and the packages that matter; None: not installed
     platform: str
@@ -36,8 +36,8 @@ class System:
     driver: str | None  # "580.65.06"
     driver_cuda: Capability | None  # the newest CUDA version the driver runs
     torch_cuda: str | None  # the CUDA version torch is built with
-    torch_archs: tuple[str, ...]  # "sm_80", "compute_90": what torch has kernels for
-    gpus: tuple[Gpu, ...]
+    torch_archs: tuple[str, ...]  # such as "sm_80", "compute_90": those torch has kernels for
+    gpus: tuple[VisibleGpu, ...]
     torch_sees_gpus: bool
     kernels: images.Installed
     kernels_problem: str | None  # why the compiled kernels cannot be used although there are some
@@ -91,7 +91,7 @@ def _compiler() -> str | None:
 
 
 def _driver_cuda() -> Capability | None:
-    """What libcuda says of itself, which needs no GPU and no context."""
+    """The CUDA version of libcuda, which is asked without a GPU or a context."""
     try:
         libcuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -102,12 +102,12 @@ def _driver_cuda() -> Capability | None:
     return version.value // 1000, version.value % 1000 // 10
 
 
-def _gpus_of_torch() -> tuple[Gpu, ...]:
+def _gpus_of_torch() -> tuple[VisibleGpu, ...]:
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return tuple(Gpu(p.name, (p.major, p.minor)) for p in properties)
+    return tuple(VisibleGpu(p.name, (p.major, p.minor)) for p in properties)
 
 
-def _nvidia_smi() -> tuple[str | None, tuple[Gpu, ...]]:
+def _nvidia_smi() -> tuple[str | None, tuple[VisibleGpu, ...]]:
     """The driver's version, and the GPUs of the machine unless they are hidden: torch may be unable to see them."""
     command = ["nvidia-smi", "--query-gpu=driver_version,compute_cap,name", "--format=csv,noheader"]
     if shutil.which(command[0]) is None:
@@ -118,7 +118,7 @@ def _nvidia_smi() -> tuple[str | None, tuple[Gpu, ...]]:
     rows = [line.split(", ", maxsplit=2) for line in answer.stdout.splitlines()]
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return rows[0][0], ()
-    return rows[0][0], tuple(Gpu(name, pair(capability)) for _, capability, name in rows)
+    return rows[0][0], tuple(VisibleGpu(name, pair(capability)) for _, capability, name in rows)
 
 
 def _kernels_problem(kernels: images.Installed) -> str | None:

@@ -1,4 +1,4 @@
-"""The arguments that every backend is called with, forward and backward; csrc/attention.h has their twin."""
+"""The arguments of every backend, forward and backward; csrc/attention.h holds their twin."""
 
 from __future__ import annotations
 

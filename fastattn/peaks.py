@@ -1,4 +1,4 @@
-"""What GPUs can do at most, from NVIDIA's data sheets."""
+"""Peak arithmetic throughput of GPUs, from NVIDIA's data sheets."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Settings:
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Settings:
-        """Raises ValueError if a variable has a wrong value."""
+        """Reads and checks the variables; raises ValueError if one has a wrong value."""
         wanted, jobs = environment.get("FASTATTN_BUILD_CUDA", ""), environment.get("MAX_JOBS") or str(os.cpu_count())
         if wanted not in ("", "0", "1"):
             raise ValueError(f"FASTATTN_BUILD_CUDA: must be 0 or 1, got {wanted!r}")
@@ -85,7 +85,7 @@ class Settings:
 
 
 def _supported() -> str:
-    """What the compiler found can do, as the end of an error message."""
+    """The architectures of the compiler found, as the end of an error message."""
     try:
         found = nvrtc.find()
     except nvrtc.NotFound:
@@ -240,7 +240,7 @@ def _json(value: dict) -> bytes:
 
 
 def _install(package: Path, kernels: Mapping[str, bytes], launcher: Path | None) -> None:
-    """Makes the package's native part exactly this. Files are replaced, because a process may be using the old ones."""
+    """Makes the package's native part these files alone. They replace old ones, which a process may still be using."""
     files = {package / "_kernels" / name: content for name, content in kernels.items()}
     if launcher is not None:
         files[package / LAUNCHER] = launcher.read_bytes()
@@ -277,7 +277,7 @@ def _report(manifest: dict, files: Mapping[str, bytes], seconds: float) -> None:
 
 
 def image(element: str, arch: str, version: str) -> None:
-    """Compiles one image, and writes beside it what is known of it."""
+    """Compiles one image, and writes a .json file beside it with its kernels and their resources."""
     compiler, start = nvrtc.find(), time.monotonic()
     if compiler.version != version:
         raise RuntimeError(f"{compiler.library} is NVRTC {compiler.version}, but the build has begun with {version}")

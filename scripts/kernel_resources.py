@@ -1,4 +1,4 @@
-"""What every CUDA kernel takes of a GPU, by architecture: docs/kernel_resources.csv, from the installed build.
+"""Resources of every CUDA kernel by architecture: docs/kernel_resources.csv, from the installed build.
 
 python scripts/kernel_resources.py            compares the file with the build and prints what differs
 python scripts/kernel_resources.py --write    writes it
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import fastattn
 from fastattn import _launcher
 from fastattn.cuda_kernels import images
 from fastattn.cuda_kernels.sources import ELEMENTS, Arch, image_name
@@ -22,7 +23,7 @@ TABLE = Path(__file__).parents[1] / "docs" / "kernel_resources.csv"
 
 
 class Multiprocessor(NamedTuple):
-    """What the blocks of one multiprocessor share (CUDA C++ Programming Guide, "Technical Specifications")."""
+    """Resources shared by the blocks of one multiprocessor (CUDA C++ Programming Guide, "Technical Specifications")."""
 
     threads: int
     blocks: int
@@ -41,7 +42,7 @@ MULTIPROCESSORS = {
 
 
 def resident_blocks(arch: Arch, threads: int, registers: int, smem: int) -> int:
-    """How many blocks of a kernel one multiprocessor runs at a time."""
+    """The number of blocks of a kernel that one multiprocessor runs at a time."""
     limits = MULTIPROCESSORS[arch.number]
     registers_of_warp = -(-registers * 32 // 256) * 256
     # Each of the four schedulers has its own quarter of the registers.
@@ -51,8 +52,8 @@ def resident_blocks(arch: Arch, threads: int, registers: int, smem: int) -> int:
 
 
 def rows() -> list[dict[str, object]]:
-    """One for each kernel, element type and architecture with machine code."""
-    manifest = json.loads((Path(images.__file__).parent / "_kernels" / "build.json").read_text())
+    """The table's rows, one for each kernel, element type and architecture with machine code."""
+    manifest = json.loads((Path(fastattn.__file__).parent / "_kernels" / "build.json").read_text())
     found = []
     for arch in (a for a in images.installed().archs if a.kind == "sm" and a.number in MULTIPROCESSORS):
         for kernel in _launcher.KERNELS:

@@ -1,4 +1,4 @@
-"""What the Triton kernels take of a GPU, compiled without one: docs/triton_resources.csv.
+"""Resources of the Triton kernels, compiled without a GPU: docs/triton_resources.csv.
 
 python scripts/triton_resources.py                    compares the file with what is compiled now, prints what differs
 python scripts/triton_resources.py --write            writes it, and the shared memory of the rows of tiles.csv
@@ -66,7 +66,7 @@ class Point(NamedTuple):
         return f"{self.kernel},{capability},{dtype},{self.head_dim},{seqlen},{self.features}"
 
     def has_kernel(self) -> bool:
-        """Whether it has a row of tiles to itself; bfloat16 is float16's twin and one size of it enough."""
+        """True for a row of tiles of its own; bfloat16 is like float16, and only its smallest head_dim is kept."""
         is_wanted = self.dtype != torch.bfloat16 or self.head_dim == HEAD_DIMS[0]
         return is_wanted and any(
             (row.kernel, row.dtype, row.head_dim) == (self.kernel, self.dtype, self.head_dim)
@@ -77,7 +77,7 @@ class Point(NamedTuple):
 
 
 def points() -> list[Point]:
-    """All of the table."""
+    """All points of the table."""
     axes = (tiles.KERNELS, CAPABILITIES, DTYPES, HEAD_DIMS, SEQLENS, FEATURES)
     return [point for values in itertools.product(*axes) if (point := Point(*values)).has_kernel()]
 
@@ -86,7 +86,7 @@ def points() -> list[Point]:
 
 
 class Driver:
-    """What Triton asks the driver of a GPU, of one that is not here."""
+    """Stand-in for Triton's driver, which describes a GPU that this machine lacks."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.arch = 10 * capability[0] + capability[1]
@@ -153,7 +153,7 @@ def compiled(point: Point, tile: Tile | None = None) -> Any:
 
 
 def resources(point: Point, tile: Tile | None = None) -> dict[str, Any]:
-    """What the compiled kernel takes; the stack holds nothing but spilled registers."""
+    """Resources of the compiled kernel; its stack holds spilled registers alone."""
     kernel = compiled(point, tile)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -180,7 +180,7 @@ def line(point: Point) -> dict[str, Any]:
 
 
 def lines(wanted: Iterable[Point]) -> Iterator[dict[str, Any]]:
-    """The table's, in order."""
+    """The table's lines, in the order of the points."""
     with multiprocessing.get_context("spawn").Pool() as pool:
         yield from pool.imap(line, wanted)
 

@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels: which image a GPU gets, from this installation or, where none fits, compiled at run time.
+"""The compiled CUDA kernels: the image (cubin or PTX) that a GPU gets, installed or else compiled at run time.
 
 Two variables of the environment are read at each call. FASTATTN_CUDA_IMAGE, such as "compute_60" or "sm_80", names the
 image that every GPU gets instead of the one chosen here; it is compiled if this installation lacks it. With
@@ -28,17 +28,17 @@ class ImageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Installed:
-    """What the installation has of compiled kernels."""
+    """The compiled kernels of an installation."""
 
     archs: tuple[Arch, ...]
     nvrtc: str | None  # the version that compiled them
-    sources: str | None  # KernelSources.digest of what they are compiled from
+    sources: str | None  # KernelSources.digest of their sources
     commit: str | None
     reason: str | None  # why there are none
 
 
 def installed() -> Installed:
-    """Reads what scripts/build_native.py left."""
+    """The compiled kernels of this installation, as scripts/build_native.py describes them in build.json."""
     try:
         manifest = json.loads((_KERNELS / "build.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -131,7 +131,7 @@ def _dotted(number: int) -> str:
 
 
 def _compile(element: str, capability: int, forced: Arch | None) -> bytes:
-    """From the cache or by NVRTC."""
+    """An image from the cache of this user or, the first time, from NVRTC."""
     try:
         files = sources()
         arch, compiler = _compiler_for(capability, forced)
@@ -165,7 +165,7 @@ def _compiler_for(capability: int, forced: Arch | None) -> tuple[Arch, nvrtc.Nvr
 
 
 def cache_dir() -> Path:
-    """Where images compiled at run time are kept."""
+    """The folder of images that were compiled at run time."""
     if named := os.environ.get("FASTATTN_CACHE_DIR"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
@@ -186,7 +186,7 @@ def _read_checked(file: Path) -> bytes | None:
 
 
 def _write_checked(file: Path, content: bytes) -> None:
-    """Processes may write the same file at once: each replaces it as a whole. Without a cache, work is repeated."""
+    """Replaces the file as a whole: other processes may write it, too. If that fails, the next one compiles again."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as new:

@@ -36,10 +36,10 @@ class CompileError(RuntimeError):
 
 
 class Compiled(NamedTuple):
-    """What became of a source."""
+    """The result of a compilation."""
 
     image: bytes  # an ELF file for "sm_XY", PTX text for "compute_XY"
-    log: str  # warnings, and with --ptxas-options=-v what `resources` reads
+    log: str  # warnings, and with --ptxas-options=-v the text that `resources` reads
 
 
 class Nvrtc:
@@ -85,7 +85,7 @@ class Nvrtc:
         Args:
             source: the text.
             arch: "sm_XY" for machine code, "compute_XY" for PTX.
-            name: what the source is called in messages and line information.
+            name: the name of the source in messages and line information.
             headers: by name, texts that `#include "name"` finds, before any file.
             include_dirs: folders of further headers; those of CUDA are found anyway.
             defines: macros and their values.
@@ -144,21 +144,21 @@ def _strings(values: Collection[bytes]) -> ctypes.Array[ctypes.c_char_p]:
 
 
 def _without_deprecations(log: str) -> str:
-    """Every compilation for a GPU before Turing says that support for it will end; that is known."""
+    """The log without one warning, which every compilation for GPUs older than Turing gives: their support will end."""
     known = re.compile(r"nvrtc: warning: Architectures prior to .* are deprecated")
     return "\n".join(line for line in log.splitlines() if not known.match(line))
 
 
-# ---- what a kernel needs of the hardware ----
+# ---- resources of a kernel ----
 
 
 class Resources(NamedTuple):
-    """What one kernel takes, by the assembler's account."""
+    """Hardware resources of one kernel, as the assembler reports them."""
 
     registers: int  # per thread
     stack_bytes: int  # per thread
     spill_bytes: int  # per thread, stored and loaded
-    shared_bytes: int  # per block, without what is asked for at the launch
+    shared_bytes: int  # per block, static; dynamic shared memory comes on top
 
 
 _RESOURCES = re.compile(

@@ -1,4 +1,6 @@
-"""The CUDA sources and how they are compiled: attention.cu, once per element type and architecture, each an image.
+"""The CUDA sources and their compilation: attention.cu gives one image per element type and architecture.
+
+An image is what the driver loads: machine code as a cubin (an ELF file), or PTX as text.
 
 Only the standard library and nvrtc.py are imported, so that the installation of fastattn can use this file, too.
 """
@@ -25,14 +27,14 @@ MACHINE_CODE_OPTIONS = ("--ptxas-options=-v",)  # so that the log has every kern
 
 
 class Arch(NamedTuple):
-    """What an image is compiled for: "sm_XY", machine code, or "compute_XY", PTX that the driver compiles."""
+    """The target of an image: "sm_XY", machine code, or "compute_XY", PTX that the driver compiles."""
 
     kind: str
     number: int  # the compute capability, 10 * major + minor
 
     @classmethod
     def parse(cls, text: str) -> Arch:
-        """From "compute_60", "sm_60" or "60", which means the same.
+        """Reads "compute_60", "sm_60", or "60", which means "sm_60".
 
         Raises:
             ValueError: it is none of these, or the kernels need a higher compute capability.
@@ -76,12 +78,12 @@ class KernelSources:
 
     @classmethod
     def read(cls, folder: Path) -> KernelSources:
-        """Reads them from csrc/ or a copy of it."""
+        """Reads the sources from csrc/ or a copy of it."""
         files: dict[str, str] = {}
         names = ["attention.cu"]
         while names:
             name = names.pop()
-            if name not in files and (folder / name).is_file():  # what only other compilers include is elsewhere
+            if name not in files and (folder / name).is_file():  # files for other compilers only are elsewhere
                 files[name] = (folder / name).read_text(encoding="utf-8")
                 names += re.findall(r'^\s*#\s*include\s+"([^"]+)"', files[name], re.MULTILINE)
         if not files:
@@ -90,7 +92,7 @@ class KernelSources:
 
     @property
     def digest(self) -> str:
-        """Tells two versions of the sources apart."""
+        """A hash that differs between two versions of the sources."""
         return hashlib.sha256(repr(self.files).encode()).hexdigest()[:16]
 
     def compile(self, nvrtc: Nvrtc, element: str, arch: Arch) -> Compiled:

@@ -50,7 +50,7 @@ def none_installed() -> Iterator[None]:
 
 @pytest.fixture
 def warned() -> Iterator[set[str]]:
-    """Which warnings have been given: none so far."""
+    """An empty record of the warnings given, so that each is given once more."""
     before = set(backends._warned)
     backends._warned.clear()
     yield backends._warned

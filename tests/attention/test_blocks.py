@@ -1,4 +1,4 @@
-"""The work of a bias gradient is counted out so that nothing is missed, little is stored and the GPU is busy."""
+"""The partition of a bias gradient into blocks: nothing is missed, little is stored and the GPU is busy."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarni
 
 
 def stock_arguments(module, arguments):
-    """torch applies the hint to the appended keys too when it computes no weights, and only then."""
+    """The arguments without the hint where keys are appended: torch masks these, too, if it computes no weights."""
     has_appended = module.bias_k is not None or module.add_zero_attn
     return {**arguments, "is_causal": False} if has_appended and arguments.get("is_causal") else arguments
 

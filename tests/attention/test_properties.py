@@ -1,4 +1,4 @@
-"""What must hold for any sizes: padding, order and packing do not matter, rows of weights sum to one."""
+"""Properties that hold for any sizes: padding, order and packing do not matter, rows of weights sum to one."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from tests.support.contract import call, call_reference, leaf
 def by_definition(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """softmax over the allowed keys of one head, one query at a time."""
+    """Attention by its definition: softmax over the allowed keys of one head, one query at a time."""
     out, lse = torch.zeros(q.size(0), v.size(1), dtype=q.dtype), torch.full((q.size(0),), -torch.inf, dtype=q.dtype)
     for i in range(q.size(0)):
         keys = allowed[i].nonzero().flatten()
@@ -202,7 +202,7 @@ def test_huge_scores_do_not_overflow() -> None:
 
 
 def test_lengths_that_promise_too_much_are_cut() -> None:
-    """On a GPU nobody has checked cu_seqlens by value: nothing outside of the tensors may be read or written."""
+    """The values of cu_seqlens are not checked on a GPU; wrong ones must not lead outside of the tensors."""
     x, valid = torch.randn(7, 2, 4), cumulative([3, 4])
     p = varlen_attention_params(x, x, x, valid, valid, 9, 9)
     beyond = torch.tensor([0, 3, 12], dtype=torch.int32)

@@ -155,7 +155,7 @@ class Model(nn.Module):
 
 
 class SpecialAttention(nn.MultiheadAttention):
-    """Not replaced, since it may compute something else."""
+    """A subclass, which is not replaced: it may compute something else."""
 
 
 def test_custom_model():

@@ -36,7 +36,7 @@ def after(
     forward: Callable[[Tensor, Tensor, AttentionParams], object] | None = None,
     backward: Callable[[Backward], object] | None = None,
 ) -> SimpleNamespace:
-    """The reference's passes, and then something done to what they filled."""
+    """The reference's passes, followed by a change of their results."""
 
     def attention_fwd(buffers: Forward, p: AttentionParams) -> None:
         reference.attention_fwd(buffers, p)
@@ -52,7 +52,7 @@ def after(
 
 
 def neighbour(p: AttentionParams) -> AttentionParams:
-    """Every sequence's keys begin one token late."""
+    """Parameters by which every sequence's keys begin one token late."""
     if p.cu_seqlens_k is None:
         return p
     return p.replace(cu_seqlens_k=(p.cu_seqlens_k + 1).clamp(max=p.k.size(0)).to(torch.int32))

@@ -1,4 +1,4 @@
-"""What torch asks of an operator: opcheck, compile, autocast, layouts, checkpointing, threads, derivatives."""
+"""Demands of torch on an operator: opcheck, compile, autocast, layouts, checkpointing, threads, derivatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which image of the kernels a GPU gets: from an installation described by files, or compiled at run time and kept."""
+"""The image of the kernels that a GPU gets: from an installation described by files, or compiled at run time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SOURCES = KernelSources({"attention.cu": KERNEL})
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path):
-    """Nothing is inherited, and what is compiled is kept here."""
+    """An environment without variables of the user's, and a cache of the test's own."""
     for name in ("FASTATTN_CUDA_IMAGE", "FASTATTN_NVRTC_LIB", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
@@ -30,7 +30,7 @@ def clean_environment(monkeypatch, tmp_path):
 
 @pytest.fixture
 def install(monkeypatch, tmp_path):
-    """Describes an installation: its architectures, or the reason for none. An image says its own name."""
+    """A function that describes an installation: its architectures, or the reason for none. Images hold their names."""
     kernels = tmp_path / "_kernels"
     monkeypatch.setattr(images, "_KERNELS", kernels)
 
@@ -69,7 +69,7 @@ def compiled(monkeypatch) -> list[str]:
 
 
 def architecture(image: bytes) -> int:
-    """The compute capability that machine code is for."""
+    """The compute capability that machine code is compiled for."""
     assert image.startswith(b"\x7fELF")
     return int.from_bytes(image[48:52], "little") & 0xFF
 

@@ -47,14 +47,14 @@ def test_what_pairs_do_not_promise(case: Case, multiprocessors: int, poisoned: N
 @pytest.mark.parametrize("packed", [False, True])
 @MODES
 def test_several_sequences_for_each_block(multiprocessors: int, packed: bool, poisoned: None) -> None:
-    """A grid's z is limited: here to three blocks for four sequences."""
+    """Blocks take several sequences where a grid's z is too small: here three blocks for four sequences."""
     with on_the_cpu(SourceKernels(checked=True), multiprocessors=multiprocessors, max_grid_z=3):
         check(replace(VARIED, packed=packed, batch=4))
         check(replace(WITHIN_ONE_TILE[0], packed=packed, batch=4))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Dearer runs get fewer cases: a judged one costs twenty plain ones, a kernel from PTX seconds."""
+    """Gives costly runs fewer cases: a judged one costs twenty plain ones, a kernel from PTX seconds."""
     everything = metafunc.config.getoption("full")
     if "judged_case" in metafunc.fixturenames:
         metafunc.parametrize("judged_case", (full()[::20] if everything else pairwise()) + PARTICULAR, ids=str)
@@ -174,7 +174,7 @@ def test_a_bias_in_float32_beside_half_tensors() -> None:
 
 
 def test_lengths_are_cut_to_the_tensors() -> None:
-    """Wrong lengths, which only a synchronising check could refuse, give numbers, and touch nothing outside."""
+    """Wrong lengths, which only a synchronising check could refuse, give some numbers and touch nothing outside."""
     q, k, v = (torch.randn(20, 2, 16) for _ in range(3))
     right, wrong = torch.tensor([[0, 8, 16], [0, 9, 40]], dtype=torch.int32)
     p = varlen_attention_params(q, k, v, right, right, 8, 8)
@@ -201,7 +201,7 @@ def test_no_problem_is_too_small() -> None:
 
 
 class HostReads(TorchDispatchMode):
-    """Fails where a value is read by the host: on a GPU that waits, and a CUDA graph would keep the value."""
+    """Fails where the host reads a value: that would synchronise, and a CUDA graph would keep the value."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor's value is read"

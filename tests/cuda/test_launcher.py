@@ -1,4 +1,4 @@
-"""What the launcher calls libcuda with, how often, and what it refuses by itself."""
+"""The launcher's calls of libcuda: their arguments, their number, and the launches that it refuses by itself."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_long_compiler_log_is_cut(launcher, stub):
 
 
 def test_module_knows_no_torch(loaded):
-    """Loaded by itself in a new process, it brings nothing with it."""
+    """The launcher, loaded by itself in a new process, loads neither torch nor numpy."""
     launcher, _ = loaded
     program = (
         "import importlib.util, sys\n"

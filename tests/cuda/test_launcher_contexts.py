@@ -1,4 +1,4 @@
-"""In which context the launcher calls the driver, and from several threads at a time."""
+"""Contexts and threads: the context in which the launcher calls the driver, and launches from several threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.launcher_calls import BUFFERS, fields, image, launch, problem
 
 
 def in_thread(function):
-    """Runs it in a thread of its own, where no context is current; what it raises is raised here."""
+    """Runs a function in a new thread, where no context is current; its exception is raised here."""
     raised = []
 
     def run():

@@ -1,4 +1,4 @@
-"""Which kernels run for a call, on what grid, with what workspace; and that the table of cases reaches all of them."""
+"""The launches of a call: kernels, grids, workspace; and the proof that the table of cases reaches every kernel."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_backward_grids() -> None:
 
 @pytest.mark.parametrize(("multiprocessors", "is_split"), [(3, False), (4, True)])
 def test_the_backward_is_split_where_blocks_are_few(multiprocessors: int, is_split: bool) -> None:
-    """Six blocks, two for each multiprocessor."""
+    """The backward has six blocks here and asks for two on each multiprocessor."""
     assert len(launches.record(problem(), True, multiprocessors)) == 1 + is_split
     assert len(launches.record(problem(seqlens=(70, 32)), True, multiprocessors)) == 1, "one tile of keys"
 
@@ -178,7 +178,7 @@ def test_float_sums_of_dq(dtype: torch.dtype, seqlen_k: int, multiprocessors: in
 
 
 class Nothing:
-    """In the place of the kernels: what is launched leaves its results as they are."""
+    """Stand-in for the kernels: a launch leaves its results as they are."""
 
     def library(self, kernel: str, element: str) -> Nothing:
         return self
@@ -217,7 +217,7 @@ def test_every_kernel_has_several_tiles_in_some_case(kernel: str, several_tiles:
 
 
 def test_every_backward_has_rows_whose_keys_are_all_in_one_tile() -> None:
-    """Their delta is taken from the tile."""
+    """The backward takes delta of such rows from the tile, so every kernel needs a case with them."""
     backward = {k.name for k in launches.KERNELS.values() if k.pass_ == "attention_bwd"}
     kernels = [launch.kernel for case in WITHIN_ONE_TILE for launch in launched(case, 1) if launch.kernel in backward]
     assert sorted(kernels) == sorted(backward)

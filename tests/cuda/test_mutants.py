@@ -48,7 +48,7 @@ def machine_code(library: Library, folder: Path) -> bytes:
 
 
 class MutantKernels:
-    """The kernels of a folder's sources; where nothing is judged, they are not optimised, and compile quickly."""
+    """The kernels of a folder's sources, compiled without optimisation, which is quick, unless accesses are checked."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, checked: bool) -> None:
         flags = (*(CHECKED if checked else ("-O0",)), f"-DFASTATTN_ELEMENT={ELEMENTS[dtype]}")
@@ -68,7 +68,7 @@ def run(folder: Path, case: Case, checked: bool, is_split: bool) -> MutantKernel
 
 
 def is_caught(tmp_path: Path, mutant: Mutant, change: Callable[[str], str]) -> bool:
-    """Whether the mutant's case notices the change, as it should; it must find nothing wrong with the sources."""
+    """True if the mutant's case notices the change in the expected way; it must find no defect in the sources."""
     folder, original = tmp_path / "mutant", tmp_path / "original"
     for copied in (folder, original):
         sources(copied, mutant.head_dim)

@@ -1,4 +1,4 @@
-"""NVRTC through ctypes: what is found, what it makes of a source, and how its log is read."""
+"""NVRTC through ctypes: the search for it, compilation, and the reading of its log."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ ptxas info    : Used 8 registers
 
 @pytest.fixture
 def nowhere(monkeypatch):
-    """No folder of sys.path and no system to find anything in."""
+    """An empty machine: neither sys.path nor the system has a folder to find NVRTC in."""
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(nvrtc, "_SYSTEM", ())
     monkeypatch.setattr(nvrtc, "_SYSTEM_HEADERS", ())

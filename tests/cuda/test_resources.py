@@ -1,4 +1,4 @@
-"""What the kernels take of every architecture: the committed table, and the limits that no kernel may pass."""
+"""Resources of the kernels on every architecture: the committed table, and the limits that no kernel may pass."""
 
 from __future__ import annotations
 

@@ -79,14 +79,14 @@ def unit(dotted: str) -> str:
 
 
 def external(module: str) -> set[str]:
-    """What a module may import from outside."""
+    """The packages that a module may import besides fastattn and the standard library."""
     if module in STANDARD_LIBRARY_ONLY:
         return set()
     return {"torch"}.union(*(EXTERNAL.get(name, ()) for name in (module, module.partition(".")[0])))
 
 
 def violations(files: dict[Path, str]) -> list[str]:
-    """What in these files of fastattn breaks the rules above."""
+    """The violations of the rules above in these files of fastattn."""
     found = []
     for where, text in files.items():
         importer = "__init__" if where == INIT else unit(".".join(where.with_suffix("").parts))
@@ -156,7 +156,7 @@ USES = {
 
 
 def strangers(where: Path, text: str) -> set[str]:
-    """What a file imports from another folder of the house than its row of USES names."""
+    """Imports of a file from other folders of the house than its row of USES names."""
     own = ".".join(where.with_suffix("").parts)
     allowed = USES[max((row for row in USES if is_inside(own, row)), key=len)]
     others = {"fastattn", "benchmarks", "examples", "tests"} - {where.parts[0]}

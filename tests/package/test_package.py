@@ -1,4 +1,4 @@
-"""What a user installs and imports: built from a copy of the sources, away from this tree and its environment."""
+"""The package that a user installs and imports, built from a copy of the sources, away from this tree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VERSION = "0.1.0"
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
-    """Standard output; the test fails if the command does."""
+    """The standard output of a command; the test fails if the command does."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FASTATTN_")}
     result = subprocess.run(
         list(map(str, command)), cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=900
@@ -33,7 +33,7 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
-    """A copy of what is under version control here, so that a build leaves nothing behind."""
+    """A copy of the files under version control, so that a build leaves nothing behind."""
     copy = tmp_path_factory.mktemp("sources") / "fastattn"
     left_behind = shutil.ignore_patterns(
         ".git", ".venv", "build", "dist", "demo", "*.egg-info", "__pycache__", ".*_cache", "_kernels", "*.so"
@@ -44,7 +44,7 @@ def sources(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sources, tmp_path_factory) -> Path:
-    """Built by pip in isolation, on a PATH with no compiler: there is no torch to build with either."""
+    """A wheel built by pip in isolation, without torch and on a PATH with no compiler."""
     folder = tmp_path_factory.mktemp("wheel")
     commands = tmp_path_factory.mktemp("commands")
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, sources)
@@ -132,7 +132,7 @@ def test_source_distribution_holds_everything(sources, archive):
 
 @pytest.fixture(scope="module")
 def native_wheel(archive, tmp_path_factory) -> Path:
-    """Built from the source distribution by pip in isolation, with every kernel and the launcher."""
+    """A wheel built by pip in isolation from the source distribution, with every kernel and the launcher."""
     folder = tmp_path_factory.mktemp("native_wheel")
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, archive)
     run(*pip, cwd=folder, FASTATTN_BUILD_CUDA="1")

@@ -1,4 +1,4 @@
-"""What README.md says can be done, can be done."""
+"""README.md: its commands run, its tables are current, and its map names files that exist."""
 
 from __future__ import annotations
 

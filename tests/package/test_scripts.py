@@ -94,7 +94,7 @@ def test_torch_by_the_user(machine):
 
 
 def python_that_fails(words: str) -> str:
-    """python3, but any program with these words in it fails."""
+    """A python3 in which any program with these words in it fails."""
     return f'[[ "$2" == *{words}* ]] && exit 1\nexec {sys.executable} "$@"'
 
 
@@ -156,7 +156,7 @@ TOOLS, KERNELS, EDITABLE = (
 
 
 class Repository:
-    """A copy of what the set-up reads, with stand-ins for Python and the GPU."""
+    """A copy of the files that the set-up reads, with stand-ins for Python and the GPU."""
 
     def __init__(self, machine: Machine, folder: Path):
         self.machine, self.folder = machine, folder
@@ -172,7 +172,7 @@ class Repository:
         machine.command("nvidia-smi", "exit 9")
 
     def setup(self, **environment: str) -> list[str]:
-        """What pip and the kernels' build were asked for; "failed" at the end if the set-up did."""
+        """Runs the set-up; returns the calls of pip and of the kernels' build, and "failed" at the end if it did."""
         (self.folder / "pip.log").write_text("")
         command = ("bash", "-c", f"cd {self.folder} && scripts/setup.sh")
         result = self.machine.run(*command, **environment)

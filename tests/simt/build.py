@@ -55,7 +55,7 @@ def compiler() -> tuple[str, str]:
 
 @functools.cache
 def processor_flags() -> tuple[str, ...]:
-    """The flags with which fmaf() is one instruction and not a library call."""
+    """Options with which fmaf() is one instruction and not a library call, where the processor has it."""
     cpuinfo = Path("/proc/cpuinfo")
     words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     has_v3 = platform.machine() == "x86_64" and {"avx2", "fma", "bmi2", "f16c", "movbe", "abm"} <= words

@@ -187,7 +187,7 @@ def _schedule(schedule: str | int) -> tuple[int, int]:
 
 
 def check_launch(grid: Sequence[int], block: Sequence[int], dynamic_smem: int) -> None:
-    """ValueError for a launch that no GPU would accept."""
+    """Raises ValueError for a launch that no GPU would accept."""
     threads = block[0] * block[1] * block[2]
     if min(block) < 1 or threads > MAX_THREADS or block[2] > 64:
         raise ValueError(f"block: 1 to {MAX_THREADS} threads, at most 64 in z, got {tuple(block)}")

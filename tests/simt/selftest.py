@@ -1,5 +1,5 @@
-"""The launches of the executor's own tests, as CUDA C++ or as PTX: the kernels of simt/kernels, what their numbers must
-be, and where the report of each planted defect must point."""
+"""Kernels for the executor's own tests, as CUDA C++ or as PTX: those of simt/kernels, what their numbers must be,
+and where the report of each planted defect must point."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def struct(**fields: torch.Tensor | int) -> ctypes.Structure:
 
 
 def launch(library, kernel, grid, block, inputs, outputs, *, schedule="in-order", dynamic_smem=0, **sizes):
-    """Launch with guarded copies of the inputs; the outputs, in guarded memory, are returned."""
+    """Launches with guarded copies of the inputs; returns the outputs, in guarded memory."""
     inputs = {name: guarded(tensor) for name, tensor in inputs.items()}
     outputs = {name: guarded(tensor) for name, tensor in outputs.items()}
     buffers = [(tensor, name, False) for name, tensor in inputs.items()]
@@ -85,7 +85,7 @@ CORRECT = (run_matmul, run_row_sum, run_online_softmax)
 
 
 def check_correct(library, run, schedules):
-    """The kernel's numbers are right, and the same in every schedule; they are returned."""
+    """Asserts that the kernel's numbers are right, and the same in every schedule; returns them."""
     first = None
     for schedule in schedules:
         torch.manual_seed(0)
@@ -202,7 +202,7 @@ def source_line(site: str) -> str:
 
 
 def check_reports(error: SimtError, defect: str, address: str | None = None) -> None:
-    """The error holds the defect's report, at its lines, and nothing else."""
+    """Asserts that the error holds the defect's report, at its lines, and nothing else."""
     kind, usual_address, *lines = DEFECTS[defect]
     # Without the barrier, some threads read before anybody has written.
     also = {"uninitialised"} if defect in ("missing_barrier", "missing_syncwarp") else set()

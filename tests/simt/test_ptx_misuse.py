@@ -1,4 +1,4 @@
-"""PTX by hand: what the checks see in a launch and what not, and what is said of PTX that is unknown."""
+"""PTX by hand: defects that the checks see in a launch, limits of the checks, and errors about unknown PTX."""
 
 from __future__ import annotations
 

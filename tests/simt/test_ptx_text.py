@@ -139,7 +139,7 @@ def test_constants_and_packed_registers():
 
 @pytest.mark.parametrize(("addend", "expected"), [(-(2.0**-60), 193), (0.0, 194), (2.0**-60, 194)])
 def test_fused_bfloat16_is_rounded_once(addend, expected):
-    """(1 + 2^-7) * 1.5 lies half-way between 193 and 194 units of 2^-7; what is added is lost in float64."""
+    """(1 + 2^-7) * 1.5 lies half-way between 193 and 194 units of 2^-7, and float64 would lose the addend."""
     bits = torch.tensor([1 + 2**-7, 1.5, addend, expected / 128], dtype=torch.bfloat16).view(torch.int16).tolist()
     a, b, c, result = (x & 0xFFFF for x in bits)
     code = f"""
@@ -276,7 +276,7 @@ def test_atomics_and_reductions(operation, space):
     [("f32", 0x3F800000, 0x3F000000, 0x40000000), ("f16x2", 0x3C004000, 0x38003C00, 0x40004400)],
 )
 def test_atomic_sums_of_floats(type_, start, added, expected):
-    """1 + 0.5 + 0.5 of two threads; in halves with 2 + 1 + 1."""
+    """Atomic sums of two threads: 1 + 0.5 + 0.5, and in halves 2 + 1 + 1 beside it."""
     code = f"""
     mov.u32 %r2, cell;
     setp.eq.u32 %p1, %tid, 0;

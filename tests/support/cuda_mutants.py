@@ -64,6 +64,10 @@ def split(old: str, new: str, case: Case = PLAIN, caught_by: str = NUMBERS) -> M
     return Mutant("attention_bwd.cuh", old, new, case, caught_by, is_split=True)
 
 
+def bias_gradient(old: str, new: str, case: Case, caught_by: str = NUMBERS) -> Mutant:
+    return Mutant("attention_dbias.cuh", old, new, case, caught_by)
+
+
 def mask(old: str, new: str, case: Case = PLAIN, caught_by: str = NUMBERS) -> Mutant:
     return Mutant("mask.cuh", old, new, case, caught_by)
 

@@ -1,4 +1,4 @@
-"""Sabotage of the backward kernels: what is changed in attention_bwd.cuh, and the case that must notice."""
+"""Sabotage of the backward kernels: what is changed in their files, and the case that must notice."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tests.support.cuda_mutants import (
     STRADDLING,
     WINDOW,
     backward,
+    bias_gradient,
     split,
 )
 
@@ -137,36 +138,36 @@ SPLIT = {
 }
 
 BIAS_GRADIENT = {
-    "the first copy of the bias gradient lost": backward(
+    "the first copy of the bias gradient lost": bias_gradient(
         "int copy = 0; copy < dbias", "int copy = 1; copy < dbias", BIASED
     ),
-    "bias gradient of one key tile for all": backward("+ n % all.keys * T::kBlockN", "", PER_HEAD),
-    "bias gradient of one query tile for all": backward("+ n / all.keys % all.rows * T::kBlockM", "", PER_KEY),
-    "bias gradient of one head for all": backward("own_h + outer % all.heads", "own_h", PER_KEY),
-    "bias gradient of one sequence for all": backward("own_b + outer / all.heads", "own_b", PER_HEAD),
-    "bias gradient of another head's keys": backward(
+    "bias gradient of one key tile for all": bias_gradient("+ n % all.keys * T::kBlockN", "", PER_HEAD),
+    "bias gradient of one query tile for all": bias_gradient("+ n / all.keys % all.rows * T::kBlockM", "", PER_KEY),
+    "bias gradient of one head for all": bias_gradient("own_h + outer % all.heads", "own_h", PER_KEY),
+    "bias gradient of one sequence for all": bias_gradient("own_b + outer / all.heads", "own_b", PER_HEAD),
+    "bias gradient of another head's keys": bias_gradient(
         "const int h_k = key_head(p, h);\n        TileRows",
         "const int h_k = 0;\n        TileRows",
         replace(BIASED, heads=(4, 2)),
     ),
-    "bias gradient of the first keys for all": backward("k.advance(j0), v.advance(j0);", "", BIASED),
-    "bias gradient with a tile's own delta": backward(
+    "bias gradient of the first keys for all": bias_gradient("k.advance(j0), v.advance(j0);", "", BIASED),
+    "bias gradient with a tile's own delta": bias_gradient(
         "h, i0, j0, true, left, right, lane);\n        for_each",
         "h, i0, j0, false, left, right, lane);\n        for_each",
         BIASED,
     ),
-    "every copy of the bias gradient has all": backward("n = blockIdx.y; n <", "n = 0; n <", PER_HEAD),
-    "every copy of the bias gradient goes on to all": backward("n += gridDim.y", "n += 1", PER_HEAD),
-    "bias gradient not summed over keys": backward(
+    "every copy of the bias gradient has all": bias_gradient("n = blockIdx.y; n <", "n = 0; n <", PER_HEAD),
+    "every copy of the bias gradient goes on to all": bias_gradient("n += gridDim.y", "n += 1", PER_HEAD),
+    "bias gradient not summed over keys": bias_gradient(
         "if (keys_broadcast && threadIdx", "if (false && threadIdx", PER_HEAD
     ),
-    "bias gradient not summed over rows": backward(
+    "bias gradient not summed over rows": bias_gradient(
         "if (rows_broadcast && threadIdx", "if (false && threadIdx", PER_KEY
     ),
-    "bias gradient written past a row's end": backward(
+    "bias gradient written past a row's end": bias_gradient(
         "if (own_i0 + row < dbias.rows && own_j0 + key < dbias.keys)", "if (own_i0 + row < dbias.rows)", BIASED, "race"
     ),
-    "bias gradient written past the last row": backward(
+    "bias gradient written past the last row": bias_gradient(
         "if (own_i0 + row < dbias.rows && own_j0 + key < dbias.keys)", "if (own_j0 + key < dbias.keys)", BIASED, "race"
     ),
 }

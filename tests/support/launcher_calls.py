@@ -1,4 +1,4 @@
-"""The launch of tests/cuda/test_launcher*.py: a kernel with the parameters of one small problem."""
+"""A kernel launch with the parameters of one small problem, for the tests of the launcher."""
 
 from __future__ import annotations
 

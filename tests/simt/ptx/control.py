@@ -42,7 +42,7 @@ def trap(match: re.Match, instruction: Instruction, scope: Scope) -> str:
 
 @instruction("call[.uni]", operands=(1, 2, 3))
 def call(match: re.Match, instruction: Instruction, scope: Scope) -> str:
-    """Results and arguments are variables in parameter space, which the function gets pointers to."""
+    """A call of a device function: it gets pointers to its results and arguments in parameter space."""
     lists = [operand[1:-1] for operand in instruction.operands if operand.startswith("(")]
     (name,) = (operand for operand in instruction.operands if not operand.startswith("("))
     if name not in scope.functions:

@@ -49,7 +49,7 @@ def _rounded_value(match: re.Match, result: str, source: str, value: str) -> str
 
 @instruction("cvt.rn.f16x2.f32", "cvt.rn.bf16x2.f32", operands=3)
 def convert_pair(match: re.Match, instruction: Instruction, scope: Scope) -> str:
-    """The first operand goes to the upper half."""
+    """A packed conversion of two operands; the first one goes to the upper half."""
     target, upper, lower = instruction.operands
     pair = match[0].split(".")[2]
     return scope.assign(target, pair, f"{pair}({scope.value(lower, 'f32')}, {scope.value(upper, 'f32')})")

@@ -18,7 +18,7 @@ CACHING = "[.<cache>][.nc][.<evict>][.<prefetch>]"
 
 
 def state_space(match: re.Match) -> str:
-    """global, shared, local, param or const; "" for a generic address."""
+    """The state space: global, shared, local, param or const; "" for a generic address."""
     return (match["space"] or "").split("::")[0]
 
 
@@ -108,7 +108,7 @@ def move(match: re.Match, instruction: Instruction, scope: Scope) -> str:
 
 @instruction("cvta.<space>.<word>", "cvta.<space>.u64", "cvta.to.<space>.u64", operands=2)
 def convert_address(match: re.Match, instruction: Instruction, scope: Scope) -> str:
-    """A generic address is one of the machine that runs this, and so are all but the addresses of shared memory."""
+    """A conversion of addresses: all but those of shared memory are, like generic ones, addresses of this machine."""
     target, source = instruction.operands
     if source in scope.variables:
         return scope.assign(target, "u64", f"address_of({scope.pointer(source)})")

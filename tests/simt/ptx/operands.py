@@ -1,4 +1,4 @@
-"""The names of the operands of PTX instructions in the emitted C++."""
+"""Operands of PTX instructions as expressions of the emitted C++."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads PTX text: what a module declares, and the statements of its functions, each with its place in the source."""
+"""Reads PTX text: declarations of a module, and the statements of its functions, each with its place in the source."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PtxError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a statement stands: its line of the PTX, and the source line it was compiled from, if the PTX says so."""
+    """The place of a statement: its line of the PTX, and the source line it was compiled from, if the PTX says so."""
 
     ptx_line: int
     file: str = ""
@@ -177,7 +177,7 @@ def parse_module(text: str, name: str) -> Module:
 
 
 def _add_declaration(module: Module, position: int) -> int:
-    """Enters what stands there; where the text goes on."""
+    """Adds the declaration at a position to the module; returns the position after it."""
     if ignored := IGNORED_LINE.match(module.text, position):
         return ignored.end()
     if header := HEADER.match(module.text, position):
@@ -192,7 +192,7 @@ def _add_declaration(module: Module, position: int) -> int:
 
 
 def _add_function(module: Module, header: re.Match) -> int:
-    """Enters the function, if it has a body; where the text goes on."""
+    """Adds the function to the module if it has a body; returns the position after it."""
     if header["end"] == ";":
         return header.end()
     begin = header.end() - 1

@@ -1,0 +1,116 @@
+"""The settings of the native build: architectures and other variables, and what it does where a tool is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.native_build import Settings, Tree, build_native, lacking, needs_tools
+
+# ---- variables of the environment ----
+
+
+@pytest.mark.parametrize(
+    ("text", "archs"),
+    [
+        ("", ["sm_60", "sm_70", "sm_75", "sm_80", "sm_90", "compute_60", "compute_90"]),
+        ("60", ["sm_60"]),
+        ("60;sm_75; compute_90;", ["sm_60", "sm_75", "compute_90"]),
+        ("sm_80;80", ["sm_80"]),
+        ("120", ["sm_120"]),
+    ],
+)
+def test_architectures(text, archs):
+    assert list(map(str, Settings.read({"FASTATTN_CUDA_ARCHS": text}).archs)) == archs
+
+
+@pytest.mark.parametrize("text", ["50", "6", "6.0", "sm60", "compute_", "90a", "60,70", "all"])
+def test_a_wrong_architecture_is_named_with_the_possible_ones(text):
+    with pytest.raises(ValueError, match=f"^FASTATTN_CUDA_ARCHS: .* got '{text}'") as raised:
+        Settings.read({"FASTATTN_CUDA_ARCHS": f"75;{text}"})
+    assert lacking or re.search(r"; NVRTC \d+\.\d+ compiles for .*\b75, 80\b", str(raised.value))
+
+
+@needs_tools
+def test_an_architecture_that_nvrtc_lacks_is_named_with_the_possible_ones(tree):
+    said = tree.failure(FASTATTN_CUDA_ARCHS="80;compute_95")
+    assert re.search(r"FASTATTN_CUDA_ARCHS: compute_95 cannot be built; NVRTC \d+\.\d+ compiles for .*\b75, 80\b", said)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "rule"),
+    [
+        ("FASTATTN_BUILD_CUDA", "no", "must be 0 or 1"),
+        ("MAX_JOBS", "many", "must be a number of at least 1"),
+        ("MAX_JOBS", "0", "must be a number of at least 1"),
+    ],
+)
+def test_other_wrong_values(variable, value, rule):
+    with pytest.raises(ValueError, match=f"^{variable}: {rule}, got '{value}'$"):
+        Settings.read({variable: value})
+
+
+def test_number_of_jobs(monkeypatch, tmp_path):
+    assert (Settings.read({}).jobs, Settings.read({"MAX_JOBS": "3"}).jobs) == (os.cpu_count(), 3)
+    commands = []
+    monkeypatch.setattr(build_native, "WORK", tmp_path)
+    completed = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: commands.append(command) or completed)
+    build_native._run_ninja("", 3)
+    assert commands[0][-2:] == ["-j", "3"]
+
+
+# ---- without the tools ----
+
+
+def test_pure_python_on_request(tmp_path):
+    tree = Tree(tmp_path / "tree")
+    assert "installed without CUDA kernels: FASTATTN_BUILD_CUDA=0" in tree.build(FASTATTN_BUILD_CUDA="0")
+    assert (tree.built, tree.manifest) == ({"build.json"}, {"reason": "FASTATTN_BUILD_CUDA=0"})
+
+
+@needs_tools
+def test_pure_python_takes_earlier_kernels_away(tree):
+    tree.build(FASTATTN_BUILD_CUDA="0")
+    assert tree.built == {"build.json"}
+
+
+MISSING = {
+    "system": r"built on Linux, and this is \w+",
+    "compiler": r"no C\+\+ compiler \(/nonexistent/c\+\+\)",
+    "headers": r"no headers of Python \(python3-dev\)",
+    "pybind11": r"no package pybind11",
+    "ninja": r"no package ninja",
+    "nvrtc": r"no usable NVRTC: .*pip install nvidia-cuda-nvrtc-cu12",
+}
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_a_missing_tool_is_the_reason(monkeypatch, tmp_path, what):
+    environment = {"CXX": "/nonexistent/c++"} if what == "compiler" else {}
+    if what == "system":
+        monkeypatch.setattr(sys, "platform", "darwin")
+    elif what == "headers":
+        monkeypatch.setattr(build_native.sysconfig, "get_path", lambda name: str(tmp_path))
+    elif what == "nvrtc":
+        monkeypatch.setattr(build_native.nvrtc, "_libraries", lambda: iter(()))
+    elif what != "compiler":
+        found = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == what else found(name))
+    reason = build_native.why_pure_python(Settings.read(environment))
+    assert re.search(MISSING[what], reason)
+    assert lacking or "; no" not in reason  # and it is the only one
+
+
+@needs_tools
+def test_a_missing_tool_is_no_failure_unless_kernels_are_demanded(tree):
+    said = tree.build(CXX="/nonexistent/c++")
+    assert "installed without CUDA kernels: no C++ compiler (/nonexistent/c++)" in said
+    assert tree.manifest == {"reason": "no C++ compiler (/nonexistent/c++)"}
+    said = tree.failure(CXX="/nonexistent/c++", FASTATTN_BUILD_CUDA="1")
+    assert "FASTATTN_BUILD_CUDA=1, but the CUDA kernels cannot be built: no C++ compiler" in said

@@ -1,0 +1,71 @@
+"""The description that `detect` gives of this machine, and of others by their files and variables."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+
+from fastattn import info
+from fastattn.cuda_kernels import images
+from fastattn.cuda_kernels.sources import Arch
+from fastattn.machine import VisibleGpu, detect
+
+
+def test_detects_what_torch_says():
+    system = detect()
+    assert system.versions["torch"] == str(torch.__version__)
+    assert system.torch_sees_gpus == torch.cuda.is_available()
+    assert not torch.cuda.is_available() or len(system.gpus) == torch.cuda.device_count()
+
+
+def test_detects_what_was_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(images, "_KERNELS", tmp_path)
+    sources = images.sources().digest
+    manifest = {"architectures": ["sm_60", "compute_90"], "nvrtc": "12.9", "sources": sources, "commit": None}
+    (tmp_path / "build.json").write_text(json.dumps(manifest))
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", "/cache")
+    system = detect()
+    assert system.kernels.archs == (Arch("sm", 60), Arch("compute", 90))
+    assert (system.kernels_problem, system.cache_dir) == (None, "/cache")
+    (tmp_path / "build.json").write_text(json.dumps(manifest | {"sources": "others"}))
+    assert "csrc has changed" in detect().kernels_problem
+
+
+def test_detects_the_compiler_for_run_time(monkeypatch):
+    monkeypatch.setenv("FASTATTN_NVRTC_LIB", "/nonexistent")
+    system = detect()
+    assert system.nvrtc is None and "FASTATTN_NVRTC_LIB: must be a file" in system.nvrtc_problem
+
+
+@pytest.mark.parametrize("launcher", [None, types.ModuleType("fastattn._launcher")])
+def test_detects_the_launcher(monkeypatch, launcher):
+    monkeypatch.setitem(sys.modules, "fastattn._launcher", launcher)
+    assert (detect().launcher_problem is None) is (launcher is not None)
+
+
+def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    report = info.gather(detect())
+    assert report["compiler"] is None
+    assert any("no C++ compiler" in problem["problem"] for problem in report["problems"])
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_gpus_that_torch_cannot_see_are_listed_unless_hidden(monkeypatch, tmp_path, hidden):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\necho '535.104.05, 6.0, Tesla P100-PCIE-16GB'\necho '535.104.05, 7.0, Tesla V100, the second'\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "" if hidden else "0,1")
+    system = detect()
+    gpus = (VisibleGpu("Tesla P100-PCIE-16GB", (6, 0)), VisibleGpu("Tesla V100, the second", (7, 0)))
+    assert system.driver == "535.104.05"
+    assert system.gpus == (() if hidden else gpus)

@@ -1,0 +1,111 @@
+"""The native build on a small tree of its own: one kernel, two architectures, a launcher without pybind11."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ARCHS = "60;compute_80"
+IMAGES = {f"attention_{e}.{a}" for e in ("float32", "float16", "bfloat16") for a in ("sm_60.cubin", "compute_80.ptx")}
+
+KERNELS = """
+#include "table.h"
+extern "C" __global__ void first(FASTATTN_ELEMENT* x) { x[0] = FASTATTN_ELEMENT(kFactor); }
+extern "C" __global__ void second() {}
+"""
+TABLE = """
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#else
+#include "elsewhere.h"
+#endif
+constexpr float kFactor = 3.0f;
+"""
+LAUNCHER = '#include "driver.h"\nextern "C" int answer() { return kAnswer; }\n'
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("build_native", ROOT / "scripts" / "build_native.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # for its dataclass
+    spec.loader.exec_module(module)
+    return module
+
+
+build_native = load()
+LAUNCHER_FILE = build_native.LAUNCHER
+Settings = build_native.Settings
+lacking = build_native.why_pure_python(Settings.read({}))
+needs_tools = pytest.mark.skipif(lacking is not None, reason=f"the native build: {lacking}")
+
+
+class Tree:
+    """A copy of the build's own files with small sources."""
+
+    said = ""  # output of the first build
+
+    def __init__(self, folder: Path):
+        self.folder, self.package = folder, folder / "fastattn"
+        files = [
+            "scripts/build_native.py",
+            *(f"fastattn/cuda_kernels/{name}.py" for name in ("__init__", "nvrtc", "sources")),
+        ]
+        for name in [*files, "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+        (self.package / "__init__.py").write_text("")
+        sources = {"attention.cu": KERNELS, "table.h": TABLE, "launcher.cpp": LAUNCHER}
+        for name, text in (sources | {"driver.h": "constexpr int kAnswer = 42;\n"}).items():
+            self.write(f"csrc/{name}", text)
+
+    def write(self, name: str, text: str) -> None:
+        (self.folder / name).parent.mkdir(exist_ok=True)
+        (self.folder / name).write_text(text)
+
+    def run(self, *command: object, **environment: str) -> subprocess.CompletedProcess:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("FASTATTN_")}
+        environment = inherited | {"FASTATTN_CUDA_ARCHS": ARCHS} | environment
+        command = [sys.executable, *map(str, command)]
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120)
+
+    def build(self, **environment: str) -> str:
+        """Runs the build, which has to succeed; returns its output."""
+        result = self.run("scripts/build_native.py", **environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    def failure(self, **environment: str) -> str:
+        """Runs the build, which has to fail; returns its output."""
+        result = self.run("scripts/build_native.py", **environment)
+        assert result.returncode != 0, result.stdout
+        return result.stdout + result.stderr
+
+    @property
+    def manifest(self) -> dict:
+        return json.loads((self.package / "_kernels/build.json").read_text())
+
+    @property
+    def built(self) -> set[str]:
+        """The files of the native part in the package."""
+        names = {str(file.relative_to(self.package)) for file in self.package.rglob("*") if file.is_file()}
+        return {
+            name.removeprefix("_kernels/") for name in names if name.startswith("_kernels/") or name == LAUNCHER_FILE
+        }
+
+
+def edges(output: str) -> set[str]:
+    """The edges that ninja ran, by kind and with their number: {"6 NVRTC", "1 C++"}."""
+    ran = re.findall(r"^\[\d+/\d+\] (NVRTC|C\+\+)", output, re.MULTILINE)
+    assert bool(ran) is ("no work to do" not in output)
+    return {f"{ran.count(kind)} {kind}" for kind in set(ran)}
