@@ -121,7 +121,7 @@ def train_and_translate(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---- the model
+# ---- the model ----
 
 
 def build_model(vocabulary: Vocabulary) -> fastattn.Transformer:
@@ -159,7 +159,7 @@ def load_model(folder: Path, device: str) -> tuple[fastattn.Transformer, Vocabul
     return fastattn.Transformer.load(folder / "model.pt", device).eval(), vocabulary
 
 
-# ---- training
+# ---- training ----
 
 
 @dataclass
@@ -255,7 +255,7 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-# ---- translation
+# ---- translation ----
 
 
 def translate_texts(model: fastattn.Transformer, vocabulary: Vocabulary, texts: list[str]) -> list[str]:
@@ -279,7 +279,7 @@ def report(translations: list[str], test: list[tuple[str, str]]) -> None:
         print("  as the reference\n" if translation == german else f"  reference   {german}\n")
 
 
-# ---- pictures
+# ---- pictures ----
 
 
 def draw_history(path: Path, history: History) -> None:

@@ -67,7 +67,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-# ---- random numbers
+# ---- random numbers ----
 
 
 def seed_random(seed: int) -> None:

@@ -57,7 +57,7 @@ class Corpus:
     lines: int | None = None
 
 
-# ---- where the paper's data is
+# ---- where the paper's data is ----
 
 _STATMT = "https://www.statmt.org"
 _EUROPARL = Download(
@@ -182,7 +182,7 @@ PREPARATIONS = {
 }
 
 
-# ---- reading
+# ---- reading ----
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def draw_attention(path: Path, weights: Tensor, source: Sequence[str], target: S
 
     Args:
         path: file to write.
-        weights: `(heads, target, source)`, each in [0, 1].
+        weights: (heads, target, source), each in [0, 1].
         source, target: the pieces of the columns and of the rows.
         title: above all panels.
 

@@ -59,7 +59,7 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
 
-# ---- cleaning
+# ---- cleaning ----
 
 
 def normalized_files(folder: Path, split: str) -> list[Path]:
@@ -144,7 +144,7 @@ def sample_sentences(files: list[Path], pairs: int, sample_pairs: int) -> Iterat
                 yield line
 
 
-# ---- encoding
+# ---- encoding ----
 
 
 def encode_split(split: str, folder: Path, model: Path, vocab_size: int, pairs: int, workers: Workers) -> list[int]:

@@ -120,7 +120,7 @@ def prepare(args: argparse.Namespace) -> None:
         write_json(folder / PREPARATION_FILE, description)
 
 
-# ---- what to do
+# ---- what to do ----
 
 
 def chosen_preparation(args: argparse.Namespace) -> Preparation:
@@ -172,7 +172,7 @@ def describe(args: argparse.Namespace, preparation: Preparation, paths: dict[Tex
     return {"preparation": args.preparation, **settings, **options, **ids, "inputs_sha256": inputs}
 
 
-# ---- the folder
+# ---- the folder ----
 
 
 @contextmanager
@@ -213,7 +213,7 @@ def learn_subwords(folder: Path, preparation: Preparation, pairs: int, sample_pa
     (folder / MODEL_FILE).write_bytes(model)
 
 
-# ---- the report
+# ---- the report ----
 
 
 def kept(reports: list[CorpusReport]) -> int:

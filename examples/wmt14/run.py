@@ -94,7 +94,7 @@ class Run:
                 return True
         return False
 
-    # ---- parts of the loop
+    # ---- parts of the loop ----
 
     def _is_due(self, every: int | None) -> bool:
         return self.update % (every or self.updates_per_epoch) == 0 or self.update == self.config.updates
@@ -114,7 +114,7 @@ class Run:
         lengths = self.batches.source_lengths[pairs], self.batches.target_lengths[pairs]
         return training_flops(self.trainer.model.config, *lengths)
 
-    # ---- state
+    # ---- state ----
 
     def _save(self) -> None:
         if self.world.is_main:
@@ -137,7 +137,7 @@ class Run:
         self.clock = Clock(**state["clock"])
         set_random_state(state["random"])
 
-    # ---- beginning
+    # ---- beginning ----
 
     def _prepare_folder(self, num_pairs: int) -> Path | None:
         """The checkpoint to go on from, if any, in a folder that is this recipe's."""

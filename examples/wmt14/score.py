@@ -52,7 +52,7 @@ class Score:
     signature: str
 
 
-# ---- the paper's tokens
+# ---- the paper's tokens ----
 
 
 def plain_quotes(text: str) -> str:
@@ -88,7 +88,7 @@ def paper_tokens(text: str) -> str:
     return split_compounds(moses_tokens(plain_quotes(text), "de"))
 
 
-# ---- metrics
+# ---- metrics ----
 
 
 def score(
@@ -167,7 +167,7 @@ def _details(result: BLEUScore) -> str:
     return f"{precisions} BP {result.bp:.3f} lengths {result.sys_len} {result.ref_len}"
 
 
-# ---- the command
+# ---- the command ----
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -104,7 +104,7 @@ class Translator:
         )
 
 
-# ---- lines
+# ---- lines ----
 
 
 def translated_lines(
@@ -146,7 +146,7 @@ def opened_output(path: Path | None) -> Iterator[TextIO]:
         partial.unlink(missing_ok=True)
 
 
-# ---- the command
+# ---- the command ----
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

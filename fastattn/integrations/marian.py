@@ -93,7 +93,7 @@ def load_marian(folder: str | PathLike) -> Transformer:
     return filled(model, state, folder)
 
 
-# ---- parameters
+# ---- parameters ----
 
 
 def _sines_first(d_model: int) -> Tensor:
@@ -174,7 +174,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-# ---- configuration
+# ---- configuration ----
 
 
 def _check_architecture(config: TransformerConfig) -> None:
@@ -272,7 +272,7 @@ def _config_of(marian: dict[str, Any], num_target_spaces: int) -> TransformerCon
     )
 
 
-# ---- tokenizer
+# ---- tokenizer ----
 
 
 def _save_tokenizer(config: TransformerConfig, sentencepiece_model: Path, folder: Path) -> None:

@@ -4,6 +4,8 @@ An epoch's updates depend on the seed and the epoch alone. How many processes or
 changes nothing but who computes which of its pairs, and (epoch, index) is the whole position in the data.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -25,7 +27,7 @@ class TokenBatches:
     update of an epoch is smaller.
 
     Args:
-        source_lengths, target_lengths: `(pairs,)` integers, ids of each sentence, its end included.
+        source_lengths, target_lengths: (pairs,) integers, ids of each sentence, its end included.
         tokens_per_update: most ids of a side, over all processes and accumulation steps.
         seed: of the order of pairs and updates.
         max_length: pairs with a longer side are left out; `num_left_out` counts them.

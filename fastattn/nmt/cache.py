@@ -1,5 +1,7 @@
 """Cached keys and values: a decoder that reads one position at a time."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import cast
 
@@ -56,7 +58,7 @@ class DecoderCache:
 
     Args:
         model: in evaluation mode, or dropout applies.
-        source: `(batch, length)` int64 ids, padding on the right.
+        source: (batch, length) int64 ids, padding on the right.
         target_space: as in `Transformer.hidden`.
     """
 
@@ -69,7 +71,7 @@ class DecoderCache:
         self.layers = [_LayerCache(layer.cross_attention, memory, mask) for layer in decoder]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits `(sentences, beam, vocab_size)` of what follows the newest decoder inputs `(sentences, beam)`."""
+        """Logits (sentences, beam, vocab_size) of what follows the newest decoder inputs (sentences, beam)."""
         position = torch.tensor(self.length, device=tokens.device)
         self.length += 1
         return self.model.logits(self.model.decode(tokens, position, self.length, self.layers))

@@ -5,6 +5,8 @@ A folder holds, for every split and side, `{split}.{side}.tokens.npy`, the ids o
 vocabulary allows it, else int32.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import cached_property
 from io import BytesIO
@@ -28,7 +30,7 @@ def _files(folder: str | PathLike, split: str, side: str) -> tuple[Path, Path]:
     return folder / f"{split}.{side}.tokens.npy", folder / f"{split}.{side}.offsets.npy"
 
 
-# ---- writing
+# ---- writing ----
 
 
 class _GrowingArray:
@@ -80,8 +82,8 @@ class TokenWriter:
         """Append sentences.
 
         Args:
-            ids: `(total,)` integers, the sentences end to end.
-            lengths: `(sentences,)` ids of each; they add up to `total`.
+            ids: (total,) integers, the sentences end to end.
+            lengths: (sentences,) ids of each; they add up to `total`.
 
         Raises:
             ValueError: ids outside the vocabulary, or lengths that do not add up.
@@ -94,7 +96,7 @@ class TokenWriter:
         self._offsets.append(self._tokens.length + lengths.cumsum())
         self._tokens.append(ids)
 
-    def __enter__(self) -> "TokenWriter":
+    def __enter__(self) -> TokenWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
@@ -102,7 +104,7 @@ class TokenWriter:
             array.close(is_complete=kind is None)
 
 
-# ---- reading
+# ---- reading ----
 
 
 class _Side:
@@ -163,7 +165,7 @@ class ParallelTokens:
         self._size = sizes[0]
 
     @classmethod
-    def open(cls, folder: str | PathLike, split: str) -> "ParallelTokens":
+    def open(cls, folder: str | PathLike, split: str) -> ParallelTokens:
         """The same as `ParallelTokens(folder, split)`."""
         return cls(folder, split)
 
@@ -172,12 +174,12 @@ class ParallelTokens:
 
     @property
     def source_lengths(self) -> NDArray[np.int32]:
-        """`(pairs,)` int32, ids of every source sentence, its end included."""
+        """(pairs,) int32, ids of every source sentence, its end included."""
         return self._source.lengths
 
     @property
     def target_lengths(self) -> NDArray[np.int32]:
-        """`(pairs,)` int32, ids of every target sentence, its end included."""
+        """(pairs,) int32, ids of every target sentence, its end included."""
         return self._target.lengths
 
     def pair(self, index: int) -> tuple[NDArray, NDArray]:
@@ -192,8 +194,8 @@ class ParallelTokens:
         """Source and target of some pairs, as `Transformer.hidden` takes them.
 
         Args:
-            indices: `(batch,)` which pairs, in any order.
-            packed: `PackedTokens`, else int64 tensors `(batch, length)` padded on the right.
+            indices: (batch,) which pairs, in any order.
+            packed: `PackedTokens`, else int64 tensors (batch, length) padded on the right.
             pad_id: what fills the padding.
 
         Raises:

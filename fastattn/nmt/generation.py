@@ -10,6 +10,8 @@ sentence may follow, so every hypothesis returned is a whole sentence with its t
 first in the order (hypothesis, id) wins.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -47,11 +49,11 @@ class _Recorder(TeacherForcing):
 
 
 def cross_attention_weights(model: Transformer, source: Tensor, target: Tensor, target_space: int = 0) -> Tensor:
-    """What each target id looked at when it was predicted: `(batch, layers, heads, target, source)`.
+    """What each target id looked at when it was predicted: (batch, layers, heads, target, source).
 
     Args:
         model: in evaluation mode.
-        source, target: `(batch, length)` int64 ids, padding on the right.
+        source, target: (batch, length) int64 ids, padding on the right.
         target_space: as in `Transformer.hidden`.
     """
     pad_id = model.config.pad_id
@@ -63,7 +65,7 @@ def cross_attention_weights(model: Transformer, source: Tensor, target: Tensor, 
     return torch.stack([recorder.weights for recorder in recorders], dim=1)
 
 
-# ---- search
+# ---- search ----
 
 
 def length_penalty(length: int | Tensor, alpha: float, kind: str = "paper") -> Any:
@@ -82,7 +84,7 @@ class _Search:
     """The beams of all sentences that are not complete yet.
 
     Args:
-        max_lengths: `(sentences,)` int64, the most ids of a hypothesis, its end of sentence included.
+        max_lengths: (sentences,) int64, the most ids of a hypothesis, its end of sentence included.
         beam_size: living hypotheses of a sentence.
         num_candidates: extensions considered at each step.
         num_hypotheses: finished hypotheses kept.
@@ -110,7 +112,7 @@ class _Search:
         self.finished_scores = torch.full((sentences, num_hypotheses), -torch.inf, device=device)
 
     def advance(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Extend every hypothesis by one id, given `logits` `(sentences, beam, vocab_size)`.
+        """Extend every hypothesis by one id, given `logits` (sentences, beam, vocab_size).
 
         Returns:
             What `DecoderCache.select` takes: the hypotheses the new ones extend, and the sentences still incomplete.
@@ -131,7 +133,7 @@ class _Search:
         return self._drop_complete(is_last | (self.finished_scores[:, -1] >= reachable), hypotheses)
 
     def _extension_log_probs(self, logits: Tensor, is_last: Tensor) -> Tensor:
-        """`(sentences, beam, vocab_size)` log-probabilities of all hypotheses, each extended by every id."""
+        """(sentences, beam, vocab_size) log-probabilities of all hypotheses, each extended by every id."""
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         log_probs[..., self.config.pad_id] = -torch.inf
         if is_last.any():
@@ -177,7 +179,7 @@ def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _take(sequences: Tensor, rows: Tensor) -> Tensor:
-    """`sequences[i, rows[i, j]]` of `(sentences, n, length)` and `(sentences, m)`."""
+    """`sequences[i, rows[i, j]]` of (sentences, n, length) and (sentences, m)."""
     return sequences.gather(1, rows[..., None].expand(-1, -1, sequences.shape[2]))
 
 
@@ -197,7 +199,7 @@ def beam_search(
 
     Args:
         model: in evaluation mode.
-        source: `(batch, length)` int64 ids, padding on the right.
+        source: (batch, length) int64 ids, padding on the right.
         beam_size: hypotheses that live on at each step.
         alpha: exponent of the length penalty, at least 0.
         max_extra_tokens: a translation has at most this many ids more than its source, its end of sentence included

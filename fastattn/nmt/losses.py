@@ -5,6 +5,8 @@ chunk of tokens computes its logits, its part of the loss and its part of both g
 three matrix products in all, as many as without chunks, and memory for one chunk of logits.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +47,9 @@ def label_smoothed_cross_entropy(
     products run in its dtype. The result does not depend on `chunk_size` but for rounding.
 
     Args:
-        hidden: `(..., d_model)` float, the decoder's states.
-        weight: `(V, d_model)` float, the output matrix.
-        target: `(...)` int64, the true ids.
+        hidden: (..., d_model) float, the decoder's states.
+        weight: (V, d_model) float, the output matrix.
+        target: (...) int64, the true ids.
         label_smoothing: eps, in [0, 1).
         pad_id: tokens with this target count nothing.
         chunk_size: tokens whose logits exist at a time; by default as many as make 128 MB of float32 logits, on the

@@ -1,5 +1,7 @@
 """Learning rates: the paper's, with linear warm-up and then the inverse square root of the step, and a linear one."""
 
+from __future__ import annotations
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 

@@ -109,7 +109,7 @@ print(peak() - before)
     assert int(grown) < 10
 
 
-# ---- what is refused
+# ---- what is refused ----
 
 
 def test_files_not_written_to_their_end_are_refused(tmp_path):

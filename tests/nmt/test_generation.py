@@ -1,5 +1,7 @@
 """Search against exhaustive enumeration and against a plain search that caches nothing."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import replace
 from itertools import product
@@ -53,7 +55,7 @@ def sentences(*lengths, vocab=5, seed=0):
 
 @torch.no_grad()
 def log_probs(model, source, prefix):
-    """Log-probabilities `(vocab,)` of what follows `prefix`, the whole decoder run anew."""
+    """Log-probabilities (vocab,) of what follows `prefix`, the whole decoder run anew."""
     target = torch.tensor([[*prefix, EOS]])
     return model(source[None], target)[0, -1].log_softmax(-1)
 

@@ -1,5 +1,7 @@
 """Models in other people's formats: the same logits there, the same model back."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 

@@ -1,5 +1,7 @@
 """The chunked label-smoothed loss against its formula, and the learning rate against the paper's numbers."""
 
+from __future__ import annotations
+
 import math
 
 import pytest
@@ -192,7 +194,7 @@ def test_errors(changes, message):
         label_smoothed_cross_entropy(**{"hidden": hidden, "weight": weight, "target": target, **changes})
 
 
-# ---- schedule
+# ---- schedule ----
 
 
 @pytest.mark.parametrize(("d_model", "peak"), [(512, "6.99e-04"), (1024, "4.94e-04")])

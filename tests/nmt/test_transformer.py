@@ -1,5 +1,7 @@
 """The paper's Transformer: an independent computation of it, and padded against packed execution."""
 
+from __future__ import annotations
+
 import copy
 import math
 from dataclasses import asdict, replace
@@ -33,7 +35,7 @@ def config(request):
     return request.param
 
 
-# ---- the computation
+# ---- the computation ----
 
 
 def plain_transformer(model, source, target):
@@ -238,7 +240,7 @@ def test_target_space_is_added_to_the_encoder_input():
     assert torch.equal(model.encode(source, target_space=31), first)
 
 
-# ---- torch
+# ---- torch ----
 
 
 def test_autocast():

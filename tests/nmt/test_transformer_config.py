@@ -1,5 +1,7 @@
 """The paper's Transformer before any training: configurations, parameter counts, initial values, positions."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ from fastattn.nmt.config import TransformerConfig
 from fastattn.nmt.transformer import Transformer, sinusoidal_positions
 from tests.support.tiny_transformer import TINY, sentences
 
-# ---- configuration
+# ---- configuration ----
 
 MILLIONS = {
     "base": 65.15,
@@ -86,7 +88,7 @@ def test_heads_that_do_not_divide_the_width():
     assert model(sentences([3]), sentences([4])).shape == (1, 4, 13)
 
 
-# ---- initial values
+# ---- initial values ----
 
 
 def test_initial_values():

@@ -1,5 +1,7 @@
 """Averaging checkpoints, and what a checkpoint may not do to its reader."""
 
+from __future__ import annotations
+
 import json
 import os
 from dataclasses import replace

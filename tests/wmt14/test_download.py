@@ -160,7 +160,7 @@ def test_prepare_downloads_and_says_what_is_wrong(server, tmp_path, monkeypatch)
     assert len(ParallelTokens.open(tmp_path / "out", "train")) == 300
 
 
-# ---- archives
+# ---- archives ----
 
 
 LINES = [f"Zeile {i} ü" for i in range(5000)]

@@ -1,5 +1,7 @@
 """Exported folders: they translate as the model does, here and in Hugging Face's classes."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from torch import nn

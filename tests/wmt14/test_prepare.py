@@ -87,7 +87,7 @@ def test_workers_keep_order_and_read_little_ahead():
         assert list(results) == [str(i) for i in range(3, 100)]
 
 
-# ---- bad text
+# ---- bad text ----
 
 
 BAD = {
@@ -197,7 +197,7 @@ def test_wrong_arguments_stop(files, out):
     assert not out.exists()
 
 
-# ---- half made, made before
+# ---- half made, made before ----
 
 
 def test_the_folder_appears_only_when_complete(files, out, monkeypatch):
@@ -251,7 +251,7 @@ def test_the_same_again_is_done_before_it_starts(files, out, capsys):
         prepare(out, files)
 
 
-# ---- how text is written
+# ---- how text is written ----
 
 
 def test_lower_case_and_moses(files, out):
@@ -344,7 +344,7 @@ def test_cleaner_keeps_what_is_at_its_bounds():
     assert cleaner(b"a < b", b"x <y> z") == ("a < b", "x <y> z")
 
 
-# ---- what is known of the downloads
+# ---- what is known of the downloads ----
 
 
 def test_the_table_of_preparations():

@@ -1,5 +1,7 @@
 """Scores, step by step, on tables of tokens made by hand."""
 
+from __future__ import annotations
+
 import json
 import math
 
@@ -157,7 +159,7 @@ def test_refusals(arguments, message):
         score.score(*arguments)
 
 
-# ---- the command
+# ---- the command ----
 
 
 @pytest.fixture

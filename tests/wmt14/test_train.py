@@ -59,7 +59,7 @@ def finished(data, tmp_path_factory):
     return run
 
 
-# ---- what it writes
+# ---- what it writes ----
 
 
 def test_log(finished, data):
@@ -144,7 +144,7 @@ def test_checkpointed_activations(data, tmp_path, monkeypatch):
     assert layers == ["EncoderLayer", "DecoderLayer"] * 4  # not for the validation after the last update
 
 
-# ---- when it stops
+# ---- when it stops ----
 
 
 def test_patience(data, tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_nan_ends_the_run_and_names_the_batch(data, tmp_path, monkeypatch, capsy
     assert all(p.isfinite().all() for p in Transformer.load(checkpoint / "model.pt").parameters())
 
 
-# ---- what it refuses
+# ---- what it refuses ----
 
 
 def refusal(arguments):
@@ -205,7 +205,7 @@ def test_dry_run_needs_no_folders(capsys):
     assert "big_en_de: 21" in capsys.readouterr().out
 
 
-# ---- two processes
+# ---- two processes ----
 
 
 def test_two_processes_train_as_one_with_two_steps(data, tmp_path):
@@ -264,7 +264,7 @@ def test_processes_share_a_validation(finished, data, monkeypatch, work):
     assert all(share < sum(shares) / 2 for share in shares)
 
 
-# ---- parts
+# ---- parts ----
 
 
 def test_checkpoints_keep_the_last_and_no_half_ones(tmp_path):
@@ -318,7 +318,7 @@ def test_peak_of_known_devices(monkeypatch):
     assert peak_flops(torch.device("cuda"), "bf16") == pytest.approx(312e12)
 
 
-# ---- recipes
+# ---- recipes ----
 
 
 def test_recipes_of_the_paper():

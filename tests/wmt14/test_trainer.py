@@ -125,7 +125,7 @@ def test_dropout_depends_on_seed_update_and_part_alone(folder):
     assert float(trainer._accumulate(1, pairs, 1)[0]) != pytest.approx(2 * alike, rel=1e-6)
 
 
-# ---- not finite
+# ---- not finite ----
 
 
 def poisoned(trainer, value=math.nan):
@@ -199,7 +199,7 @@ def test_a_trainer_goes_on_from_the_state_of_another(folder):
         assert torch.equal(ours, theirs)
 
 
-# ---- processes
+# ---- processes ----
 
 PROCESS = """
 import pathlib, sys
