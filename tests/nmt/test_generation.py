@@ -184,23 +184,59 @@ def test_cache_follows_the_hypotheses():
             torch.testing.assert_close(logits[0, beam], expected, rtol=1e-10, atol=1e-10)
 
 
+class Counting(DecoderCache):
+    """A cache that notes the number of sentences of every step."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.batch_sizes = []
+
+    def step(self, tokens):
+        self.batch_sizes.append(len(tokens))
+        return super().step(tokens)
+
+
 @pytest.fixture
-def batch_sizes(monkeypatch):
-    """How many sentences every step of the decoder computes."""
-    sizes = []
-    step = DecoderCache.step
-    monkeypatch.setattr(DecoderCache, "step", lambda self, ids: sizes.append(len(ids)) or step(self, ids))
-    return sizes
+def counting():
+    """A maker of `Counting` caches that keeps what it made, in `made`, and its arguments, in `arguments`."""
+
+    def make(*arguments):
+        make.arguments.append(arguments)
+        make.made.append(Counting(*arguments))
+        return make.made[-1]
+
+    make.arguments, make.made = [], []
+    return make
 
 
-def test_finished_sentences_leave_the_batch(batch_sizes):
-    beam_search(constant_model(1e-20, 0.5, 0.3, 0.2), sentences(1, 5, 2), max_extra_tokens=2)
-    assert batch_sizes == [3] * 3 + [2] + [1] * 3  # at most 3, 4 and 7 ids
+def test_finished_sentences_leave_the_batch(counting):
+    beam_search(constant_model(1e-20, 0.5, 0.3, 0.2), sentences(1, 5, 2), max_extra_tokens=2, cache=counting)
+    assert counting.made[0].batch_sizes == [3] * 3 + [2] + [1] * 3  # at most 3, 4 and 7 ids
 
 
-def test_search_stops_as_soon_as_nothing_can_change(batch_sizes):
-    assert beam_search(constant_model(0.9, 0.05, 0.03, 0.02), sentences(3, 4))[1][0].tokens == []
-    assert batch_sizes == [2]
+def test_search_stops_as_soon_as_nothing_can_change(counting):
+    assert beam_search(constant_model(0.9, 0.05, 0.03, 0.02), sentences(3, 4), cache=counting)[1][0].tokens == []
+    assert counting.made[0].batch_sizes == [2]
+
+
+@pytest.mark.parametrize("search", [beam_search, greedy_search])
+def test_a_search_drives_the_cache_it_is_given(search, counting):
+    model, source = random_model(), sentences(3, 2)
+    found = search(model, source, max_extra_tokens=3, target_space=5, cache=counting)
+    assert counting.arguments == [(model, source, 5)]
+    assert len(counting.made[0].batch_sizes) > 1
+    assert found == search(model, source, max_extra_tokens=3, target_space=5)
+    assert found != search(model, source, max_extra_tokens=3, cache=lambda *arguments: Stubborn())
+
+
+class Stubborn:
+    """A decoder to which id 2 is always the most probable, then id 3."""
+
+    def step(self, tokens):
+        return torch.tensor([0.0, 1, 9, 8, 7]).expand(*tokens.shape, 5)
+
+    def select(self, hypotheses, sentences=None):
+        pass
 
 
 def test_search_goes_on_while_the_length_penalty_can_change_the_order():
