@@ -243,7 +243,7 @@ def summarize(folder: Path, reports: dict[str, list[CorpusReport]], ids: dict[st
     for split, counts in splits.items():
         means = [counts[f"{side}_ids"] / max(1, counts["pairs"]) for side in SIDES]
         print(f"{split:14} {counts['pairs']:>12,} pairs, {means[0]:.1f} source and {means[1]:.1f} target ids each")
-    train = ParallelTokens.open(folder, "train")
+    train = ParallelTokens(folder, "train")
     batches = TokenBatches(train.source_lengths, train.target_lengths, TOKENS_PER_UPDATE)
     alone, shared = batches.padding_share(), batches.padding_share(parts=GPUS)
     updates = len(batches.updates(0))

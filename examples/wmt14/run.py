@@ -46,7 +46,7 @@ class Run:
 
     def __init__(self, config: Config, args: argparse.Namespace, world: World) -> None:
         self.config, self.args, self.world, self.folder = config, args, world, args.out
-        data = ParallelTokens.open(args.data, "train")
+        data = ParallelTokens(args.data, "train")
         self.batches = TokenBatches(data.source_lengths, data.target_lengths, config.tokens_per_update, args.seed)
         self.updates_per_epoch = len(self.batches.updates(0))
         newest = self._prepare_folder(len(data))

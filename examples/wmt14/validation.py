@@ -44,14 +44,14 @@ class Validation:
         trainer: whose model, precision and layout of batches.
         folder: the prepared data.
         bleu_sentences: so many of the first are translated; 0 for none.
-        beam_size: of their search; 1 for greedy.
+        beam_size: hypotheses that live on at each step of their search.
     """
 
     def __init__(self, trainer: Trainer, folder: Path, bleu_sentences: int, beam_size: int) -> None:
         self.trainer = trainer
         recipe = trainer.config
         self.search = {"beam_size": beam_size, "alpha": recipe.alpha, "penalty": recipe.length_penalty}
-        self.data = ParallelTokens.open(folder, "valid")
+        self.data = ParallelTokens(folder, "valid")
         longest = max(self.data.source_lengths.max(), self.data.target_lengths.max())
         batches = TokenBatches(self.data.source_lengths, self.data.target_lengths, max(_TOKENS_PER_BATCH, longest))
         self.batches = batches.updates(0)

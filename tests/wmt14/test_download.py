@@ -157,7 +157,7 @@ def test_prepare_downloads_and_says_what_is_wrong(server, tmp_path, monkeypatch)
     (tmp_path / "downloads").mkdir(exist_ok=True)
     (tmp_path / "downloads" / "file.tgz").write_bytes(server.content)
     prepare(tmp_path / "out", local, "--downloads", str(tmp_path / "downloads"))
-    assert len(ParallelTokens.open(tmp_path / "out", "train")) == 300
+    assert len(ParallelTokens(tmp_path / "out", "train")) == 300
 
 
 # ---- archives ----

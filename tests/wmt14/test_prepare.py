@@ -45,7 +45,7 @@ def test_text_comes_back(files, out, capsys):
     subwords = Subwords.load(out)
     assert subwords.vocab_size == 150
     for seed, (split, count) in enumerate({"train": 300, "valid": 20, "test": 10}.items()):
-        expected, tokens = sentences(count, seed), ParallelTokens.open(out, split)
+        expected, tokens = sentences(count, seed), ParallelTokens(out, split)
         pairs = [tokens.pair(i) for i in range(len(tokens))]
         assert subwords.decode([source for source, _ in pairs], "source") == expected["source"]
         assert subwords.decode([target for _, target in pairs]) == expected["target"]
@@ -57,7 +57,7 @@ def test_text_comes_back(files, out, capsys):
 
 
 def tokens_of(out: Path, split: str = "train") -> ParallelTokens:
-    return ParallelTokens.open(out, split)
+    return ParallelTokens(out, split)
 
 
 def test_bytes_depend_on_neither_workers_nor_chunks(files, tmp_path, monkeypatch):

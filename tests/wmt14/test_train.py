@@ -93,7 +93,7 @@ def test_tensorboard(finished):
 def test_validation_scores_the_model_of_the_checkpoint(finished, data):
     assert [folder.name for folder in checkpoint_folders(finished)] == ["update-00000008", "update-00000012"]
     model = Transformer.load(checkpoint_folders(finished)[-1] / "model.pt").eval()
-    valid, subwords = ParallelTokens.open(data, "valid"), Subwords.load(data)
+    valid, subwords = ParallelTokens(data, "valid"), Subwords.load(data)
     source, target = valid.batch(range(len(valid)), packed=False)
     with torch.no_grad():
         sums = label_smoothed_cross_entropy(model.hidden(source, target), model.output_weight(), target)
@@ -108,7 +108,7 @@ def test_validation_scores_the_model_of_the_checkpoint(finished, data):
 
 
 def test_validation_searches_by_the_rules_of_the_recipe(finished, data, monkeypatch):
-    pairs = ParallelTokens.open(data, "train")
+    pairs = ParallelTokens(data, "train")
     recipe = replace(CONFIGS["smoke"], alpha=0.9, length_penalty="length")
     model = Transformer.load(checkpoint_folders(finished)[-1] / "model.pt")
     batches = TokenBatches(pairs.source_lengths, pairs.target_lengths)
@@ -241,7 +241,7 @@ class OneAfterTheOther(World):
 
 @pytest.mark.parametrize("work", ["_nll", "_bleu"])
 def test_processes_share_a_validation(finished, data, monkeypatch, work):
-    pairs = ParallelTokens.open(data, "train")
+    pairs = ParallelTokens(data, "train")
     batches = TokenBatches(pairs.source_lengths, pairs.target_lengths)
     model = Transformer.load(checkpoint_folders(finished)[-1] / "model.pt")
     trainer = Trainer(CONFIGS["smoke"], model, pairs, batches, World(0, 1, torch.device("cpu")))

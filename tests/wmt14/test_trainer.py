@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def make_trainer(folder, world=ALONE, accumulation=1, packed=False, config=SMOKE):
-    data = ParallelTokens.open(folder, "train")
+    data = ParallelTokens(folder, "train")
     batches = TokenBatches(data.source_lengths, data.target_lengths, config.tokens_per_update)
     torch.manual_seed(0)
     model = Transformer(config.model(300))
