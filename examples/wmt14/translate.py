@@ -43,7 +43,7 @@ class Translator:
     Args:
         model: in evaluation mode.
         subwords: of the data it was trained on.
-        options: further arguments of `fastattn.generation.translate`.
+        options: further arguments of `fastattn.nmt.generation.translate`.
         max_length: most ids of a source sentence, its end included; longer ones are cut.
     """
 

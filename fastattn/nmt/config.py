@@ -15,8 +15,8 @@ class TransformerConfig:
         d_model: width of the residual stream; also that of the embeddings.
         d_ff: width of the feed-forward layers.
         num_heads: h.
-        head_dim: d_k; by default `d_model // num_heads`.
-        v_head_dim: d_v; by default `d_model // num_heads`.
+        head_dim: d_k; by default d_model // num_heads.
+        v_head_dim: d_v; by default d_model // num_heads.
         num_encoder_layers, num_decoder_layers: N of each stack.
         dropout: probability, on each sub-layer's output and on the sums of embeddings and positions.
         label_smoothing: eps of the loss the model is trained with.

@@ -1,4 +1,4 @@
-"""How the sentences of a batch lie in memory: padded, or packed one after the other."""
+"""The layouts of a batch of sentences in memory: padded, or packed one after the other."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Padded:
         self, attention: MultiHeadAttention, query: Tensor, key: Tensor, keys: Any, is_causal: bool = False
     ) -> Tensor:
         """Attention from these sentences' `query` to the `key` of the sentences laid out as `keys`."""
-        # Padding is on the right, where a causal query that is not padding itself never looks.
+        # Padding is on the right: under the causal mask no query but padding itself attends to it.
         padding = None if is_causal else keys.key_padding_mask
         return attention(query, key, key, key_padding_mask=padding, need_weights=False, is_causal=is_causal)[0]
 

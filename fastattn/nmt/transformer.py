@@ -28,7 +28,7 @@ from .layout import Layout, PackedTokens, layout_of
 
 
 class Attends(Protocol):
-    """How one decoder layer attends: to all earlier positions at once (training), or through a cache (generation)."""
+    """One decoder layer's attention, over all earlier positions at once (training) or through a cache (generation)."""
 
     def attend_self(self, attention: MultiHeadAttention, x: Tensor) -> Tensor: ...
 
@@ -69,7 +69,7 @@ class Residual(nn.Module):
 
 
 def _attention(config: TransformerConfig, is_cross: bool = False) -> MultiHeadAttention:
-    """Glorot uniform; rows of the input projection that take the same input are one matrix, with all their fan-out."""
+    """Attention, drawn Glorot-uniform; projections of the same input count as one matrix, with all their fan-out."""
     default = config.d_model // config.num_heads
     head_dim, v_head_dim = config.head_dim or default, config.v_head_dim or default
     attention = MultiHeadAttention(
@@ -122,7 +122,7 @@ class DecoderLayer(nn.Module):
 
 
 def sinusoidal_positions(length: int, d_model: int) -> Tensor:
-    """(length, d_model) float32: sin(pos / 10000^(2i/d)) at column 2i, the cosine at 2i + 1 (section 3.5)."""
+    """Table (length, d_model) float32: sin(pos / 10000^(2i/d)) at column 2i, the cosine at 2i + 1 (section 3.5)."""
     column = torch.arange(0, d_model, 2, dtype=torch.float64)
     angle = torch.arange(length, dtype=torch.float64)[:, None] / 10000.0 ** (column / d_model)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :d_model].float()
@@ -142,7 +142,7 @@ class Positions(nn.Module):
             self.register_buffer("table", sinusoidal_positions(config.max_len, config.d_model), persistent=False)
 
     def forward(self, positions: Tensor, max_seqlen: int) -> Tensor:
-        """(..., d_model) vectors of `positions` (...), all below `max_seqlen`."""
+        """Vectors (..., d_model) of `positions` (...), all below `max_seqlen`."""
         table = self.table
         if max_seqlen > table.shape[0]:
             if self.is_learned:
@@ -227,7 +227,7 @@ class Transformer(nn.Module):
         Args:
             tokens: (...) int64 ids.
             positions: int64, broadcasts to `tokens`; all below `max_seqlen`.
-            contexts: one per layer, how it attends.
+            contexts: the attention of each layer.
         """
         x = self.dropout(self._embed(tokens, positions, max_seqlen))
         for layer, context in zip(self.decoder, contexts, strict=True):
@@ -235,11 +235,11 @@ class Transformer(nn.Module):
         return self.decoder_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., vocab_size) logits of decoder states (..., d_model)."""
+        """Logits (..., vocab_size) of decoder states (..., d_model)."""
         return F.linear(hidden, self.output_weight())
 
     def output_weight(self) -> Tensor:
-        """(vocab_size, d_model), the shared matrix, such that no gradient reaches the row of padding."""
+        """The shared matrix (vocab_size, d_model), such that no gradient reaches the row of padding."""
         weight = self.embedding.weight
         if not torch.is_grad_enabled():
             return weight
