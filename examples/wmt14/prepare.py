@@ -34,8 +34,7 @@ from .subwords import EOS_ID, MODEL_FILE, PAD_ID, PREPARATION_FILE, UNK_ID, Text
 
 REPORT_FILE = "report.json"
 LOCAL_SPLITS = ("train", "valid", "test")
-TOKENS_PER_UPDATE = 25_000  # of the paper; padding is reported for it
-GPUS = 8  # of the paper
+TOKENS_PER_UPDATE, GPUS = 25_000, 8  # the paper's; the share of padding is reported for them
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -92,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """All of it, as the options say."""
+    """Make the data folder that the options ask for, unless it was made before."""
     preparation = chosen_preparation(args)
     paths = files_of(preparation, args.downloads)
     description = describe(args, preparation, paths)
@@ -145,7 +144,7 @@ def chosen_preparation(args: argparse.Namespace) -> Preparation:
 
 
 def files_of(preparation: Preparation, downloads: Path) -> dict[Text, Path]:
-    """Where the files of all texts lie; downloads what is not there."""
+    """The file in which each text lies; what is missing is downloaded."""
     corpora = [corpus for split in preparation.corpora.values() for corpus in split]
     texts = [text for corpus in corpora for text in (corpus.source, corpus.target)]
     for corpus in corpora:
@@ -203,7 +202,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def learn_subwords(folder: Path, preparation: Preparation, pairs: int, sample_pairs: int) -> None:
-    """Write the model of the subwords."""
+    """Train the subword model on the normalised text, and write it into the folder."""
     if not pairs:
         raise ValueError("train: no pair is left after cleaning; see the table above for the reasons")
     sample = min(pairs, sample_pairs)
@@ -222,7 +221,7 @@ def kept(reports: list[CorpusReport]) -> int:
 
 
 def print_table(split: str, reports: list[CorpusReport]) -> None:
-    """One line per corpus and reason."""
+    """Print a line per corpus, and one per reason for which pairs of it were dropped."""
     for report in reports:
         print(f"{split:14} {report.name:28} {report.pairs:>12,} pairs {report.kept:>12,} kept")
         for reason, dropped in sorted(report.dropped.items()):
@@ -231,7 +230,7 @@ def print_table(split: str, reports: list[CorpusReport]) -> None:
 
 
 def summarize(folder: Path, reports: dict[str, list[CorpusReport]], ids: dict[str, list[int]]) -> dict[str, Any]:
-    """What `report.json` says; prints the part about tokens."""
+    """The content of `report.json`; prints the part about tokens."""
     splits = {
         split: {
             "pairs": kept(corpora),

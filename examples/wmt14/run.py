@@ -28,7 +28,7 @@ from .throughput import peak_flops, training_flops
 from .trainer import NonFiniteError, Trainer
 from .validation import Validation
 
-# Settings that may be others when a run goes on: the updates already made would have been the same.
+# Settings that may change when a run goes on, since the updates made before do not depend on them.
 _FREE = {"save_every", "validate_every", "keep_last", "averaged", "patience", "beam_size", "alpha", "length_penalty"}
 
 
@@ -66,7 +66,7 @@ class Run:
         )  # fmt: skip
 
     def train(self) -> int:
-        """Until the last update, the end of patience or a signal; returns the exit code."""
+        """Train until the last update, the end of patience or a signal; returns the exit code."""
         self._announce()
         try:
             with StopSignals() as signals:
@@ -79,7 +79,7 @@ class Run:
         return 128 + (signals.received or signal.SIGTERM) if is_stopped else 0
 
     def _updates(self, signals: StopSignals) -> bool:
-        """All updates that are left; whether a signal ended them."""
+        """Make the updates that are left; returns whether a signal ended them."""
         stream = self.batches.stream(self.epoch, self.index)
         while self.update < self.config.updates and not self._is_out_of_patience():
             epoch, index, pairs = next(stream)
@@ -157,7 +157,7 @@ class Run:
         return found[-1] if found else None
 
     def _description(self, num_pairs: int) -> dict[str, Any]:
-        """`config.json`: everything the run depends on."""
+        """The content of `config.json`: everything the run depends on."""
         return {
             "config": asdict(self.config),
             "seed": self.args.seed,
@@ -195,7 +195,7 @@ class Run:
 
 
 def _check_same_recipe(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """That the updates already made are those this command would have made."""
+    """Raise ValueError unless this command would have made the same updates as those made before."""
     for name in ("seed", "pairs", "subwords_sha256"):
         if old[name] != new[name]:
             raise ValueError(f"--out: was trained with {name} {old[name]!r}, got {new[name]!r}")

@@ -1,4 +1,4 @@
-"""How much arithmetic an update is, and how much of it the device can do."""
+"""Floating-point operations of an update, and the most per second that a device can do."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def plain_beam_search(model, source, beam_size, alpha, max_length, penalty="pape
 
 
 def assert_same(hypotheses, expected):
-    """The same (score, tokens), best first."""
+    """Assert that the hypotheses are the expected (score, tokens), best first."""
     assert [h.tokens for h in hypotheses] == [tokens for _, tokens in expected]
     assert [h.score for h in hypotheses] == pytest.approx([s for s, _ in expected], rel=1e-9)
 

@@ -18,7 +18,7 @@ PAD = 0
 
 
 def formula(hidden, weight, target, eps):
-    """The definition, with all logits at once."""
+    """The loss by its definition, with all logits at once."""
     log_p = torch.log_softmax(hidden @ weight.T, dim=-1)
     smooth = torch.full_like(log_p, eps / (weight.shape[0] - 1)).scatter(-1, target[..., None], 1 - eps)
     counted = target != PAD

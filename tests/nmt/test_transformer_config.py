@@ -35,7 +35,7 @@ def count_parameters(config):
 
 @pytest.mark.parametrize("row", MILLIONS)
 def test_parameters_of_table_3(row):
-    """To the four digits of an exact count of the paper's model with 41,000 ids; the paper prints its integer part."""
+    """MILLIONS is an exact count of the paper's model with 41,000 ids; the paper prints its integer part."""
     assert round(count_parameters(TransformerConfig.table3(41_000)[row]) / 1e6, 2) == MILLIONS[row]
 
 

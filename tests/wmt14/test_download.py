@@ -26,7 +26,7 @@ SHA256 = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
 
 
 class Server(HTTPServer):
-    """Serves `content` at /file.gz; `breaks` are how many bytes it sends before it hangs up, one per request."""
+    """A server of `content` at /file.gz; `breaks` are the numbers of bytes after which it hangs up, one per request."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

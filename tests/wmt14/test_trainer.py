@@ -217,7 +217,7 @@ SHARES = slice(None), slice(1)  # all pairs of an update; one pair, so that a pr
 
 @pytest.fixture(scope="module")
 def two_processes(folder, tmp_path_factory):
-    """What both of two processes see of a training, and of one whose updates have a single pair."""
+    """The steps that two processes see of a training, and of one whose updates have a single pair."""
     results = tmp_path_factory.mktemp("results")
     script = results / "process.py"
     script.write_text(PROCESS)
