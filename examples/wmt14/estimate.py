@@ -76,15 +76,15 @@ class Estimate:
     """A predicted training run; times in seconds, sizes in bytes."""
 
     parameters: int
-    flops_per_update: float  # of all GPUs
-    tokens_per_gpu: float  # target ids, per update
-    accumulation: int  # steps an update is divided into, to fit into memory
+    flops_per_update: float  # of all GPUs together
+    tokens_per_gpu: float  # target tokens of an update
+    accumulation: int  # steps into which an update is divided to fit into memory
     memory: float  # per GPU
-    products: float  # seconds of matrix products
-    traffic: float  # of memory traffic outside of them
-    host: float  # of starting kernels, meanwhile
-    all_reduce: float  # of the gradients
-    exposed: float  # of that, not hidden behind the backward pass
+    products: float  # time of the matrix products
+    traffic: float  # time of the memory traffic between them
+    host: float  # time to launch the kernels, while the GPU computes
+    all_reduce: float  # time to all-reduce the gradients
+    exposed: float  # the part of it that the backward pass does not hide
     updates: int
     peak: float  # FLOP/s of a GPU
 
@@ -173,7 +173,7 @@ def estimate(
     embedding = vocab_size * model.d_model
     link = BANDWIDTH_SHARE * (card.link if machines == 1 else min(card.link, NETWORK_BYTES))
     ring = 2 * (n_gpus - 1) / n_gpus * 4 / link  # seconds per parameter
-    # The shared embedding's gradient is complete only when the backward pass, two thirds of the time, is over.
+    # The backward pass, two thirds of the time, hides the others, but completes the shared embedding's gradient last.
     exposed = ring * embedding + max(0.0, ring * (parameters - embedding) - computing / accumulation * 2 / 3)
     return Estimate(
         parameters, flops, tokens, accumulation, OVERHEAD_BYTES + states + kept / accumulation, products,

@@ -114,7 +114,7 @@ def translated_lines(
     lines, first = iter(lines), 1
     while chunk := list(islice(lines, buffer)):
         results = translator.translate(chunk, first, bar.update)
-        bar.update(first + len(chunk) - 1 - bar.n)  # the empty lines
+        bar.update(first + len(chunk) - 1 - bar.n)  # and the empty lines, which are not searched
         for number, hypotheses in enumerate(results, first):
             for hypothesis, text in zip(hypotheses, translator.texts(hypotheses), strict=True):
                 score = f"{hypothesis.score:.4f}\t" if with_scores or n_best > 1 else ""
