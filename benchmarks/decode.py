@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -28,9 +27,8 @@ from benchmarks.report import Table
 from benchmarks.torch_model import TorchTransformer
 from benchmarks.transformer_step import models, padded_ids
 from fastattn import Transformer, TransformerConfig
-from fastattn.nmt import generation
 from fastattn.nmt.cache import DecoderCache
-from fastattn.nmt.generation import Hypothesis, beam_search
+from fastattn.nmt.generation import Hypothesis, MakeDecoder, beam_search
 from fastattn.nmt.layout import Padded
 from fastattn.nmt.transformer import TeacherForcing
 
@@ -52,21 +50,21 @@ MAX_DIFFERENT = 0.1  # of the translations, where rounding decides between near 
 
 
 class Recomputing:
-    """What `DecoderCache` does, without a cache: each step runs the decoder over all positions so far."""
+    """A `StepwiseDecoder` without a cache: each step runs the decoder over all positions so far."""
 
     def __init__(self, model: Transformer, decode: Decode, memory: Tensor, source: Tensor) -> None:
         self.model, self.decode, self.memory, self.source = model, decode, memory, source
         self.prefix: Tensor | None = None  # (sentences * beam, positions)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """As of `DecoderCache`."""
+        """The logits that follow the newest decoder inputs, as `StepwiseDecoder.step` describes."""
         newest = tokens.flatten()[:, None]
         self.prefix = newest if self.prefix is None else torch.cat([self.prefix, newest], dim=1)
         beams = (x.repeat_interleave(tokens.shape[1], 0) for x in (self.memory, self.source))
         return self.model.logits(self.decode(self.prefix, *beams)[:, -1]).unflatten(0, tokens.shape)
 
     def select(self, hypotheses: Tensor, sentences: Tensor | None = None) -> None:
-        """As of `DecoderCache`."""
+        """Keep some of the hypotheses and of the sentences, as `StepwiseDecoder.select` describes."""
         assert self.prefix is not None
         self.prefix = self.prefix[hypotheses]
         if sentences is not None:
@@ -74,7 +72,7 @@ class Recomputing:
 
 
 def recompute(model: Transformer, source: Tensor, target_space: int = 0) -> Recomputing:
-    """With fastattn's model."""
+    """The decoder of fastattn's model, without a cache."""
 
     def decode(prefix: Tensor, memory: Tensor, source: Tensor) -> Tensor:
         target, keys = Padded(prefix, model.config.pad_id), Padded(source, model.config.pad_id)
@@ -84,8 +82,8 @@ def recompute(model: Transformer, source: Tensor, target_space: int = 0) -> Reco
     return Recomputing(model, decode, model.encode(source, target_space), source)
 
 
-def with_torch(model: Transformer) -> Callable[..., Recomputing]:
-    """With torch's layers of the same parameters."""
+def with_torch(model: Transformer) -> MakeDecoder:
+    """A maker of decoders of torch's layers, with the parameters of the model."""
     theirs = TorchTransformer(model.config).copy_from(model).to(model.embedding.weight).eval()
     return lambda model, source, target_space: Recomputing(model, theirs.decode, theirs.encode(source), source)
 
@@ -95,7 +93,7 @@ class Way(NamedTuple):
 
     name: str
     attention: Callable[[], AbstractContextManager[Any]]
-    cache: Callable[[Transformer], Callable[..., Any]]  # what DecoderCache is for the model
+    cache: Callable[[Transformer], MakeDecoder]  # for a model, the cache that beam_search is given
 
 
 WAYS = (
@@ -108,10 +106,11 @@ WAYS = (
 
 def search(way: Way, model: Transformer, source: Tensor, extra: int) -> tuple[list[list[Hypothesis]], float]:
     """The translations, and the seconds they took."""
-    with way.attention(), mock.patch.object(generation, "DecoderCache", way.cache(model)):
+    cache = way.cache(model)
+    with way.attention():
         _wait(source)
         start = time.perf_counter()
-        found = beam_search(model, source, BEAM_SIZE, max_extra_tokens=extra)
+        found = beam_search(model, source, BEAM_SIZE, max_extra_tokens=extra, cache=cache)
         _wait(source)
         return found, time.perf_counter() - start
 
@@ -127,7 +126,7 @@ def best(found: list[list[Hypothesis]]) -> list[list[int]]:
 
 
 def share_of_others(way: Way, model: Transformer, source: Tensor, extra: int) -> float:
-    """Of the translations, how many are not those of the reference; in float32."""
+    """The share of the translations, in float32, that are not those of the reference."""
     with fastattn.use_backend("reference"):
         expected = best(beam_search(model, source, BEAM_SIZE, max_extra_tokens=extra))
     actual = best(search(way, model, source, extra)[0])
@@ -135,7 +134,7 @@ def share_of_others(way: Way, model: Transformer, source: Tensor, extra: int) ->
 
 
 def measure(way: Way, model: Transformer, source: Tensor, extra: int, repetitions: int) -> dict[str, Any]:
-    """The columns with numbers."""
+    """The columns of a row that are measured."""
     search(way, model, source, min(extra, 2))  # warm up
     found, seconds = min((search(way, model, source, extra) for _ in range(repetitions)), key=lambda run: run[1])
     tokens = sum(len(sentence) + 1 for sentence in best(found))
@@ -143,7 +142,7 @@ def measure(way: Way, model: Transformer, source: Tensor, extra: int, repetition
 
 
 def rows(command: Command, name: str, config: TransformerConfig) -> Iterator[dict[str, Any]]:
-    """Of one model: every way in float32, and in half precision those that were right in float32."""
+    """The rows of one model: every way in float32, and in half precision those that were right in float32."""
     device = command.device
     sentences, extra = command.sized((3, 5), *[(64, 50) if device.type == "cuda" else (2, 5)] * 2)
     torch.manual_seed(0)

@@ -38,10 +38,10 @@ from fastattn.nmt.schedule import noam_schedule
 from number_translation import Vocabulary, draw_pairs
 
 TEST_SEED = 2017  # the test sentences are the same for every --seed
-BATCH_TOKENS = 1_200  # places of a batch on each side, padding included
+BATCH_TOKENS = 1_200  # most tokens of a batch on each side, padding included
 WARMUP_STEPS = 400
 LEARNING_RATE_FACTOR = 0.7
-AVERAGED_SHARE = 0.2  # of the steps, the last ones: their weights are averaged
+AVERAGED_SHARE = 0.2  # the weights after each of the last fifth of the steps are averaged
 INTERRUPTED = 130  # exit code of a command ended by Ctrl-C
 
 
@@ -121,7 +121,7 @@ def train_and_translate(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---- the model
+# ---- the model ----
 
 
 def build_model(vocabulary: Vocabulary) -> fastattn.Transformer:
@@ -154,17 +154,17 @@ def save_model(folder: Path, model: fastattn.Transformer, vocabulary: Vocabulary
 
 
 def load_model(folder: Path, device: str) -> tuple[fastattn.Transformer, Vocabulary]:
-    """What `save_model` wrote, ready to translate."""
+    """Model and vocabulary that `save_model` wrote, ready to translate."""
     vocabulary = Vocabulary(json.loads((folder / "vocabulary.json").read_text(encoding="utf-8")))
     return fastattn.Transformer.load(folder / "model.pt", device).eval(), vocabulary
 
 
-# ---- training
+# ---- training ----
 
 
 @dataclass
 class History:
-    """What training leaves for the picture: one entry per step."""
+    """Measurements of a training, one entry per step, for its picture."""
 
     nll: list[float] = field(default_factory=list)  # nats per German piece
     learning_rate: list[float] = field(default_factory=list)
@@ -255,7 +255,7 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-# ---- translation
+# ---- translation ----
 
 
 def translate_texts(model: fastattn.Transformer, vocabulary: Vocabulary, texts: list[str]) -> list[str]:
@@ -279,7 +279,7 @@ def report(translations: list[str], test: list[tuple[str, str]]) -> None:
         print("  as the reference\n" if translation == german else f"  reference   {german}\n")
 
 
-# ---- pictures
+# ---- pictures ----
 
 
 def draw_history(path: Path, history: History) -> None:

@@ -82,7 +82,7 @@ def weights_of(q: Tensor, k: Tensor, **rules) -> Tensor:
     return attention_weights(attention_params(q[None], k[None], k[None], **rules))[0, 0]
 
 
-# ---- the text
+# ---- the text ----
 
 
 def lines() -> Iterator[str]:
@@ -185,7 +185,7 @@ def show(name: str, matrix: Tensor, digits: int = 0) -> str:
     return label + ("\n" + " " * len(label)).join(rows) + "\n"
 
 
-# ---- the picture
+# ---- the picture ----
 
 
 def draw(path: Path) -> None:

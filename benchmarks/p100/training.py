@@ -147,7 +147,7 @@ def products(model: TransformerConfig, tokens: float) -> list[Product]:
     d, (q, kv, out) = model.d_model, _widths(model)
     encoders, decoders = PASSES * model.num_encoder_layers, PASSES * model.num_decoder_layers
     projections, feed_forward = "products: projections", "products: feed-forward"
-    chunk = min(tokens, losses._default_chunk_size(torch.device("cuda"), model.vocab_size))
+    chunk = min(tokens, losses.default_chunk_size(torch.device("cuda"), model.vocab_size))
     return [
         Product(projections, tokens, d, q + kv, encoders + decoders),
         Product(projections, tokens, out, d, encoders + 2 * decoders),

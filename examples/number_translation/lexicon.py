@@ -95,7 +95,7 @@ WITH_PEOPLE = [
     Verb("count", "counted", "counted", "zählen", "zählte", "gezählt"),
     Verb("pick", "picked", "picked", "abholen", "holte", "abgeholt", particle="up", prefix="ab"),
 ]
-VERBS = {  # by what they are used with
+VERBS = {  # by the kinds of their complements
     "trade": [
         Verb("buy", "bought", "bought", "kaufen", "kaufte", "gekauft"),
         Verb("order", "ordered", "ordered", "bestellen", "bestellte", "bestellt"),

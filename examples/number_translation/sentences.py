@@ -1,4 +1,4 @@
-"""Draws sentences at random."""
+"""Random sentences in both languages at once."""
 
 from __future__ import annotations
 
@@ -106,14 +106,14 @@ def sample_year(rng: Random) -> int:
 
 
 def sample_count(rng: Random) -> int:
-    """1 ... 999,999, small ones more often; above 100 never ending in 01, where German would inflect "ein"."""
+    """A random number in 1 ... 999,999, often a small one, never 101, 201 ..., where German would inflect "ein"."""
     limit = rng.choices([1, 12, 99, 999, 999_999], [2, 4, 4, 2, 1])[0]
     count = rng.randint(1, limit)
     return count if count % 100 != 1 or count == 1 else count + 1
 
 
 def sample_price(rng: Random) -> tuple[int, int]:
-    """Euros and cents."""
+    """A random price, (euros, cents)."""
     kind = rng.choices(["cents", "euros", "both"], [1, 2, 5])[0]
     if kind == "cents":
         return 0, rng.randint(2, 99)

@@ -22,7 +22,7 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def update_of(checkpoint: Path) -> int:
-    """How many updates the model of a checkpoint has seen."""
+    """The number of updates after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
@@ -54,7 +54,7 @@ class Checkpoints:
             partial.rename(final)
             _flush(self.folder)
         for old in checkpoint_folders(self.run)[: -self.keep_last]:
-            # Renamed first, lest a half-deleted folder look like a checkpoint.
+            # Renamed first: were the deletion interrupted, what is left must not look like a checkpoint.
             shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
 
 
@@ -67,7 +67,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-# ---- random numbers
+# ---- random numbers ----
 
 
 def seed_random(seed: int) -> None:

@@ -25,7 +25,7 @@ _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
 @dataclass(frozen=True)
 class Cleaner:
-    """Normalises pairs, and drops those of a training corpus that teach nothing or too dearly.
+    """A function that normalises pairs, and drops those of a training corpus that teach nothing or cost too much.
 
     Args:
         source, target: how each side is written.
@@ -66,13 +66,13 @@ class Cleaner:
 
 
 def clean(cleaner: Cleaner, chunk: tuple[list[bytes], list[bytes]]) -> list[tuple[str, str] | str]:
-    """What the cleaner makes of every pair of a chunk."""
+    """The cleaner's outcome for every pair of a chunk."""
     return [cleaner(source, target) for source, target in zip(*chunk, strict=True)]
 
 
 @dataclass
 class Dropped:
-    """How many pairs were dropped for one reason, and the first of their line numbers, counted from 1."""
+    """Number of pairs dropped for one reason, and the first of their line numbers, counted from 1."""
 
     pairs: int = 0
     lines: list[int] = field(default_factory=list)
@@ -85,7 +85,7 @@ class Dropped:
 
 @dataclass
 class CorpusReport:
-    """What became of the pairs of one corpus."""
+    """Counts of the pairs of one corpus that were kept and dropped."""
 
     name: str
     pairs: int = 0
@@ -124,7 +124,7 @@ def keep_all(
 
 
 class Duplicates:
-    """Finds pairs that were there before, by 64-bit hashes; takes about 100 bytes of memory per pair."""
+    """A function that finds pairs it has seen before, by 64-bit hashes; it takes about 100 bytes of memory per pair."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()

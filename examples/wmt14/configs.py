@@ -10,10 +10,10 @@ from fastattn.nmt.schedule import linear_learning_rate, noam_learning_rate
 
 @dataclass(frozen=True)
 class Config:
-    """One model and how it is trained, averaged and searched; the defaults are those of the paper's base model.
+    """One model with its training, averaging and search; the defaults are those of the paper's base model.
 
     Args:
-        name: of the row.
+        name: key in CONFIGS.
         preparation: name of the data's preparation.
         source, target: languages.
         transformer: the model, whose vocabulary the data decides.
@@ -48,7 +48,7 @@ class Config:
     tokens_per_update: int = 25_000
     updates: int = 100_000
     precision: str = "fp32"
-    save_every: int | None = 1_400  # ten of the paper's minutes
+    save_every: int | None = 1_400  # in the paper's time, ten minutes
     validate_every: int | None = 1_400
     keep_last: int = 5
     averaged: int = 5
@@ -62,7 +62,7 @@ class Config:
         return replace(self.transformer, vocab_size=vocab_size, pad_id=0, bos_id=1, eos_id=1)
 
     def learning_rate(self, update: int) -> float:
-        """Of an update, counted from 1."""
+        """The learning rate of an update, counted from 1."""
         if self.schedule == "linear":
             return linear_learning_rate(update, self.peak, self.warmup, self.updates)
         return noam_learning_rate(update, self.transformer.d_model, self.warmup, self.factor)

@@ -1,4 +1,4 @@
-"""What is downloaded for each preparation, and how its text is read out of the archives, one line at a time."""
+"""The downloads of each preparation, and the reading of their text out of the archives, one line at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-MAX_LINE_BYTES = 2**16  # of a longer line only so much is kept, enough to see that it is too long
+MAX_LINE_BYTES = 2**16  # a longer line is cut here, where it is still too long for every `Cleaner`
 _SEGMENT = re.compile(rb"<seg[^>]*>(.*)</seg>")
 _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile)
 
@@ -57,7 +57,7 @@ class Corpus:
     lines: int | None = None
 
 
-# ---- where the paper's data is
+# ---- where the paper's data is ----
 
 _STATMT = "https://www.statmt.org"
 _EUROPARL = Download(
@@ -146,7 +146,7 @@ def _multi30k() -> dict[str, list[Corpus]]:
 
 @dataclass(frozen=True)
 class Preparation:
-    """How data is made: which text, what is dropped, how it is written, how large the vocabulary is.
+    """A recipe for data: which text, what is dropped, how it is written, how large the vocabulary is.
 
     Args:
         source_language, target_language: as file names abbreviate them.
@@ -171,7 +171,7 @@ class Preparation:
 
 PREPARATIONS = {
     "wmt14_en_de": Preparation(vocab_size=37_000, corpora=_wmt14_en_de()),
-    # The filter that leaves about the paper's 36 million of the 40.8 million pairs.
+    # The bounds on words leave about 36 million of the 40.8 million pairs, as many as the paper has.
     "wmt14_en_fr": Preparation("en", "fr", 32_000, _wmt14_en_fr(), max_words=175, max_ratio=1.5),
     "multi30k_fast": Preparation(vocab_size=4000, corpora=_multi30k(), character_coverage=1.0),
     "multi30k_tiny": Preparation(
@@ -182,7 +182,7 @@ PREPARATIONS = {
 }
 
 
-# ---- reading
+# ---- reading ----
 
 
 @contextmanager
@@ -224,7 +224,7 @@ def _open_member(file: BinaryIO, path: Path, member: str) -> Iterator[BinaryIO]:
                 yield opened
         else:
             file.seek(0)
-            # Read from front to back: to go back in a compressed archive is to read it again.
+            # A stream, read from front to back: seeking back in a compressed archive would decompress it again.
             with tarfile.open(fileobj=file, mode="r|*", bufsize=2**20) as archive:
                 entry = next((entry for entry in archive if entry.name.removeprefix("./") == member), None)
                 if entry is None:
@@ -248,7 +248,7 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 
 
 def _split_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines end with \\n or \\r\\n, and nowhere else: Unicode's other separators stand inside sentences."""
+    """The lines of a file: they end with \\n or \\r\\n only, for Unicode's other separators stand inside sentences."""
     first = True
     while line := file.readline(MAX_LINE_BYTES):
         part = line
@@ -264,7 +264,7 @@ def read_pairs(
     """The pairs of a corpus, `chunk_size` at a time.
 
     Args:
-        corpus: which.
+        corpus: the corpus to read.
         source, target: where the files of its sides lie.
         chunk_size: pairs.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """This process and how many there are."""
+    """The rank and device of this process, and the number of processes."""
 
     rank: int
     size: int
@@ -49,7 +49,7 @@ class World:
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """The `value` of every process, by rank."""
+        """The values that all processes give, in the order of their ranks."""
         values = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -57,10 +57,10 @@ class World:
         return values
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has come here."""
         self.gather(None)
 
     def leave(self) -> None:
-        """Says goodbye to the other processes."""
+        """Leave the group of processes."""
         if self.size > 1:
             dist.destroy_process_group()

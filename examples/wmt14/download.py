@@ -82,13 +82,13 @@ def _transfer_in_attempts(url: str, part: Path) -> None:
 
 
 def _transfer(url: str, part: Path) -> None:
-    """One attempt at the rest of the file."""
+    """One attempt to download the rest of a file."""
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         answer = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # there is nothing after `start`: the file is complete, or another one
+        if error.code != 416:  # range not satisfiable: the part is complete, or of another file
             raise
         if error.headers.get("Content-Range") == f"bytes */{start}":
             return

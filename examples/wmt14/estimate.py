@@ -1,4 +1,4 @@
-"""What a training run takes before it is started: parameters, memory, arithmetic, and predicted hours on any GPU.
+"""Predictions for a training run before it is started: parameters, memory, arithmetic, and hours on any GPU.
 
 The hours are predictions. An update's time on a GPU is the time of its matrix products plus that of the memory traffic
 between them and of Adam, or the time in which the host starts the kernels, whichever is longer; then the part of the
@@ -22,20 +22,20 @@ from fastattn.peaks import peak_tflops
 from .configs import Config
 from .throughput import DTYPES, training_flops
 
-SOURCE_LENGTH, TARGET_LENGTH = 28, 31  # ids of a mean sentence pair of WMT14
-MATRIX_SHARE = {False: 0.75, True: 0.45}  # of peak speed, without and with tensor cores
-BANDWIDTH_SHARE = 0.8  # of the data sheet's, of memory and links
-LAUNCH_SECONDS = 10e-6  # of the host per kernel
-ENCODER_KERNELS, DECODER_KERNELS = 80, 120  # of a layer, forward and backward
-LOSS_PASSES = 14  # times the logits are read or written, in float32
-USABLE_MEMORY = 0.9
-OVERHEAD_BYTES = 1.5e9  # of the CUDA context, libraries and one chunk of logits
-NETWORK_BYTES = 12.5e9  # per second and machine: 100 Gbit/s
+SOURCE_LENGTH, TARGET_LENGTH = 28, 31  # mean ids of a sentence of WMT14
+MATRIX_SHARE = {False: 0.75, True: 0.45}  # share of peak FLOP/s that matrix products reach, without, with tensor cores
+BANDWIDTH_SHARE = 0.8  # share of the data sheet's bandwidth that memory and links reach
+LAUNCH_SECONDS = 10e-6  # host time to launch a kernel
+ENCODER_KERNELS, DECODER_KERNELS = 80, 120  # kernels launched per layer, forward and backward
+LOSS_PASSES = 14  # float32 reads and writes of every logit
+USABLE_MEMORY = 0.9  # share of a GPU's memory that a run may fill
+OVERHEAD_BYTES = 1.5e9  # memory of the CUDA context, libraries and one chunk of logits
+NETWORK_BYTES = 12.5e9  # bytes per second of a machine's network, 100 Gbit/s
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Of a data sheet; the peaks of arithmetic are in `fastattn.peaks`.
+    """A GPU by its data sheet; its peak FLOP/s are in `fastattn.peaks`.
 
     Args:
         peaks: its name there.
@@ -76,15 +76,15 @@ class Estimate:
     """A predicted training run; times in seconds, sizes in bytes."""
 
     parameters: int
-    flops_per_update: float  # of all GPUs
-    tokens_per_gpu: float  # target ids, per update
-    accumulation: int  # steps an update is divided into, to fit into memory
+    flops_per_update: float  # of all GPUs together
+    tokens_per_gpu: float  # target tokens of an update
+    accumulation: int  # steps into which an update is divided to fit into memory
     memory: float  # per GPU
-    products: float  # seconds of matrix products
-    traffic: float  # of memory traffic outside of them
-    host: float  # of starting kernels, meanwhile
-    all_reduce: float  # of the gradients
-    exposed: float  # of that, not hidden behind the backward pass
+    products: float  # time of the matrix products
+    traffic: float  # time of the memory traffic between them
+    host: float  # time to launch the kernels, while the GPU computes
+    all_reduce: float  # time to all-reduce the gradients
+    exposed: float  # the part of it that the backward pass does not hide
     updates: int
     peak: float  # FLOP/s of a GPU
 
@@ -98,7 +98,7 @@ class Estimate:
 
     @property
     def tokens_per_second(self) -> float:
-        """Target ids per second and GPU."""
+        """Target tokens per second and GPU."""
         return self.tokens_per_gpu / self.update_seconds
 
     def share_of_peak(self, n_gpus: int) -> float:
@@ -107,18 +107,17 @@ class Estimate:
 
 @lru_cache
 def count_parameters(model: TransformerConfig) -> int:
-    """Of the model itself, which is made without memory for them."""
+    """The number of parameters of the model itself, built on the meta device, without memory for them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in Transformer(model).parameters())
 
 
 def activation_bytes(model: TransformerConfig, precision: str) -> float:
-    """What the backward pass needs kept, per target token and its share of the source."""
+    """Bytes of activations kept for the backward pass, per target token and its share of the source."""
     d, heads = model.d_model, model.num_heads
-    attended = heads * (
-        (model.head_dim or d // heads) + (model.v_head_dim or d // heads)
-    )  # query and value, or key ...
-    # Of an attention: queries, keys, values, the result; its input, the sum, and a byte per element for the dropout.
+    head_dims = (model.head_dim or d // heads) + (model.v_head_dim or d // heads)
+    attended = heads * head_dims  # q and v, or k and out
+    # Attention keeps q, k, v and out, its input and the residual sum, and a byte per element for the dropout.
     attention, feed_forward = 2 * attended + 2.25 * d, model.d_ff + 2.25 * d
     encoder = model.num_encoder_layers * (attention + feed_forward)
     decoder = model.num_decoder_layers * (2 * attention + feed_forward)
@@ -137,10 +136,10 @@ def _check(gpu: str, n_gpus: int, machines: int, precision: str) -> None:
 def estimate(
     config: Config, gpu: str, n_gpus: int, machines: int, precision: str, vocab_size: int = 37_000
 ) -> Estimate:
-    """What a training run takes.
+    """The predicted training run.
 
     Args:
-        config: which one.
+        config: the recipe.
         gpu: a name of `GPUS`.
         n_gpus: in all.
         machines: over which they are spread evenly.
@@ -166,7 +165,7 @@ def estimate(
         raise ValueError(f"gpu: {gpu} has not the memory for {parameters:,} parameters and Adam")
 
     bandwidth = card.bandwidth * BANDWIDTH_SHARE
-    # Each kept activation is written and read twice, and so is about as much that is not kept.
+    # Kept activations are written and read twice; those that are not kept make about as much traffic again.
     traffic = 4 * kept + tokens * vocab_size * 4 * LOSS_PASSES + 28 * parameters + 8 * parameters * accumulation
     products = flops / n_gpus / (peak * MATRIX_SHARE[on_tensor_cores])
     kernels = ENCODER_KERNELS * model.num_encoder_layers + DECODER_KERNELS * model.num_decoder_layers
@@ -174,7 +173,7 @@ def estimate(
     embedding = vocab_size * model.d_model
     link = BANDWIDTH_SHARE * (card.link if machines == 1 else min(card.link, NETWORK_BYTES))
     ring = 2 * (n_gpus - 1) / n_gpus * 4 / link  # seconds per parameter
-    # The shared embedding's gradient is complete only when the backward pass, two thirds of the time, is over.
+    # The backward pass, two thirds of the time, hides the others, but completes the shared embedding's gradient last.
     exposed = ring * embedding + max(0.0, ring * (parameters - embedding) - computing / accumulation * 2 / 3)
     return Estimate(
         parameters, flops, tokens, accumulation, OVERHEAD_BYTES + states + kept / accumulation, products,

@@ -1,4 +1,4 @@
-"""Pictures of attention: for one sentence, what every head of a layer looked at when it wrote each piece."""
+"""Pictures of attention: the weights of every head of a layer, for every piece that was written of one sentence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def draw_attention(path: Path, weights: Tensor, source: Sequence[str], target: S
 
     Args:
         path: file to write.
-        weights: `(heads, target, source)`, each in [0, 1].
+        weights: (heads, target, source), each in [0, 1].
         source, target: the pieces of the columns and of the rows.
         title: above all panels.
 
@@ -70,7 +70,7 @@ def _draw_png(path: Path, weights: Tensor, source: Sequence[str], target: Sequen
 
 
 def _readable(texts: Sequence[str]) -> list[str]:
-    """Dollar signs would begin formulas."""
+    """The texts as matplotlib shows them; bare dollar signs would begin formulas."""
     return [text.replace("$", r"\$") for text in texts]
 
 

@@ -58,7 +58,7 @@ def _load(found: Path) -> Transformer:
 
 
 def run_description(path: Path) -> dict[str, Any]:
-    """What `config.json` says of the run that a model, checkpoint or average lies in; empty if there is none."""
+    """The `config.json` of the run that a model, checkpoint or average lies in; empty if there is none."""
     for folder in [path.resolve(), *path.resolve().parents]:
         if (folder / "config.json").is_file():
             description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def errors_as_messages() -> Iterator[None]:
     """Ends the process with the message, without a traceback, where the user can mend what is wrong."""
     try:
         yield
-    except BrokenPipeError:  # whoever read the output has had enough; nothing is left to write at the end
+    except BrokenPipeError:  # the reader of the output has closed it; flushing at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (OSError, ValueError, NotImplementedError) as error:

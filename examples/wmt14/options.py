@@ -1,4 +1,4 @@
-"""What the command lines have in common."""
+"""Types of options that the commands share."""
 
 from __future__ import annotations
 

@@ -21,17 +21,17 @@ from .cleaning import Cleaner, CorpusReport, Duplicates, clean, keep_all
 from .corpora import Corpus, Text, read_pairs
 from .subwords import TextForm
 
-CHUNK_SIZE = 4000  # pairs that a worker gets at a time; the results do not depend on it
+CHUNK_SIZE = 4000  # pairs that a worker is given at a time; the results do not depend on it
 SIDES = ("source", "target")
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class Workers:
-    """Processes that apply functions to the items of iterators too long for the memory; a context manager.
+    """A context manager: processes that apply functions to the items of iterators too long for the memory.
 
     Args:
-        count: of processes; 1 works in this one.
+        count: number of processes; with 1, this process does the work.
     """
 
     def __init__(self, count: int) -> None:
@@ -59,11 +59,11 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
 
-# ---- cleaning
+# ---- cleaning ----
 
 
 def normalized_files(folder: Path, split: str) -> list[Path]:
-    """Where the normalised text of the sides of a split lies until it is encoded."""
+    """The files in which the normalised text of both sides of a split lies until it is encoded."""
     return [folder / f"{split}.{side}.normalized" for side in SIDES]
 
 
@@ -82,8 +82,8 @@ def clean_corpora(
         paths: where each text's file lies.
         folder: where to write.
         cleaner: what to drop.
-        workers: who works.
-        duplicates: drops them, if given.
+        workers: the processes that clean.
+        duplicates: finds the pairs to drop as duplicates; None keeps them.
     """
     reports = []
     files = [file.open("w", encoding="utf-8", newline="\n") for file in normalized_files(folder, "train")]
@@ -144,19 +144,19 @@ def sample_sentences(files: list[Path], pairs: int, sample_pairs: int) -> Iterat
                 yield line
 
 
-# ---- encoding
+# ---- encoding ----
 
 
 def encode_split(split: str, folder: Path, model: Path, vocab_size: int, pairs: int, workers: Workers) -> list[int]:
     """Write the token files of a split and remove its normalised text; returns the ids of each side.
 
     Args:
-        split: which.
+        split: its name.
         folder: where the text lies and the tokens go.
         model: the file of the sentencepiece model.
-        vocab_size: of it.
-        pairs: of the split.
-        workers: who works.
+        vocab_size: ids of that model.
+        pairs: number of pairs of the split.
+        workers: the processes that encode.
     """
     totals = []
     for side, file in zip(SIDES, normalized_files(folder, split), strict=True):

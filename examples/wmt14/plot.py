@@ -29,7 +29,7 @@ def series(records: Sequence[dict[str, Any]], event: str, name: str) -> tuple[li
 
 
 def draw(records: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Writes the picture.
+    """Draws the curves of a training into a file.
 
     Args:
         records: of `read_log`.

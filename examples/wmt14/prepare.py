@@ -34,8 +34,7 @@ from .subwords import EOS_ID, MODEL_FILE, PAD_ID, PREPARATION_FILE, UNK_ID, Text
 
 REPORT_FILE = "report.json"
 LOCAL_SPLITS = ("train", "valid", "test")
-TOKENS_PER_UPDATE = 25_000  # of the paper; padding is reported for it
-GPUS = 8  # of the paper
+TOKENS_PER_UPDATE, GPUS = 25_000, 8  # the paper's; the share of padding is reported for them
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -92,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """All of it, as the options say."""
+    """Make the data folder that the options ask for, unless it was made before."""
     preparation = chosen_preparation(args)
     paths = files_of(preparation, args.downloads)
     description = describe(args, preparation, paths)
@@ -120,7 +119,7 @@ def prepare(args: argparse.Namespace) -> None:
         write_json(folder / PREPARATION_FILE, description)
 
 
-# ---- what to do
+# ---- what to do ----
 
 
 def chosen_preparation(args: argparse.Namespace) -> Preparation:
@@ -145,7 +144,7 @@ def chosen_preparation(args: argparse.Namespace) -> Preparation:
 
 
 def files_of(preparation: Preparation, downloads: Path) -> dict[Text, Path]:
-    """Where the files of all texts lie; downloads what is not there."""
+    """The file in which each text lies; what is missing is downloaded."""
     corpora = [corpus for split in preparation.corpora.values() for corpus in split]
     texts = [text for corpus in corpora for text in (corpus.source, corpus.target)]
     for corpus in corpora:
@@ -172,7 +171,7 @@ def describe(args: argparse.Namespace, preparation: Preparation, paths: dict[Tex
     return {"preparation": args.preparation, **settings, **options, **ids, "inputs_sha256": inputs}
 
 
-# ---- the folder
+# ---- the folder ----
 
 
 @contextmanager
@@ -203,7 +202,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def learn_subwords(folder: Path, preparation: Preparation, pairs: int, sample_pairs: int) -> None:
-    """Write the model of the subwords."""
+    """Train the subword model on the normalised text, and write it into the folder."""
     if not pairs:
         raise ValueError("train: no pair is left after cleaning; see the table above for the reasons")
     sample = min(pairs, sample_pairs)
@@ -213,7 +212,7 @@ def learn_subwords(folder: Path, preparation: Preparation, pairs: int, sample_pa
     (folder / MODEL_FILE).write_bytes(model)
 
 
-# ---- the report
+# ---- the report ----
 
 
 def kept(reports: list[CorpusReport]) -> int:
@@ -222,7 +221,7 @@ def kept(reports: list[CorpusReport]) -> int:
 
 
 def print_table(split: str, reports: list[CorpusReport]) -> None:
-    """One line per corpus and reason."""
+    """Print a line per corpus, and one per reason for which pairs of it were dropped."""
     for report in reports:
         print(f"{split:14} {report.name:28} {report.pairs:>12,} pairs {report.kept:>12,} kept")
         for reason, dropped in sorted(report.dropped.items()):
@@ -231,7 +230,7 @@ def print_table(split: str, reports: list[CorpusReport]) -> None:
 
 
 def summarize(folder: Path, reports: dict[str, list[CorpusReport]], ids: dict[str, list[int]]) -> dict[str, Any]:
-    """What `report.json` says; prints the part about tokens."""
+    """The content of `report.json`; prints the part about tokens."""
     splits = {
         split: {
             "pairs": kept(corpora),
@@ -243,7 +242,7 @@ def summarize(folder: Path, reports: dict[str, list[CorpusReport]], ids: dict[st
     for split, counts in splits.items():
         means = [counts[f"{side}_ids"] / max(1, counts["pairs"]) for side in SIDES]
         print(f"{split:14} {counts['pairs']:>12,} pairs, {means[0]:.1f} source and {means[1]:.1f} target ids each")
-    train = ParallelTokens.open(folder, "train")
+    train = ParallelTokens(folder, "train")
     batches = TokenBatches(train.source_lengths, train.target_lengths, TOKENS_PER_UPDATE)
     alone, shared = batches.padding_share(), batches.padding_share(parts=GPUS)
     updates = len(batches.updates(0))

@@ -1,4 +1,4 @@
-"""What a run tells: `log.jsonl` and TensorBoard in its folder, and a progress bar."""
+"""The reports of a run: `log.jsonl` and TensorBoard in its folder, and a progress bar."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def _keep_records_until(run: Path, update: int) -> None:
-    """Drops what was logged after the checkpoint from which a run goes on: it is about to happen again."""
+    """Drop the records after the checkpoint from which a run goes on: those updates are made again."""
     kept = [json.dumps(record) + "\n" for record in read_log(run) if record["update"] <= update]
     partial = run / f".{LOG}"
     partial.write_text("".join(kept), encoding="utf-8")
@@ -42,7 +42,7 @@ def _summary_writer(folder: Path, update: int) -> Any:
 
 
 class Clock:
-    """What a run has cost so far, over all its restarts: time, time on the CPU (of this process), tokens."""
+    """The cost of a run over all its restarts: seconds, CPU seconds of this process, tokens."""
 
     def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0, target_tokens_seen: int = 0) -> None:
         self.target_tokens_seen = target_tokens_seen
@@ -58,12 +58,12 @@ class Clock:
 
 
 class Progress:
-    """Writes the log of the main process; the others' writes nothing.
+    """Log, TensorBoard and progress bar of the main process; in the others it writes nothing.
 
     Args:
         run: folder of the run.
-        update: the run goes on after this one.
-        updates: at which it ends.
+        update: updates made before.
+        updates: updates at the end of the run.
         clock: of the run.
         device: of this process.
         peak: FLOP/s of all devices together, or None.
@@ -89,7 +89,7 @@ class Progress:
         )
 
     def step(self, update: int, epoch: int, step: Step, flops: float) -> None:
-        """After every update."""
+        """Count an update; every `log_every` updates, write a record."""
         self.clock.target_tokens_seen += step.target_tokens
         self._tokens += step.target_tokens
         self._flops += flops
@@ -110,20 +110,20 @@ class Progress:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What happens inside does not lower the tokens per second."""
+        """A context whose time does not count in the tokens per second."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
 
     def validation(self, update: int, record: dict[str, Any]) -> None:
-        """After a validation."""
+        """Write the record of a validation, and print its scores."""
         self.write("validation", update, {**record, **self.clock.state_dict()})
         if self.is_main:
             bleu = f", BLEU {record['bleu']:.2f}" if "bleu" in record else ""
             self._bar.write(f"update {update}: validation nll {record['nll']:.4f}{bleu}", file=sys.stderr)
 
     def write(self, event: str, update: int, values: dict[str, Any]) -> None:
-        """One record; TensorBoard gets its numbers."""
+        """Write one record to the log, and its numbers to TensorBoard."""
         if not self.is_main:
             return
         self._file.write(json.dumps({"event": event, "update": update, **values}) + "\n")
@@ -134,7 +134,7 @@ class Progress:
                     self._writer.add_scalar(f"{event}/{name}", value, update)
 
     def close(self) -> None:
-        """Everything is on the disk."""
+        """Close log, TensorBoard and progress bar."""
         if self.is_main:
             self._bar.close()
             self._file.close()

@@ -28,7 +28,7 @@ from .throughput import peak_flops, training_flops
 from .trainer import NonFiniteError, Trainer
 from .validation import Validation
 
-# Settings that may be others when a run goes on: the updates already made would have been the same.
+# Settings that may change when a run goes on, since the updates made before do not depend on them.
 _FREE = {"save_every", "validate_every", "keep_last", "averaged", "patience", "beam_size", "alpha", "length_penalty"}
 
 
@@ -46,7 +46,7 @@ class Run:
 
     def __init__(self, config: Config, args: argparse.Namespace, world: World) -> None:
         self.config, self.args, self.world, self.folder = config, args, world, args.out
-        data = ParallelTokens.open(args.data, "train")
+        data = ParallelTokens(args.data, "train")
         self.batches = TokenBatches(data.source_lengths, data.target_lengths, config.tokens_per_update, args.seed)
         self.updates_per_epoch = len(self.batches.updates(0))
         newest = self._prepare_folder(len(data))
@@ -66,7 +66,7 @@ class Run:
         )  # fmt: skip
 
     def train(self) -> int:
-        """Until the last update, the end of patience or a signal; returns the exit code."""
+        """Train until the last update, the end of patience or a signal; returns the exit code."""
         self._announce()
         try:
             with StopSignals() as signals:
@@ -79,7 +79,7 @@ class Run:
         return 128 + (signals.received or signal.SIGTERM) if is_stopped else 0
 
     def _updates(self, signals: StopSignals) -> bool:
-        """All updates that are left; whether a signal ended them."""
+        """Make the updates that are left; returns whether a signal ended them."""
         stream = self.batches.stream(self.epoch, self.index)
         while self.update < self.config.updates and not self._is_out_of_patience():
             epoch, index, pairs = next(stream)
@@ -94,7 +94,7 @@ class Run:
                 return True
         return False
 
-    # ---- parts of the loop
+    # ---- parts of the loop ----
 
     def _is_due(self, every: int | None) -> bool:
         return self.update % (every or self.updates_per_epoch) == 0 or self.update == self.config.updates
@@ -114,7 +114,7 @@ class Run:
         lengths = self.batches.source_lengths[pairs], self.batches.target_lengths[pairs]
         return training_flops(self.trainer.model.config, *lengths)
 
-    # ---- state
+    # ---- state ----
 
     def _save(self) -> None:
         if self.world.is_main:
@@ -137,7 +137,7 @@ class Run:
         self.clock = Clock(**state["clock"])
         set_random_state(state["random"])
 
-    # ---- beginning
+    # ---- beginning ----
 
     def _prepare_folder(self, num_pairs: int) -> Path | None:
         """The checkpoint to go on from, if any, in a folder that is this recipe's."""
@@ -157,7 +157,7 @@ class Run:
         return found[-1] if found else None
 
     def _description(self, num_pairs: int) -> dict[str, Any]:
-        """`config.json`: everything the run depends on."""
+        """The content of `config.json`: everything the run depends on."""
         return {
             "config": asdict(self.config),
             "seed": self.args.seed,
@@ -195,7 +195,7 @@ class Run:
 
 
 def _check_same_recipe(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """That the updates already made are those this command would have made."""
+    """Raise ValueError unless this command would have made the same updates as those made before."""
     for name in ("seed", "pairs", "subwords_sha256"):
         if old[name] != new[name]:
             raise ValueError(f"--out: was trained with {name} {old[name]!r}, got {new[name]!r}")

@@ -44,7 +44,7 @@ _PLAIN_QUOTES = str.maketrans(dict.fromkeys("“”„‟«»″", '"') | dict.f
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of a whole test set."""
+    """The value of one metric on a whole test set."""
 
     metric: str
     value: float  # 0 ... 100
@@ -52,7 +52,7 @@ class Score:
     signature: str
 
 
-# ---- the paper's tokens
+# ---- the paper's tokens ----
 
 
 def plain_quotes(text: str) -> str:
@@ -88,7 +88,7 @@ def paper_tokens(text: str) -> str:
     return split_compounds(moses_tokens(plain_quotes(text), "de"))
 
 
-# ---- metrics
+# ---- metrics ----
 
 
 def score(
@@ -136,14 +136,14 @@ def score(
 
 
 def sacre_bleu(hypotheses: Sequence[str], references: Sequence[str], tokenize: str, lowercase: bool) -> Score:
-    """sacreBLEU of the corpus."""
+    """The score of sacreBLEU, with one of its tokenisers."""
     bleu = BLEU(tokenize=tokenize, lowercase=lowercase)
     result = bleu.corpus_score(hypotheses, [references])
     return Score(tokenize, result.score, _details(result), str(bleu.get_signature()))
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str], lowercase: bool) -> Score:
-    """chrF2 of the corpus."""
+    """The score chrF2, of character n-grams."""
     metric = CHRF(lowercase=lowercase)
     result = metric.corpus_score(hypotheses, [references])
     return Score("chrf", result.score, "", str(metric.get_signature()))
@@ -152,7 +152,7 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str], lowercase: bool) 
 def multi_bleu(
     metric: str, tokenize: Callable[[str], str], hypotheses: Sequence[str], references: Sequence[str], lowercase: bool
 ) -> Score:
-    """BLEU as multi-bleu.perl computes it, unsmoothed, of what `tokenize` makes of every line."""
+    """Unsmoothed BLEU as multi-bleu.perl computes it, on the tokens into which `tokenize` divides every line."""
     sides = [[tokenize(line.lower() if lowercase else line) for line in side] for side in (hypotheses, references)]
     bleu = BLEU(tokenize="none", smooth_method="none", force=True)
     result = bleu.corpus_score(sides[0], [sides[1]])
@@ -167,7 +167,7 @@ def _details(result: BLEUScore) -> str:
     return f"{precisions} BP {result.bp:.3f} lengths {result.sys_len} {result.ref_len}"
 
 
-# ---- the command
+# ---- the command ----
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -218,13 +218,13 @@ def read_lines(file: Path | int) -> list[str]:
 
 
 def as_json(scores: Sequence[Score], lines: int, test_set: str | None) -> str:
-    """Everything there is to say about the scores."""
+    """The scores, the number of lines and the test set as JSON."""
     rows = {row.metric: {key: value for key, value in asdict(row).items() if key != "metric"} for row in scores}
     return json.dumps({"lines": lines, "test_set": test_set, "scores": rows}, indent=2)
 
 
 def as_table(scores: Sequence[Score]) -> str:
-    """One line a metric."""
+    """A table with a line per metric."""
     width = max(len(row.details) for row in scores)
     rows = [f"{row.metric:<6} {row.value:6.2f}  {row.details:<{width}}  {row.signature}" for row in scores]
     return "\n".join(rows)

@@ -23,7 +23,7 @@ from .progress import read_log
 
 PAIRS = {"train": 500, "valid": 50, "test": 50}
 UPDATES = 300
-LEAST_GAIN = 2.0  # nats per target token between the first update and the last
+LEAST_GAIN = 2.0  # nats per target token by which the loss must fall from first to last update
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def smoke(folder: Path) -> None:
-    """All steps; exits with a message at the first that fails."""
+    """Run all steps; exits with a message at the first that fails."""
     start = time.perf_counter()
     data, run, output = folder / "data", folder / "run", folder / "test.txt"
     call("prepare", "--preparation", "smoke", "--out", data, "--workers", 1, *write_text(folder))
@@ -58,7 +58,7 @@ def smoke(folder: Path) -> None:
 
 
 def write_text(folder: Path) -> list[str | Path]:
-    """The text, and prepare's options that name it; no test sentence is among those of training."""
+    """Write the text, none of whose test sentences is in training; returns the options by which prepare finds it."""
     options: list[str | Path] = []
     for seed, (split, count) in enumerate(PAIRS.items()):
         pairs = draw_pairs(count, seed, test=split == "test")
@@ -70,7 +70,7 @@ def write_text(folder: Path) -> list[str | Path]:
 
 
 def command(step: str, *arguments: object) -> list[str]:
-    """How a person would run the step, which is printed, too."""
+    """The command of a step; printed as a person would type it."""
     line = ["python", "-m", f"examples.wmt14.{step}", *map(str, arguments)]
     print(f"\n$ {shlex.join(line)}", flush=True)
     return [sys.executable, *line[1:]]
@@ -96,7 +96,7 @@ def kill_after_a_checkpoint(line: list[str], run: Path) -> None:
 
 
 def check_log(run: Path) -> None:
-    """Every update is there once, whatever was lost in the kill, and the loss has fallen."""
+    """Exit unless the log has every update once, in spite of the kill, and the loss fell."""
     records = [record for record in read_log(run) if record["event"] == "update"]
     updates, gain = [record["update"] for record in records], records[0]["nll"] - records[-1]["nll"]
     if updates != sorted(set(updates)) or updates[-1] != UPDATES:

@@ -32,7 +32,7 @@ _CONTROLS |= {ord(separator): " " for separator in _SEPARATORS}
 
 @dataclass(frozen=True)
 class TextForm:
-    """How sentences of one language are written for the model.
+    """The form in which sentences of one language are written for the model.
 
     Args:
         language: "en", "de", ...; matters to Moses only.
@@ -59,7 +59,7 @@ class TextForm:
         return text
 
     def restore(self, text: str) -> str:
-        """Written as a reader expects it: without the spaces of Moses. The case stays as it is."""
+        """The sentence as a reader expects it, without the spaces of Moses. The case stays as it is."""
         if not self.moses:
             return text
         return _moses(MosesDetokenizer, self.language).detokenize(text.split(), unescape=False)
@@ -67,7 +67,7 @@ class TextForm:
 
 @lru_cache
 def _moses(tool: type, language: str) -> Any:
-    """One of sacremoses' tools; they take long to build, and a process needs each once."""
+    """One of sacremoses' tools, built once per process because that takes long."""
     return tool(language)
 
 
@@ -125,7 +125,7 @@ class Subwords:
 
     @property
     def vocab_size(self) -> int:
-        """How many ids there are."""
+        """Number of ids, the special ones included."""
         return self.processor.get_piece_size()
 
     def encode(self, texts: Sequence[str], side: str = "source") -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""How much arithmetic an update is, and how much of it the device can do."""
+"""Floating-point operations of an update, and the most per second that a device can do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def training_flops(config: TransformerConfig, source_lengths: NDArray, target_le
 
     Args:
         config: of the model.
-        source_lengths, target_lengths: `(pairs,)` ids of each sentence.
+        source_lengths, target_lengths: (pairs,) ids of each sentence.
     """
     d, heads = config.d_model, config.num_heads
     head_dim, v_head_dim = config.head_dim or d // heads, config.v_head_dim or d // heads

@@ -54,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--log-every", type=positive_int, default=50, metavar="UPDATES", help="between two records (default 50)")
     bleu = "sentences of the validation set to translate at every validation; 0 for none (default 200)"
     add("--bleu-sentences", type=int, default=200, metavar="N", help=bleu)
-    add("--bleu-beam", type=positive_int, default=1, metavar="N", help="beam of that search (default 1, greedy)")
+    add("--bleu-beam", type=positive_int, default=1, metavar="N", help="beam of that search (default 1)")
     recipe = parser.add_argument_group("instead of the config's own value")
     recipe.add_argument("--updates", type=positive_int, help="optimiser steps")
     recipe.add_argument("--tokens-per-update", type=positive_int, metavar="N", help="most ids of a side")
@@ -67,7 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command; returns its exit code."""
     args = parse_arguments(arguments)
     try:
         config = chosen_config(args)

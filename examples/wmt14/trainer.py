@@ -28,7 +28,7 @@ from .configs import Config
 from .distributed import World
 from .throughput import DTYPES
 
-_LEAST_LOSS_SCALE = 2.0**-10  # a float16 gradient that overflows even then is no matter of scale
+_LEAST_LOSS_SCALE = 2.0**-10  # a float16 gradient that overflows even at this scale is not finite itself
 
 
 class NonFiniteError(RuntimeError):
@@ -44,7 +44,7 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class Step:
-    """What one update did; sums and means over all processes."""
+    """The record of one update; sums and means are over all processes."""
 
     loss: float  # nats per target token, label smoothing included
     nll: float  # nats per target token
@@ -140,21 +140,21 @@ class Trainer:
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the model."""
+        """The part of a checkpoint beside the model: states of optimiser and loss scale."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
     def autocast(self) -> torch.autocast:
-        """The precision of matrix products and attention."""
+        """The autocast context for the recipe's precision of matrix products and attention."""
         precision = self.config.precision
         return torch.autocast(self.world.device.type, DTYPES[precision], enabled=precision != "fp32")
 
     def _accumulate(self, update: int, pairs: NDArray[np.int64], target_tokens: int) -> Tensor:
-        """Leaves the update's gradient, averaged over all processes, in the parameters; this process's loss and nll."""
+        """Leave the gradient, averaged over all processes, in the parameters; returns this process's loss and nll."""
         sums = torch.zeros(2, device=self.world.device)
         factor = self.world.size / target_tokens  # DistributedDataParallel divides by the number of processes
         for i in range(self.accumulation):

@@ -43,7 +43,7 @@ class Translator:
     Args:
         model: in evaluation mode.
         subwords: of the data it was trained on.
-        options: further arguments of `fastattn.generation.translate`.
+        options: further arguments of `fastattn.nmt.generation.translate`.
         max_length: most ids of a source sentence, its end included; longer ones are cut.
     """
 
@@ -82,7 +82,7 @@ class Translator:
         return [self._cut(ids, number) for number, ids in enumerate(self.subwords.encode(lines), first)]
 
     def texts(self, hypotheses: Sequence[Hypothesis]) -> list[str]:
-        """What the ids of translations say, each on one line."""
+        """The texts of translations, each on one line."""
         return [" ".join(text.split("\n")) for text in self.subwords.decode([each.tokens for each in hypotheses])]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -96,7 +96,7 @@ class Translator:
         return [*ids[: self.max_length - 1], ids[-1]]
 
     def report(self) -> str:
-        """How much was translated, how fast."""
+        """A line that says how much was translated, and how fast."""
         seconds = max(self.seconds, 1e-9)
         return (
             f"sentences: {self.sentences}, tokens: {self.tokens}, seconds: {self.seconds:.1f}; "
@@ -104,17 +104,17 @@ class Translator:
         )
 
 
-# ---- lines
+# ---- lines ----
 
 
 def translated_lines(
     translator: Translator, lines: Iterable[str], buffer: int, with_scores: bool, n_best: int, bar: tqdm
 ) -> Iterator[str]:
-    """The lines of output, in order: of each buffer of input lines when it is done."""
+    """The lines of output, in order; those of a buffer of input lines come when it is done."""
     lines, first = iter(lines), 1
     while chunk := list(islice(lines, buffer)):
         results = translator.translate(chunk, first, bar.update)
-        bar.update(first + len(chunk) - 1 - bar.n)  # the empty lines
+        bar.update(first + len(chunk) - 1 - bar.n)  # and the empty lines, which are not searched
         for number, hypotheses in enumerate(results, first):
             for hypothesis, text in zip(hypotheses, translator.texts(hypotheses), strict=True):
                 score = f"{hypothesis.score:.4f}\t" if with_scores or n_best > 1 else ""
@@ -146,7 +146,7 @@ def opened_output(path: Path | None) -> Iterator[TextIO]:
         partial.unlink(missing_ok=True)
 
 
-# ---- the command
+# ---- the command ----
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

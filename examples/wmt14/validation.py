@@ -1,4 +1,4 @@
-"""How good the model is on the validation split: nll per token under teacher forcing, and BLEU of some translations."""
+"""Scores on the validation split: nll per token under teacher forcing, and BLEU of some translations."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _TOKENS_PER_BATCH = 8_192
 
 @dataclass(frozen=True)
 class Score:
-    """One validation."""
+    """The scores of one validation."""
 
     nll: float  # nats per target token, without label smoothing
     bleu: float | None  # of the first sentences; None: not asked for
     bleu_signature: str | None
 
     def record(self) -> dict[str, Any]:
-        """For the log."""
+        """The fields of the log's record."""
         record = {"nll": self.nll, "perplexity": math.exp(min(self.nll, 700.0))}
         if self.bleu is not None:
             record |= {"bleu": self.bleu, "bleu_signature": self.bleu_signature}
@@ -43,15 +43,15 @@ class Validation:
     Args:
         trainer: whose model, precision and layout of batches.
         folder: the prepared data.
-        bleu_sentences: so many of the first are translated; 0 for none.
-        beam_size: of their search; 1 for greedy.
+        bleu_sentences: how many of the first sentences are translated; 0 for none.
+        beam_size: hypotheses that live on at each step of their search.
     """
 
     def __init__(self, trainer: Trainer, folder: Path, bleu_sentences: int, beam_size: int) -> None:
         self.trainer = trainer
         recipe = trainer.config
         self.search = {"beam_size": beam_size, "alpha": recipe.alpha, "penalty": recipe.length_penalty}
-        self.data = ParallelTokens.open(folder, "valid")
+        self.data = ParallelTokens(folder, "valid")
         longest = max(self.data.source_lengths.max(), self.data.target_lengths.max())
         batches = TokenBatches(self.data.source_lengths, self.data.target_lengths, max(_TOKENS_PER_BATCH, longest))
         self.batches = batches.updates(0)
@@ -93,5 +93,5 @@ class Validation:
         return self.metric.corpus_score(ordered, [self.references]).score
 
     def _mine(self, work: Iterable) -> list:
-        """This process's share."""
+        """The part of the work that is this process's share."""
         return list(work)[self.trainer.world.rank :: self.trainer.world.size]

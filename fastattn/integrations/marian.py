@@ -25,7 +25,7 @@ from .safetensors import filled, read_tensors
 
 _MARIAN_EPS = 1e-5
 
-# Where the feed-forward layers and the LayerNorms of a layer are, ours and Marian's.
+# Names of the feed-forward layers and LayerNorms of a layer: ours, and Marian's.
 _ENCODER_LAYER = {
     "feed_forward.0": "fc1",
     "feed_forward.2": "fc2",
@@ -52,7 +52,7 @@ def save_marian(
     The configuration asks for the paper's search, beam 4, with Marian's penalty |Y|^0.6, which is not the paper's.
 
     Args:
-        model: post-norm with sinusoidal positions and `d_model // num_heads` features per head.
+        model: post-norm with sinusoidal positions and d_model // num_heads features per head.
         folder: made if it does not exist.
         target_space: row of the table of target languages that the folder translates into.
         sentencepiece_model: file whose ids, padding and end of sentence included, are those of the model.
@@ -93,7 +93,7 @@ def load_marian(folder: str | PathLike) -> Transformer:
     return filled(model, state, folder)
 
 
-# ---- parameters
+# ---- parameters ----
 
 
 def _sines_first(d_model: int) -> Tensor:
@@ -108,7 +108,7 @@ def _reorder(tensor: Tensor, axes: tuple[int, ...], order: Tensor) -> Tensor:
 
 
 def _names(model: Transformer) -> Iterator[tuple[str, list[str], tuple[int, ...]]]:
-    """(our parameter, Marian's, which side by side are ours; axes along the residual stream), without embeddings."""
+    """Every parameter but the embeddings: our name, Marian's names of its parts, the axes along the residual stream."""
     stacks = (
         ("encoder", model.config.num_encoder_layers, _ENCODER_LAYER, {"self_attention": "self_attn"}),
         ("decoder", model.config.num_decoder_layers, _DECODER_LAYER,
@@ -152,7 +152,7 @@ def _marian_tensors(model: Transformer, target_space: int) -> dict[str, Tensor]:
 
 
 def _state_of(model: Transformer, tensors: dict[str, Tensor], is_shared: bool) -> dict[str, Tensor]:
-    """Our state. A source embedding of its own, less the target's, is the vector of the target language."""
+    """The state of `Transformer`. A source embedding of its own, less the target's, is the target language's vector."""
     order = _sines_first(model.config.d_model).argsort()
     state = {
         ours: _reorder(torch.cat([tensors[name] for name in theirs]), axes, order)
@@ -174,7 +174,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-# ---- configuration
+# ---- configuration ----
 
 
 def _check_architecture(config: TransformerConfig) -> None:
@@ -272,7 +272,7 @@ def _config_of(marian: dict[str, Any], num_target_spaces: int) -> TransformerCon
     )
 
 
-# ---- tokenizer
+# ---- tokenizer ----
 
 
 def _save_tokenizer(config: TransformerConfig, sentencepiece_model: Path, folder: Path) -> None:

@@ -1,5 +1,7 @@
 """The mean of several checkpoints' weights, which translates better than any of them."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterable, Sequence
 from os import PathLike

@@ -4,6 +4,8 @@ An epoch's updates depend on the seed and the epoch alone. How many processes or
 changes nothing but who computes which of its pairs, and (epoch, index) is the whole position in the data.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,15 +21,15 @@ class PaddingShare(NamedTuple):
 
 
 class TokenBatches:
-    """Divides sentence pairs into updates.
+    """Division of sentence pairs into updates.
 
     An update holds pairs whose longer sides are of similar length, at most `tokens_per_update` ids on each side. One
     update of an epoch is smaller.
 
     Args:
-        source_lengths, target_lengths: `(pairs,)` integers, ids of each sentence, its end included.
+        source_lengths, target_lengths: (pairs,) integers, ids of each sentence, its end included.
         tokens_per_update: most ids of a side, over all processes and accumulation steps.
-        seed: of the order of pairs and updates.
+        seed: decides the order of pairs and updates.
         max_length: pairs with a longer side are left out; `num_left_out` counts them.
 
     Raises:
@@ -71,7 +73,7 @@ class TokenBatches:
         return [updates[i] for i in random.permutation(len(updates))]
 
     def _cuts(self, pairs: NDArray[np.int64]) -> list[int]:
-        """Where an update ends and the next begins: as late as `tokens_per_update` allows."""
+        """The places where an update ends and the next begins: as late as `tokens_per_update` allows."""
         totals = [np.append(0, lengths[pairs].cumsum(dtype=np.int64)) for lengths in self._sides()]
         cuts: list[int] = []
         start = 0
@@ -111,7 +113,7 @@ class TokenBatches:
         if not 0 <= part < parts:
             raise ValueError(f"part: must lie in [0, parts {parts}), got {part}")
         tokens = self.source_lengths[update].astype(np.int64) + self.target_lengths[update]
-        # The part of a pair is where the middle of its tokens falls.
+        # A pair belongs to the part in whose share of all tokens the middle of its own falls.
         middles = tokens.cumsum() * 2 - tokens
         bounds = [int(middles.searchsorted(2 * tokens.sum() * p / parts)) for p in (part, part + 1)]
         return update[bounds[0] : bounds[1]]
@@ -124,7 +126,7 @@ class TokenBatches:
         tokens of a packed one, which has no padding inside.
 
         Args:
-            epoch: which.
+            epoch: number of the epoch.
             parts: processes that share an update.
         """
         tokens = padded = packed = 0

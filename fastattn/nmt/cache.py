@@ -1,7 +1,9 @@
-"""Cached keys and values: a decoder that reads one position at a time."""
+"""Decoders that read one position at a time, as a search drives them: `DecoderCache` caches keys and values."""
+
+from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -9,6 +11,23 @@ from torch import Tensor
 from .. import arguments, functional
 from ..modules import MultiHeadAttention
 from .transformer import DecoderLayer, Transformer
+
+
+class StepwiseDecoder(Protocol):
+    """A decoder that reads one position at a time, for several hypotheses of every source sentence."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits (sentences, beam, vocab_size) of what follows the newest decoder inputs (sentences, beam)."""
+        ...
+
+    def select(self, hypotheses: Tensor, sentences: Tensor | None = None) -> None:
+        """Keep some of the hypotheses and of the sentences, in a new order.
+
+        Args:
+            hypotheses: (kept sentences * beam,) int64, which of the sentences * beam hypotheses each new one extends.
+            sentences: (kept sentences,) int64, which of the sentences; None for all.
+        """
+        ...
 
 
 class _LayerCache:
@@ -43,7 +62,7 @@ class _LayerCache:
         return attention.project_output(out.transpose(1, 2))
 
     def select(self, hypotheses: Tensor, sentences: Tensor | None) -> None:
-        """Keep these rows, as `DecoderCache.select`."""
+        """Keep some rows, as `StepwiseDecoder.select` describes."""
         if self.past is not None:
             self.past = self.past[0][hypotheses], self.past[1][hypotheses]
         if sentences is not None:
@@ -52,11 +71,11 @@ class _LayerCache:
 
 
 class DecoderCache:
-    """One position at a time through the decoder, for several hypotheses of every source sentence.
+    """A `StepwiseDecoder` that computes the newest position only: the keys and values of all others are cached.
 
     Args:
         model: in evaluation mode, or dropout applies.
-        source: `(batch, length)` int64 ids, padding on the right.
+        source: (batch, length) int64 ids, padding on the right.
         target_space: as in `Transformer.hidden`.
     """
 
@@ -69,12 +88,12 @@ class DecoderCache:
         self.layers = [_LayerCache(layer.cross_attention, memory, mask) for layer in decoder]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits `(sentences, beam, vocab_size)` of what follows the newest decoder inputs `(sentences, beam)`."""
+        """Logits (sentences, beam, vocab_size) of what follows the newest decoder inputs (sentences, beam)."""
         position = torch.tensor(self.length, device=tokens.device)
         self.length += 1
         return self.model.logits(self.model.decode(tokens, position, self.length, self.layers))
 
     def select(self, hypotheses: Tensor, sentences: Tensor | None = None) -> None:
-        """Keep these of the `sentences * beam` hypotheses, in this order, and these of the sentences (None: all)."""
+        """Keep some of the hypotheses and of the sentences, as `StepwiseDecoder.select` describes."""
         for layer in self.layers:
             layer.select(hypotheses, sentences)

@@ -1,5 +1,7 @@
 """The sizes and constants of the Transformers of "Attention Is All You Need"."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,8 +15,8 @@ class TransformerConfig:
         d_model: width of the residual stream; also that of the embeddings.
         d_ff: width of the feed-forward layers.
         num_heads: h.
-        head_dim: d_k; by default `d_model // num_heads`.
-        v_head_dim: d_v; by default `d_model // num_heads`.
+        head_dim: d_k; by default d_model // num_heads.
+        v_head_dim: d_v; by default d_model // num_heads.
         num_encoder_layers, num_decoder_layers: N of each stack.
         dropout: probability, on each sub-layer's output and on the sums of embeddings and positions.
         label_smoothing: eps of the loss the model is trained with.
@@ -74,17 +76,17 @@ class TransformerConfig:
             raise ValueError(f"d_model: must be a multiple of num_heads {self.num_heads}, got {self.d_model}")
 
     @classmethod
-    def base(cls, vocab_size: int = 37_000) -> "TransformerConfig":
+    def base(cls, vocab_size: int = 37_000) -> TransformerConfig:
         """The paper's base model."""
         return cls(vocab_size=vocab_size)
 
     @classmethod
-    def big(cls, vocab_size: int = 37_000, dropout: float = 0.3) -> "TransformerConfig":
+    def big(cls, vocab_size: int = 37_000, dropout: float = 0.3) -> TransformerConfig:
         """The paper's big model; `dropout` is 0.1 for English to French."""
         return cls(vocab_size=vocab_size, d_model=1024, d_ff=4096, num_heads=16, dropout=dropout)
 
     @classmethod
-    def table3(cls, vocab_size: int = 37_000) -> dict[str, "TransformerConfig"]:
+    def table3(cls, vocab_size: int = 37_000) -> dict[str, TransformerConfig]:
         """Every row of the paper's Table 3 by name: "base", "A h=1", ..., "E learned", "big"."""
         base = cls.base(vocab_size)
         rows = {name: replace(base, **changes) for name, changes in _TABLE_3_CHANGES.items()}

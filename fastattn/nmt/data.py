@@ -5,6 +5,8 @@ A folder holds, for every split and side, `{split}.{side}.tokens.npy`, the ids o
 vocabulary allows it, else int32.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import cached_property
 from io import BytesIO
@@ -28,7 +30,7 @@ def _files(folder: str | PathLike, split: str, side: str) -> tuple[Path, Path]:
     return folder / f"{split}.{side}.tokens.npy", folder / f"{split}.{side}.offsets.npy"
 
 
-# ---- writing
+# ---- writing ----
 
 
 class _GrowingArray:
@@ -56,9 +58,9 @@ class _GrowingArray:
 
 
 class TokenWriter:
-    """Streams the sentences of one side of a split into its files, in constant memory.
+    """A context manager that streams the sentences of one side of a split into its files, in constant memory.
 
-    A context manager. Its files can be read once the `with` block has ended without an exception.
+    The files can be read once the `with` block has ended without an exception.
 
     Args:
         folder: where the files go; must exist.
@@ -80,8 +82,8 @@ class TokenWriter:
         """Append sentences.
 
         Args:
-            ids: `(total,)` integers, the sentences end to end.
-            lengths: `(sentences,)` ids of each; they add up to `total`.
+            ids: (total,) integers, the sentences end to end.
+            lengths: (sentences,) ids of each; they add up to `total`.
 
         Raises:
             ValueError: ids outside the vocabulary, or lengths that do not add up.
@@ -94,7 +96,7 @@ class TokenWriter:
         self._offsets.append(self._tokens.length + lengths.cumsum())
         self._tokens.append(ids)
 
-    def __enter__(self) -> "TokenWriter":
+    def __enter__(self) -> TokenWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
@@ -102,11 +104,11 @@ class TokenWriter:
             array.close(is_complete=kind is None)
 
 
-# ---- reading
+# ---- reading ----
 
 
 class _Side:
-    """The sentences of one side."""
+    """The sentences of one side of a split."""
 
     def __init__(self, folder: str | PathLike, split: str, side: str) -> None:
         files = _files(folder, split, side)
@@ -162,22 +164,17 @@ class ParallelTokens:
             raise ValueError(f"folder: {folder} holds {sizes[0]} source and {sizes[1]} target sentences of {split!r}")
         self._size = sizes[0]
 
-    @classmethod
-    def open(cls, folder: str | PathLike, split: str) -> "ParallelTokens":
-        """The same as `ParallelTokens(folder, split)`."""
-        return cls(folder, split)
-
     def __len__(self) -> int:
         return self._size
 
     @property
     def source_lengths(self) -> NDArray[np.int32]:
-        """`(pairs,)` int32, ids of every source sentence, its end included."""
+        """Lengths (pairs,) int32 of the source sentences in ids, their ends included."""
         return self._source.lengths
 
     @property
     def target_lengths(self) -> NDArray[np.int32]:
-        """`(pairs,)` int32, ids of every target sentence, its end included."""
+        """Lengths (pairs,) int32 of the target sentences in ids, their ends included."""
         return self._target.lengths
 
     def pair(self, index: int) -> tuple[NDArray, NDArray]:
@@ -192,9 +189,9 @@ class ParallelTokens:
         """Source and target of some pairs, as `Transformer.hidden` takes them.
 
         Args:
-            indices: `(batch,)` which pairs, in any order.
-            packed: `PackedTokens`, else int64 tensors `(batch, length)` padded on the right.
-            pad_id: what fills the padding.
+            indices: (batch,) numbers of the pairs, in any order.
+            packed: `PackedTokens`, else int64 tensors (batch, length) padded on the right.
+            pad_id: the id of padding.
 
         Raises:
             IndexError: an index outside [0, pairs).

@@ -10,6 +10,8 @@ sentence may follow, so every hypothesis returned is a whole sentence with its t
 first in the order (hypothesis, id) wins.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,10 +22,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..modules import MultiHeadAttention
-from .cache import DecoderCache
+from .cache import DecoderCache, StepwiseDecoder
 from .config import TransformerConfig
 from .layout import Padded
 from .transformer import TeacherForcing, Transformer
+
+MakeDecoder = Callable[[Transformer, Tensor, int], StepwiseDecoder]  # model, source, target_space
 
 
 class Hypothesis(NamedTuple):
@@ -47,11 +51,11 @@ class _Recorder(TeacherForcing):
 
 
 def cross_attention_weights(model: Transformer, source: Tensor, target: Tensor, target_space: int = 0) -> Tensor:
-    """What each target id looked at when it was predicted: `(batch, layers, heads, target, source)`.
+    """The weights (batch, layers, heads, target, source) that each target id, when predicted, gave to the source.
 
     Args:
         model: in evaluation mode.
-        source, target: `(batch, length)` int64 ids, padding on the right.
+        source, target: (batch, length) int64 ids, padding on the right.
         target_space: as in `Transformer.hidden`.
     """
     pad_id = model.config.pad_id
@@ -63,11 +67,11 @@ def cross_attention_weights(model: Transformer, source: Tensor, target: Tensor, 
     return torch.stack([recorder.weights for recorder in recorders], dim=1)
 
 
-# ---- search
+# ---- search ----
 
 
 def length_penalty(length: int | Tensor, alpha: float, kind: str = "paper") -> Any:
-    """What the log-probability of a hypothesis of `length` ids is divided by.
+    """The divisor of the log-probability of a hypothesis of `length` ids.
 
     Args:
         length: |Y|, the end of sentence included.
@@ -82,7 +86,7 @@ class _Search:
     """The beams of all sentences that are not complete yet.
 
     Args:
-        max_lengths: `(sentences,)` int64, the most ids of a hypothesis, its end of sentence included.
+        max_lengths: (sentences,) int64, the most ids of a hypothesis, its end of sentence included.
         beam_size: living hypotheses of a sentence.
         num_candidates: extensions considered at each step.
         num_hypotheses: finished hypotheses kept.
@@ -110,10 +114,11 @@ class _Search:
         self.finished_scores = torch.full((sentences, num_hypotheses), -torch.inf, device=device)
 
     def advance(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Extend every hypothesis by one id, given `logits` `(sentences, beam, vocab_size)`.
+        """Extend every hypothesis by one id, given `logits` (sentences, beam, vocab_size).
 
         Returns:
-            What `DecoderCache.select` takes: the hypotheses the new ones extend, and the sentences still incomplete.
+            The arguments of `StepwiseDecoder.select`: the hypotheses that the new ones extend, and the sentences that
+            are not complete yet.
         """
         length = self.tokens.shape[2]
         is_last = self.max_lengths <= length
@@ -131,7 +136,7 @@ class _Search:
         return self._drop_complete(is_last | (self.finished_scores[:, -1] >= reachable), hypotheses)
 
     def _extension_log_probs(self, logits: Tensor, is_last: Tensor) -> Tensor:
-        """`(sentences, beam, vocab_size)` log-probabilities of all hypotheses, each extended by every id."""
+        """Log-probabilities (sentences, beam, vocab_size) of all hypotheses, each extended by every id."""
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         log_probs[..., self.config.pad_id] = -torch.inf
         if is_last.any():
@@ -177,7 +182,7 @@ def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _take(sequences: Tensor, rows: Tensor) -> Tensor:
-    """`sequences[i, rows[i, j]]` of `(sentences, n, length)` and `(sentences, m)`."""
+    """The sequences[i, rows[i, j]] of sequences (sentences, n, length) and rows (sentences, m)."""
     return sequences.gather(1, rows[..., None].expand(-1, -1, sequences.shape[2]))
 
 
@@ -192,12 +197,14 @@ def beam_search(
     target_space: int = 0,
     with_attention: bool = False,
     penalty: str = "paper",
+    *,
+    cache: MakeDecoder = DecoderCache,
 ) -> list[list[Hypothesis]]:
     """The best translations of every source sentence, best first.
 
     Args:
         model: in evaluation mode.
-        source: `(batch, length)` int64 ids, padding on the right.
+        source: (batch, length) int64 ids, padding on the right.
         beam_size: hypotheses that live on at each step.
         alpha: exponent of the length penalty, at least 0.
         max_extra_tokens: a translation has at most this many ids more than its source, its end of sentence included
@@ -206,6 +213,7 @@ def beam_search(
         target_space: as in `Transformer.hidden`.
         with_attention: fill `Hypothesis.attention` of each sentence's best.
         penalty: "paper" or "length", the kind of `length_penalty`.
+        cache: called with model, source and target_space, makes the `StepwiseDecoder` that the search drives.
 
     Raises:
         ValueError: a model in training mode or with NaN, or an argument outside its range.
@@ -219,7 +227,7 @@ def beam_search(
     if penalty not in ("paper", "length"):
         raise ValueError(f"penalty: must be 'paper' or 'length', got {penalty!r}")
     rules = (beam_size, 2 * beam_size, num_hypotheses, partial(length_penalty, alpha=alpha, kind=penalty))
-    results = _search(model, source, rules, max_extra_tokens, target_space)
+    results = _search(model, source, rules, max_extra_tokens, target_space, cache)
     if with_attention:
         best = _with_attention(model, source, [hypotheses[0] for hypotheses in results], target_space)
         results = [[first, *others[1:]] for first, others in zip(best, results, strict=True)]
@@ -233,13 +241,16 @@ def greedy_search(
     max_extra_tokens: int = 50,
     target_space: int = 0,
     with_attention: bool = False,
+    *,
+    cache: MakeDecoder = DecoderCache,
 ) -> list[Hypothesis]:
     """The translation of every source sentence by the most probable id at each step; its score is its log-probability.
 
-    The arguments and errors are those of `beam_search`.
+    `beam_search` with a beam of 1 may find another: it also scores the end of sentence where that is second. The
+    arguments and errors are those of `beam_search`.
     """
     rules = (1, 1, 1, partial(length_penalty, alpha=0.0))
-    results = _search(model, source, rules, max_extra_tokens, target_space)
+    results = _search(model, source, rules, max_extra_tokens, target_space, cache)
     best = [hypotheses[0] for hypotheses in results]
     return _with_attention(model, source, best, target_space) if with_attention else best
 
@@ -251,7 +262,7 @@ def translate(
     progress: Callable[[int], object] | None = None,
     **options: Any,
 ) -> list[list[Hypothesis]]:
-    """`beam_search` of any number of sentences, in batches of similar length; results in the order of `sentences`.
+    """Translations of any number of sentences by `beam_search`, in batches of similar length, in the given order.
 
     Args:
         model: in evaluation mode.
@@ -273,20 +284,25 @@ def translate(
 
 
 def _search(
-    model: Transformer, source: Tensor, rules: tuple[int, int, int, Callable], max_extra_tokens: int, target_space: int
+    model: Transformer,
+    source: Tensor,
+    rules: tuple[int, int, int, Callable],
+    max_extra_tokens: int,
+    target_space: int,
+    cache: MakeDecoder,
 ) -> list[list[Hypothesis]]:
     if model.training:
         raise ValueError("model: is in training mode, whose dropout would apply; call model.eval()")
     if max_extra_tokens < 1:
         raise ValueError(f"max_extra_tokens: must be at least 1, got {max_extra_tokens}")
     config = model.config
-    cache = DecoderCache(model, source, target_space)
+    decoder = cache(model, source, target_space)
     max_lengths = (source != config.pad_id).sum(1) + max_extra_tokens
     if config.positions == "learned":
         max_lengths = max_lengths.clamp(max=config.max_len)
     search = _Search(config, max_lengths, *rules)
     while search.sentences.numel():
-        cache.select(*search.advance(cache.step(search.tokens[:, :, -1])))
+        decoder.select(*search.advance(decoder.step(search.tokens[:, :, -1])))
     return search.results
 
 

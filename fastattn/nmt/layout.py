@@ -1,4 +1,6 @@
-"""How the sentences of a batch lie in memory: padded, or packed one after the other."""
+"""The layouts of a batch of sentences in memory: padded, or packed one after the other."""
+
+from __future__ import annotations
 
 from typing import Any, NamedTuple
 
@@ -16,14 +18,14 @@ class PackedTokens(NamedTuple):
     cu_seqlens: Tensor  # (batch + 1,) int32, where each sentence starts, and the end of the last
     max_seqlen: int
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedTokens":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedTokens:
         """The same sentences on another device."""
         tokens, cu_seqlens = (x.to(device, non_blocking=non_blocking) for x in (self.tokens, self.cu_seqlens))
         return PackedTokens(tokens, cu_seqlens, self.max_seqlen)
 
 
 def pack(tokens: Tensor, pad_id: int = 0) -> PackedTokens:
-    """Remove the padding of `(batch, length)` ids; waits for the device if they are not on the CPU."""
+    """Remove the padding of (batch, length) ids; waits for the device if they are not on the CPU."""
     kept = tokens != pad_id
     lengths = kept.sum(1)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
@@ -31,7 +33,7 @@ def pack(tokens: Tensor, pad_id: int = 0) -> PackedTokens:
 
 
 class Padded:
-    """Sentences `(batch, length)` with padding on the right."""
+    """Sentences (batch, length) with padding on the right."""
 
     def __init__(self, tokens: Tensor, pad_id: int) -> None:
         self.tokens = tokens
@@ -48,13 +50,13 @@ class Padded:
         self, attention: MultiHeadAttention, query: Tensor, key: Tensor, keys: Any, is_causal: bool = False
     ) -> Tensor:
         """Attention from these sentences' `query` to the `key` of the sentences laid out as `keys`."""
-        # Padding is on the right, where a causal query that is not padding itself never looks.
+        # Padding is on the right: under the causal mask no query but padding itself attends to it.
         padding = None if is_causal else keys.key_padding_mask
         return attention(query, key, key, key_padding_mask=padding, need_weights=False, is_causal=is_causal)[0]
 
 
 class Packed:
-    """Sentences `(total,)` end to end."""
+    """Sentences (total,) end to end."""
 
     def __init__(self, packed: PackedTokens) -> None:
         self.tokens, self.cu_seqlens, self.max_seqlen = packed

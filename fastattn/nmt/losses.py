@@ -5,16 +5,19 @@ chunk of tokens computes its logits, its part of the loss and its part of both g
 three matrix products in all, as many as without chunks, and memory for one chunk of logits.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# 128 MB of float32: larger chunks are no faster, and smaller ones add to the weight's gradient more often.
+# Logits of a chunk, 128 MB in float32. Larger chunks are no faster, and smaller ones add to the weight's gradient more
+# often.
 _CHUNK_LOGITS = 2**25
-# On the CPU the passes over the logits cost more than the products unless its cache holds them.
-_CPU_CHUNK_LOGITS, _CPU_CHUNK_TOKENS = 2**20, 256
+# On the CPU a chunk's logits, 4 MB, stay in the cache; read from memory, they would cost more than the matrix products.
+_CPU_CHUNK_LOGITS, _MIN_CPU_CHUNK_TOKENS = 2**20, 256
 
 
 class LossSums(NamedTuple):
@@ -33,7 +36,7 @@ def label_smoothed_cross_entropy(
     pad_id: int = 0,
     chunk_size: int | None = None,
 ) -> LossSums:
-    """Cross entropy of `hidden @ weight.T` against `1 - eps` on the true id and `eps / (V - 1)` on every other.
+    """Cross entropy of hidden @ weight.T against 1 - eps on the true id and eps / (V - 1) on every other.
 
     Equivalent to::
 
@@ -45,9 +48,9 @@ def label_smoothed_cross_entropy(
     products run in its dtype. The result does not depend on `chunk_size` but for rounding.
 
     Args:
-        hidden: `(..., d_model)` float, the decoder's states.
-        weight: `(V, d_model)` float, the output matrix.
-        target: `(...)` int64, the true ids.
+        hidden: (..., d_model) float, the decoder's states.
+        weight: (V, d_model) float, the output matrix.
+        target: (...) int64, the true ids.
         label_smoothing: eps, in [0, 1).
         pad_id: tokens with this target count nothing.
         chunk_size: tokens whose logits exist at a time; by default as many as make 128 MB of float32 logits, on the
@@ -64,7 +67,7 @@ def label_smoothed_cross_entropy(
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
     if chunk_size is None:
-        chunk_size = _default_chunk_size(hidden.device, vocab_size)
+        chunk_size = default_chunk_size(hidden.device, vocab_size)
     loss, nll = _ChunkedLoss.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), label_smoothing, pad_id, chunk_size
     )
@@ -86,9 +89,10 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, label_smoothing: floa
         raise ValueError(f"target: ids {target.min()} ... {target.max()} must lie in [0, {weight.shape[0]})")
 
 
-def _default_chunk_size(device: torch.device, vocab_size: int) -> int:
+def default_chunk_size(device: torch.device, vocab_size: int) -> int:
+    """Tokens whose logits `label_smoothed_cross_entropy` computes at a time unless it is told how many."""
     if device.type == "cpu":
-        return max(_CPU_CHUNK_TOKENS, _CPU_CHUNK_LOGITS // vocab_size)
+        return max(_MIN_CPU_CHUNK_TOKENS, _CPU_CHUNK_LOGITS // vocab_size)
     return max(1, _CHUNK_LOGITS // vocab_size)
 
 
@@ -126,7 +130,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor, _dnll: Tensor) -> tuple[Tensor | None, ...]:
-        # A dimension makes a float16 gradient times the float32 factor float32: a loss scale of 2^16 is no float16.
+        # Without a dimension the factor would not make a float16 gradient float32, and as float16 a loss scale of 2^16
+        # is infinite.
         factor = dloss.view(1)
         dhidden, dweight = (None if grad is None else (grad * factor).to(grad.dtype) for grad in ctx.saved_tensors)
         return dhidden, dweight, None, None, None, None
@@ -156,7 +161,7 @@ def _loss_and_dlogits_(logits: Tensor, target: Tensor, label_smoothing: float, p
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, added in the dtype of `total`."""
+    """Add left @ right to `total`, in the dtype of `total`."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:

@@ -1,16 +1,18 @@
-"""Learning rates: the paper's, with linear warm-up and then the inverse square root of the step, and a linear one."""
+"""Learning rates: the paper's (linear warm-up, then the inverse square root of the step), and a linear one."""
+
+from __future__ import annotations
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
 def noam_learning_rate(step: int, d_model: int, warmup_steps: int = 4000, factor: float = 1.0) -> float:
-    """Learning rate of one optimiser step, `factor * d_model^-0.5 * min(step^-0.5, step * warmup_steps^-1.5)`.
+    """Learning rate of one optimiser step, factor * d_model^-0.5 * min(step^-0.5, step * warmup_steps^-1.5).
 
     Args:
         step: number of the optimiser step, from 1.
         d_model: width of the model.
-        warmup_steps: step at which the rate peaks, at `factor / sqrt(d_model * warmup_steps)`.
+        warmup_steps: step at which the rate peaks, at factor / sqrt(d_model * warmup_steps).
         factor: 1 in the paper.
 
     Raises:

@@ -5,9 +5,11 @@ biases, q, k, v (of cross-attention: k, v) initialised as one matrix, no bias at
 of sentence as first decoder input, and a learned vector for the target language added to the encoder's input. With that
 vector's table of 32 rows and 41,000 ids the numbers of parameters are those of the paper's Table 3.
 
-A batch is padded, `(batch, length)` ids, or packed, `PackedTokens`, without padding. The layers are the same:
+A batch is padded, (batch, length) ids, or packed, `PackedTokens`, without padding. The layers are the same:
 only the way in which a layout finds positions and attends differs.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -26,7 +28,7 @@ from .layout import Layout, PackedTokens, layout_of
 
 
 class Attends(Protocol):
-    """How one decoder layer attends: to all earlier positions at once (training), or through a cache (generation)."""
+    """One decoder layer's attention, over all earlier positions at once (training) or through a cache (generation)."""
 
     def attend_self(self, attention: MultiHeadAttention, x: Tensor) -> Tensor: ...
 
@@ -48,7 +50,7 @@ class TeacherForcing:
         return self.target.attend(attention, x, self.memory, self.source)
 
 
-# ---- layers
+# ---- layers ----
 
 
 class Residual(nn.Module):
@@ -67,7 +69,7 @@ class Residual(nn.Module):
 
 
 def _attention(config: TransformerConfig, is_cross: bool = False) -> MultiHeadAttention:
-    """Glorot uniform; rows of the input projection that take the same input are one matrix, with all their fan-out."""
+    """Attention, drawn Glorot-uniform; projections of the same input count as one matrix, with all their fan-out."""
     default = config.d_model // config.num_heads
     head_dim, v_head_dim = config.head_dim or default, config.v_head_dim or default
     attention = MultiHeadAttention(
@@ -120,7 +122,7 @@ class DecoderLayer(nn.Module):
 
 
 def sinusoidal_positions(length: int, d_model: int) -> Tensor:
-    """`(length, d_model)` float32: sin(pos / 10000^(2i/d)) at column 2i, the cosine at 2i + 1 (section 3.5)."""
+    """Table (length, d_model) float32: sin(pos / 10000^(2i/d)) at column 2i, the cosine at 2i + 1 (section 3.5)."""
     column = torch.arange(0, d_model, 2, dtype=torch.float64)
     angle = torch.arange(length, dtype=torch.float64)[:, None] / 10000.0 ** (column / d_model)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :d_model].float()
@@ -140,7 +142,7 @@ class Positions(nn.Module):
             self.register_buffer("table", sinusoidal_positions(config.max_len, config.d_model), persistent=False)
 
     def forward(self, positions: Tensor, max_seqlen: int) -> Tensor:
-        """`(..., d_model)` vectors of `positions` `(...)`, all below `max_seqlen`."""
+        """Vectors (..., d_model) of `positions` (...), all below `max_seqlen`."""
         table = self.table
         if max_seqlen > table.shape[0]:
             if self.is_learned:
@@ -149,7 +151,7 @@ class Positions(nn.Module):
         return F.embedding(positions, table)
 
 
-# ---- the model
+# ---- the model ----
 
 
 class Transformer(nn.Module):
@@ -157,8 +159,8 @@ class Transformer(nn.Module):
 
     `model(source, target)` returns the logits of `target` under teacher forcing: the decoder reads `bos_id` and
     `target[:-1]`, so that the logits at a position are those of the target id at that same position. `source` and
-    `target` are both int64 ids `(batch, length)` padded on the right, or both `PackedTokens`; results are then
-    `(batch, target length, ...)` or `(total target tokens, ...)`.
+    `target` are both int64 ids (batch, length) padded on the right, or both `PackedTokens`; results are then
+    (batch, target length, ...) or (total target tokens, ...).
 
     Setting `checkpoint_activations` keeps only the inputs of the layers for the gradient and computes the rest again:
     about a quarter more time for a fraction of the memory, and the same gradients.
@@ -193,11 +195,11 @@ class Transformer(nn.Module):
             nn.init.xavier_uniform_(self.target_spaces.weight)
 
     def forward(self, source: Tensor | PackedTokens, target: Tensor | PackedTokens, target_space: int = 0) -> Tensor:
-        """Logits `(..., vocab_size)` of every target id given those before it; the arguments of `hidden`."""
+        """Logits (..., vocab_size) of every target id given those before it; the arguments of `hidden`."""
         return self.logits(self.hidden(source, target, target_space))
 
     def hidden(self, source: Tensor | PackedTokens, target: Tensor | PackedTokens, target_space: int = 0) -> Tensor:
-        """Decoder states `(..., d_model)`, which with `output_weight` are what the chunked loss takes.
+        """Decoder states (..., d_model), which with `output_weight` are what the chunked loss takes.
 
         Args:
             source: ids of the source sentences.
@@ -216,16 +218,16 @@ class Transformer(nn.Module):
         return self.decode(decoder_input, target_layout.positions, target_layout.max_seqlen, contexts)
 
     def encode(self, source: Tensor | PackedTokens, target_space: int = 0) -> Tensor:
-        """The encoder's output `(..., d_model)`; the arguments of `hidden`."""
+        """The encoder's output (..., d_model); the arguments of `hidden`."""
         return self._encode(self._layout("source", source), target_space)
 
     def decode(self, tokens: Tensor, positions: Tensor, max_seqlen: int, contexts: Iterable[Attends]) -> Tensor:
         """Decoder states of decoder inputs that are already shifted.
 
         Args:
-            tokens: `(...)` int64 ids.
+            tokens: (...) int64 ids.
             positions: int64, broadcasts to `tokens`; all below `max_seqlen`.
-            contexts: one per layer, how it attends.
+            contexts: the attention of each layer.
         """
         x = self.dropout(self._embed(tokens, positions, max_seqlen))
         for layer, context in zip(self.decoder, contexts, strict=True):
@@ -233,11 +235,11 @@ class Transformer(nn.Module):
         return self.decoder_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`(..., vocab_size)` logits of decoder states `(..., d_model)`."""
+        """Logits (..., vocab_size) of decoder states (..., d_model)."""
         return F.linear(hidden, self.output_weight())
 
     def output_weight(self) -> Tensor:
-        """`(vocab_size, d_model)`, the shared matrix, such that no gradient reaches the row of padding."""
+        """The shared matrix (vocab_size, d_model), such that no gradient reaches the row of padding."""
         weight = self.embedding.weight
         if not torch.is_grad_enabled():
             return weight
@@ -248,7 +250,7 @@ class Transformer(nn.Module):
         torch.save({"config": asdict(self.config), "state_dict": self.state_dict()}, path)
 
     @classmethod
-    def load(cls, path: str | PathLike, device: torch.device | str = "cpu") -> "Transformer":
+    def load(cls, path: str | PathLike, device: torch.device | str = "cpu") -> Transformer:
         """The model that `save` wrote, in training mode; reads tensors and numbers only, never code.
 
         Raises:

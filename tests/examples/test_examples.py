@@ -1,5 +1,7 @@
 """The examples: the worked example, and the quickstart as a user runs it."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
@@ -18,7 +20,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 VOCABULARY = Vocabulary()
 
 
-# ---- worked example
+# ---- worked example ----
 
 
 def test_worked_example_numbers():
@@ -68,7 +70,7 @@ def test_worked_example_prints_and_draws(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "new" / "steps.png").read_bytes().startswith(b"\x89PNG")
 
 
-# ---- quickstart
+# ---- quickstart ----
 
 
 def _quickstart(*options):

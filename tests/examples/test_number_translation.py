@@ -1,5 +1,7 @@
 """The self-made translation task of the examples: numbers, grammar, vocabulary and corpus."""
 
+from __future__ import annotations
+
 from random import Random
 
 import pytest
@@ -12,7 +14,7 @@ from number_translation.grammar import NOTHING, Pair, Subject
 VOCABULARY = Vocabulary()
 
 
-# ---- numbers
+# ---- numbers ----
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_numbers_out_of_range_are_refused():
         numbers.price(101, 0)
 
 
-# ---- grammar
+# ---- grammar ----
 
 NOUNS = {noun.english: noun for noun in lexicon.PEOPLE + lexicon.THINGS}
 VERBS = {verb.english: verb for verbs in (*lexicon.VERBS.values(), [lexicon.ARRIVE, lexicon.TRAVEL]) for verb in verbs}
@@ -269,7 +271,7 @@ def test_no_english_sentence_has_two_translations():
         assert translations.setdefault(english, german) == german
 
 
-# ---- vocabulary and corpus
+# ---- vocabulary and corpus ----
 
 
 def test_vocabulary_is_small_and_shared():

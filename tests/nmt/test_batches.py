@@ -108,7 +108,7 @@ def test_equal_pairs_are_shared_equally():
     ]  # fmt: skip
 
 
-# ---- padding
+# ---- padding ----
 
 
 def test_padding_share_by_hand():
@@ -126,7 +126,7 @@ def test_padding_share_of_realistic_lengths():
     assert 0.03 < alone.padded < 0.25 and 0.03 < shared.padded < 0.25
 
 
-# ---- what is left out and refused
+# ---- what is left out and refused ----
 
 
 def test_long_pairs_are_left_out():

@@ -54,7 +54,7 @@ class TorchTransformer(nn.Module):
 
 
 def names(config):
-    """Parameter of fastattn's -> parameter of torch's."""
+    """The names of torch's parameters by the names of fastattn's."""
     pairs = {"embedding.weight": "embedding.weight"}
     stacks = {
         "encoder": (config.num_encoder_layers, {"self_attention": "self_attn"}),
@@ -87,7 +87,7 @@ def twins(norm):
 
 
 def sentence_pairs(seed, pairs=24):
-    """The target says the source backwards, one id higher."""
+    """Sentence pairs whose target is the source backwards, every id one higher."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 8, (pairs,), generator=generator)
     words = torch.randint(2, 39, (pairs, 7), generator=generator)

@@ -27,7 +27,7 @@ def write(folder, sources, targets, split="train", vocab_size=1000, chunk=2):
 @pytest.fixture
 def tokens(tmp_path):
     write(tmp_path, SOURCES, TARGETS)
-    return ParallelTokens.open(tmp_path, "train")
+    return ParallelTokens(tmp_path, "train")
 
 
 def test_pairs_come_back(tokens):
@@ -74,7 +74,7 @@ def test_what_is_on_disk(tmp_path):
 def test_width_of_ids(tmp_path, vocab_size, dtype):
     write(tmp_path, [[vocab_size - 1]], [[0]], vocab_size=vocab_size)
     assert np.load(tmp_path / "train.source.tokens.npy").dtype == dtype
-    assert ParallelTokens.open(tmp_path, "train").batch([0], False)[0].item() == vocab_size - 1
+    assert ParallelTokens(tmp_path, "train").batch([0], False)[0].item() == vocab_size - 1
 
 
 def test_files_do_not_depend_on_the_chunks(tmp_path):
@@ -87,14 +87,14 @@ def test_files_do_not_depend_on_the_chunks(tmp_path):
 
 def test_split_without_sentences(tmp_path):
     write(tmp_path, [], [], "test")
-    assert len(ParallelTokens.open(tmp_path, "test")) == 0
+    assert len(ParallelTokens(tmp_path, "test")) == 0
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
     script = """
 import resource, sys
 import numpy as np
-from fastattn.data import TokenWriter
+from fastattn.nmt.data import TokenWriter
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 with TokenWriter(sys.argv[1], "train", "source", 30_000) as writer:
     ids, lengths = np.arange(25_000), np.full(1000, 25)
@@ -109,7 +109,7 @@ print(peak() - before)
     assert int(grown) < 10
 
 
-# ---- what is refused
+# ---- what is refused ----
 
 
 def test_files_not_written_to_their_end_are_refused(tmp_path):
@@ -118,26 +118,26 @@ def test_files_not_written_to_their_end_are_refused(tmp_path):
         writer.write(np.array([1]), np.array([1]))
         raise KeyboardInterrupt
     with pytest.raises(ValueError, match=r"train\.target\.tokens\.npy is no complete token file"):
-        ParallelTokens.open(tmp_path, "train")
+        ParallelTokens(tmp_path, "train")
 
 
 def test_sides_must_match(tmp_path):
     write(tmp_path, SOURCES, TARGETS[:3])
     with pytest.raises(ValueError, match="4 source and 3 target sentences of 'train'"):
-        ParallelTokens.open(tmp_path, "train")
+        ParallelTokens(tmp_path, "train")
 
 
 def test_offsets_must_match_ids(tmp_path):
     write(tmp_path, SOURCES, TARGETS)
     np.save(tmp_path / "train.source.tokens.npy", np.zeros(3, np.uint16))
     with pytest.raises(ValueError, match="do not end at its 3 ids"):
-        ParallelTokens.open(tmp_path, "train")
+        ParallelTokens(tmp_path, "train")
 
 
 def test_missing_split(tmp_path):
     write(tmp_path, SOURCES, TARGETS)
     with pytest.raises(FileNotFoundError, match=r"valid\.source\.tokens\.npy does not exist"):
-        ParallelTokens.open(tmp_path, "valid")
+        ParallelTokens(tmp_path, "valid")
 
 
 @pytest.mark.parametrize("index", [-1, 4])

@@ -1,7 +1,8 @@
 """Search against exhaustive enumeration and against a plain search that caches nothing."""
 
+from __future__ import annotations
+
 import math
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -11,49 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastattn.nmt import generation
-from fastattn.nmt.cache import DecoderCache
 from fastattn.nmt.config import TransformerConfig
 from fastattn.nmt.generation import beam_search, cross_attention_weights, greedy_search, length_penalty, translate
 from fastattn.nmt.layout import pack
 from fastattn.nmt.losses import label_smoothed_cross_entropy
 from fastattn.nmt.transformer import Transformer
-
-EOS, PAD = 1, 0
-TINY = TransformerConfig(vocab_size=5, d_model=8, d_ff=8, num_heads=2, num_encoder_layers=1, num_decoder_layers=2)
-
-
-def random_model(seed=0, **changes):
-    """A model whose choices are neither uniform nor certain, in float64, in evaluation mode."""
-    torch.manual_seed(seed)
-    model = Transformer(replace(TINY, **changes)).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.5 * torch.randn_like(parameter)
-        model.embedding.weight *= 2
-        model.embedding.weight[PAD] = 0
-    return model
-
-
-def constant_model(*probabilities, **changes):
-    """A model that gives ids 1 ... 4 these probabilities, whatever came before."""
-    model = random_model(**changes)
-    norm = model.decoder[-1].residuals[-1].norm
-    with torch.no_grad():
-        norm.weight.zero_()
-        norm.bias.copy_(F.one_hot(torch.tensor(0), 8))
-        model.embedding.weight[1:, 0] = 50 + torch.tensor(probabilities).double().log()  # the logit of padding is 0
-    return model
-
-
-def sentences(*lengths, vocab=5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, vocab, (len(lengths), max(lengths)), generator=generator)
-    return ids.masked_fill(torch.arange(ids.shape[1]) >= torch.tensor(lengths).view(-1, 1), PAD)
+from tests.support.tiny_search import EOS, PAD, constant_model, random_model, sentences
 
 
 @torch.no_grad()
 def log_probs(model, source, prefix):
-    """Log-probabilities `(vocab,)` of what follows `prefix`, the whole decoder run anew."""
+    """Log-probabilities (vocab,) of what follows `prefix`, the whole decoder run anew."""
     target = torch.tensor([[*prefix, EOS]])
     return model(source[None], target)[0, -1].log_softmax(-1)
 
@@ -82,7 +51,7 @@ def plain_beam_search(model, source, beam_size, alpha, max_length, penalty="pape
 
 
 def assert_same(hypotheses, expected):
-    """The same (score, tokens), best first."""
+    """Assert that the hypotheses are the expected (score, tokens), best first."""
     assert [h.tokens for h in hypotheses] == [tokens for _, tokens in expected]
     assert [h.score for h in hypotheses] == pytest.approx([s for s, _ in expected], rel=1e-9)
 
@@ -135,70 +104,6 @@ def test_greedy_takes_the_most_probable_id(seed, lengths):
             tokens.append(token)
         assert hypothesis.tokens == tokens
         assert hypothesis.score == pytest.approx(score(model, row[:length], tokens, alpha=0.0))
-
-
-@pytest.mark.parametrize("changes", [{}, {"norm": "pre"}, {"positions": "learned"}, {"head_dim": 3, "v_head_dim": 5}])
-def test_cached_steps_are_the_decoder(changes):
-    model = random_model(**changes)
-    source = sentences(4, 2)
-    target = torch.randint(1, 5, (2, 3, 6))  # (sentences, beam, length)
-    cache = DecoderCache(model, source)
-    inputs = F.pad(target, (1, 0), value=EOS)
-    with torch.no_grad():
-        for position in range(6):
-            logits = cache.step(inputs[:, :, position])
-            for beam in range(3):
-                expected = model(source, target[:, beam, : position + 1])[:, -1]
-                torch.testing.assert_close(logits[:, beam], expected, rtol=1e-10, atol=1e-10)
-
-
-def test_cache_keeps_what_is_selected():
-    model = random_model()
-    source = sentences(4, 2, 3)
-    cache = DecoderCache(model, source)
-    prefixes = torch.tensor([[2, 3], [3, 4], [4, 2]])  # one id, two hypotheses of three sentences
-    with torch.no_grad():
-        cache.step(torch.full((3, 2), EOS))
-        cache.select(torch.tensor([5, 5, 1, 0]), torch.tensor([2, 0]))
-        logits = cache.step(torch.stack([prefixes[2], prefixes[0]]))
-        for row, sentence in enumerate([2, 0]):
-            for beam in range(2):
-                target = torch.tensor([[prefixes[sentence, beam], EOS]])
-                expected = model(source[sentence : sentence + 1], target)[0, -1]
-                torch.testing.assert_close(logits[row, beam], expected, rtol=1e-10, atol=1e-10)
-
-
-def test_cache_follows_the_hypotheses():
-    model = random_model()
-    source = sentences(3)
-    cache = DecoderCache(model, source)
-    with torch.no_grad():
-        cache.step(torch.full((1, 2), EOS))
-        cache.step(torch.tensor([[2, 3]]))
-        cache.select(torch.tensor([1, 0]))
-        logits = cache.step(torch.tensor([[4, 4]]))
-        for beam, tokens in enumerate([[3, 4, EOS], [2, 4, EOS]]):
-            expected = model(source, torch.tensor([tokens]))[0, -1]
-            torch.testing.assert_close(logits[0, beam], expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.fixture
-def batch_sizes(monkeypatch):
-    """How many sentences every step of the decoder computes."""
-    sizes = []
-    step = DecoderCache.step
-    monkeypatch.setattr(DecoderCache, "step", lambda self, ids: sizes.append(len(ids)) or step(self, ids))
-    return sizes
-
-
-def test_finished_sentences_leave_the_batch(batch_sizes):
-    beam_search(constant_model(1e-20, 0.5, 0.3, 0.2), sentences(1, 5, 2), max_extra_tokens=2)
-    assert batch_sizes == [3] * 3 + [2] + [1] * 3  # at most 3, 4 and 7 ids
-
-
-def test_search_stops_as_soon_as_nothing_can_change(batch_sizes):
-    assert beam_search(constant_model(0.9, 0.05, 0.03, 0.02), sentences(3, 4))[1][0].tokens == []
-    assert batch_sizes == [2]
 
 
 def test_search_goes_on_while_the_length_penalty_can_change_the_order():

@@ -1,5 +1,7 @@
 """Models in other people's formats: the same logits there, the same model back."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 
@@ -31,7 +33,7 @@ def random_model(config, seed=0):
 
 
 def marian_of(folder, config, eps=None):
-    """What Hugging Face makes of the folder, all keys accounted for; `eps` replaces that of its LayerNorms."""
+    """The model that Hugging Face reads from a folder, all keys accounted for, with `eps` for its LayerNorms."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     marian, loading = transformers.MarianMTModel.from_pretrained(folder, output_loading_info=True)
     assert not loading["unexpected_keys"] and not loading["mismatched_keys"]

@@ -1,5 +1,7 @@
 """The chunked label-smoothed loss against its formula, and the learning rate against the paper's numbers."""
 
+from __future__ import annotations
+
 import math
 
 import pytest
@@ -16,7 +18,7 @@ PAD = 0
 
 
 def formula(hidden, weight, target, eps):
-    """The definition, with all logits at once."""
+    """The loss by its definition, with all logits at once."""
     log_p = torch.log_softmax(hidden @ weight.T, dim=-1)
     smooth = torch.full_like(log_p, eps / (weight.shape[0] - 1)).scatter(-1, target[..., None], 1 - eps)
     counted = target != PAD
@@ -192,7 +194,7 @@ def test_errors(changes, message):
         label_smoothed_cross_entropy(**{"hidden": hidden, "weight": weight, "target": target, **changes})
 
 
-# ---- schedule
+# ---- schedule ----
 
 
 @pytest.mark.parametrize(("d_model", "peak"), [(512, "6.99e-04"), (1024, "4.94e-04")])

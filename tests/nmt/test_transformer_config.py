@@ -1,5 +1,7 @@
 """The paper's Transformer before any training: configurations, parameter counts, initial values, positions."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ from fastattn.nmt.config import TransformerConfig
 from fastattn.nmt.transformer import Transformer, sinusoidal_positions
 from tests.support.tiny_transformer import TINY, sentences
 
-# ---- configuration
+# ---- configuration ----
 
 MILLIONS = {
     "base": 65.15,
@@ -33,7 +35,7 @@ def count_parameters(config):
 
 @pytest.mark.parametrize("row", MILLIONS)
 def test_parameters_of_table_3(row):
-    """To the four digits of an exact count of the paper's model with 41,000 ids; the paper prints its integer part."""
+    """MILLIONS is an exact count of the paper's model with 41,000 ids; the paper prints its integer part."""
     assert round(count_parameters(TransformerConfig.table3(41_000)[row]) / 1e6, 2) == MILLIONS[row]
 
 
@@ -86,7 +88,7 @@ def test_heads_that_do_not_divide_the_width():
     assert model(sentences([3]), sentences([4])).shape == (1, 4, 13)
 
 
-# ---- initial values
+# ---- initial values ----
 
 
 def test_initial_values():

@@ -1,5 +1,7 @@
 """Averaging checkpoints, and what a checkpoint may not do to its reader."""
 
+from __future__ import annotations
+
 import json
 import os
 from dataclasses import replace
@@ -133,7 +135,7 @@ def test_an_output_that_cannot_be_written_leaves_the_old_one(run, tmp_path, monk
 
 
 class Hostile:
-    """Unpickling it would make a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

@@ -16,7 +16,16 @@ from pathlib import Path
 import pytest
 
 from examples.wmt14 import corpora, download
-from examples.wmt14.corpora import MAX_LINE_BYTES, Corpus, Download, Preparation, Text, open_lines, read_pairs
+from examples.wmt14.corpora import (
+    MAX_LINE_BYTES,
+    PREPARATIONS,
+    Corpus,
+    Download,
+    Preparation,
+    Text,
+    open_lines,
+    read_pairs,
+)
 from examples.wmt14.download import fetch
 from fastattn.nmt.data import ParallelTokens
 from tests.support.wmt14_text import prepare, sentences, write_lines, write_text
@@ -26,7 +35,7 @@ SHA256 = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
 
 
 class Server(HTTPServer):
-    """Serves `content` at /file.gz; `breaks` are how many bytes it sends before it hangs up, one per request."""
+    """A server of `content` at /file.gz; `breaks` are the numbers of bytes after which it hangs up, one per request."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -157,10 +166,10 @@ def test_prepare_downloads_and_says_what_is_wrong(server, tmp_path, monkeypatch)
     (tmp_path / "downloads").mkdir(exist_ok=True)
     (tmp_path / "downloads" / "file.tgz").write_bytes(server.content)
     prepare(tmp_path / "out", local, "--downloads", str(tmp_path / "downloads"))
-    assert len(ParallelTokens.open(tmp_path / "out", "train")) == 300
+    assert len(ParallelTokens(tmp_path / "out", "train")) == 300
 
 
-# ---- archives
+# ---- archives ----
 
 
 LINES = [f"Zeile {i} ü" for i in range(5000)]
@@ -247,3 +256,21 @@ def test_a_corpus_has_the_lines_it_should_have(tmp_path):
     assert [len(a) for a, _ in read_pairs(Corpus("even", *map(Text, sides), 6), *sides, chunk_size=4)] == [4, 2]
     with pytest.raises(ValueError, match="even: must have 7 lines, got 6"):
         list(read_pairs(Corpus("even", *map(Text, sides), 7), *sides, chunk_size=4))
+
+
+# ---- what is known of the downloads ----
+
+
+def test_the_table_of_preparations():
+    assert {"wmt14_en_de", "wmt14_en_fr", "multi30k_fast", "multi30k_tiny", "small_en_de", "smoke"} <= set(PREPARATIONS)
+    assert PREPARATIONS["wmt14_en_de"].vocab_size == 37_000 and PREPARATIONS["wmt14_en_fr"].vocab_size == 32_000
+    for preparation in PREPARATIONS.values():
+        corpora = [corpus for split in preparation.corpora.values() for corpus in split]
+        for text in (text for corpus in corpora for text in (corpus.source, corpus.target)):
+            assert isinstance(text.file, Download) and text.file.url.startswith("https://")
+            algorithm, _, digest = text.file.checksum.partition(":")
+            assert len(digest) == {"sha256": 64, "md5": 32}[algorithm]
+        for corpus in corpora:
+            assert corpus.source != corpus.target
+    lines = {split: sum(c.lines for c in corpora) for split, corpora in PREPARATIONS["wmt14_en_de"].corpora.items()}
+    assert lines == {"train": 4_520_620, "valid": 3000, "test": 3003, "test_filtered": 2737}

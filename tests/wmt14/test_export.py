@@ -1,5 +1,7 @@
 """Exported folders: they translate as the model does, here and in Hugging Face's classes."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ LINES = [text(n, 3 + n) for n in range(5)]
 
 
 def translations(folder, *options):
-    """What the translate command makes of the lines."""
+    """The output of the translate command for LINES."""
     translator, _ = translate.make_translator(translate.parse_arguments([str(folder), "--max-extra", "5", *options]))
     return [translator.texts(hypotheses)[0] for hypotheses in translator.translate(LINES)]
 

@@ -1,5 +1,7 @@
 """Scores, step by step, on tables of tokens made by hand."""
 
+from __future__ import annotations
+
 import json
 import math
 
@@ -79,7 +81,7 @@ TOKENS = [
 
 @pytest.mark.parametrize(("tokenize", "text", "tokens"), TOKENS)
 def test_13a_against_intl(tokenize, text, tokens):
-    """The tokens, seen through the number of tokens and of those that match a spaced-out reference."""
+    """Tokens are counted, and those that match a reference with spaces between them."""
     spaced = " ".join(tokens)
     (row,) = score.score([text], [spaced], "de", [tokenize])
     assert row.value == pytest.approx(100)
@@ -88,7 +90,7 @@ def test_13a_against_intl(tokenize, text, tokens):
 
 
 def plain_bleu(hypotheses, references):
-    """BLEU of lists of tokens by its definition."""
+    """BLEU of lists of tokens, by the definition of BLEU."""
     matches, totals = [0] * 4, [0] * 4
     for hypothesis, reference in zip(hypotheses, references, strict=True):
         for n in range(1, 5):
@@ -157,7 +159,7 @@ def test_refusals(arguments, message):
         score.score(*arguments)
 
 
-# ---- the command
+# ---- the command ----
 
 
 @pytest.fixture

@@ -17,15 +17,14 @@ import torch
 from sacrebleu.metrics import BLEU
 
 from examples.wmt14 import train
-from examples.wmt14.checkpoints import Checkpoints, checkpoint_folders, random_state, set_random_state
+from examples.wmt14.checkpoints import checkpoint_folders
 from examples.wmt14.configs import CONFIGS
 from examples.wmt14.distributed import World
 from examples.wmt14.progress import read_log
 from examples.wmt14.subwords import Subwords
-from examples.wmt14.throughput import peak_flops, training_flops
 from examples.wmt14.trainer import Trainer
 from examples.wmt14.validation import Score, Validation
-from fastattn import Transformer, TransformerConfig
+from fastattn import Transformer
 from fastattn.nmt import transformer
 from fastattn.nmt.batches import TokenBatches
 from fastattn.nmt.data import ParallelTokens
@@ -59,7 +58,7 @@ def finished(data, tmp_path_factory):
     return run
 
 
-# ---- what it writes
+# ---- what it writes ----
 
 
 def test_log(finished, data):
@@ -93,7 +92,7 @@ def test_tensorboard(finished):
 def test_validation_scores_the_model_of_the_checkpoint(finished, data):
     assert [folder.name for folder in checkpoint_folders(finished)] == ["update-00000008", "update-00000012"]
     model = Transformer.load(checkpoint_folders(finished)[-1] / "model.pt").eval()
-    valid, subwords = ParallelTokens.open(data, "valid"), Subwords.load(data)
+    valid, subwords = ParallelTokens(data, "valid"), Subwords.load(data)
     source, target = valid.batch(range(len(valid)), packed=False)
     with torch.no_grad():
         sums = label_smoothed_cross_entropy(model.hidden(source, target), model.output_weight(), target)
@@ -108,7 +107,7 @@ def test_validation_scores_the_model_of_the_checkpoint(finished, data):
 
 
 def test_validation_searches_by_the_rules_of_the_recipe(finished, data, monkeypatch):
-    pairs = ParallelTokens.open(data, "train")
+    pairs = ParallelTokens(data, "train")
     recipe = replace(CONFIGS["smoke"], alpha=0.9, length_penalty="length")
     model = Transformer.load(checkpoint_folders(finished)[-1] / "model.pt")
     batches = TokenBatches(pairs.source_lengths, pairs.target_lengths)
@@ -144,7 +143,7 @@ def test_checkpointed_activations(data, tmp_path, monkeypatch):
     assert layers == ["EncoderLayer", "DecoderLayer"] * 4  # not for the validation after the last update
 
 
-# ---- when it stops
+# ---- when it stops ----
 
 
 def test_patience(data, tmp_path, monkeypatch):
@@ -176,7 +175,7 @@ def test_nan_ends_the_run_and_names_the_batch(data, tmp_path, monkeypatch, capsy
     assert all(p.isfinite().all() for p in Transformer.load(checkpoint / "model.pt").parameters())
 
 
-# ---- what it refuses
+# ---- what it refuses ----
 
 
 def refusal(arguments):
@@ -205,7 +204,7 @@ def test_dry_run_needs_no_folders(capsys):
     assert "big_en_de: 21" in capsys.readouterr().out
 
 
-# ---- two processes
+# ---- two processes ----
 
 
 def test_two_processes_train_as_one_with_two_steps(data, tmp_path):
@@ -241,7 +240,7 @@ class OneAfterTheOther(World):
 
 @pytest.mark.parametrize("work", ["_nll", "_bleu"])
 def test_processes_share_a_validation(finished, data, monkeypatch, work):
-    pairs = ParallelTokens.open(data, "train")
+    pairs = ParallelTokens(data, "train")
     batches = TokenBatches(pairs.source_lengths, pairs.target_lengths)
     model = Transformer.load(checkpoint_folders(finished)[-1] / "model.pt")
     trainer = Trainer(CONFIGS["smoke"], model, pairs, batches, World(0, 1, torch.device("cpu")))
@@ -262,92 +261,3 @@ def test_processes_share_a_validation(finished, data, monkeypatch, work):
     assert result == (pytest.approx(expected) if work == "_nll" else expected)
     shares = [float(said[1]) if work == "_nll" else len(said) for said in OneAfterTheOther.said]
     assert all(share < sum(shares) / 2 for share in shares)
-
-
-# ---- parts
-
-
-def test_checkpoints_keep_the_last_and_no_half_ones(tmp_path):
-    model = Transformer(CONFIGS["smoke"].model(30))
-    checkpoints = Checkpoints(tmp_path, keep_last=2)
-    for update in (5, 10, 20, 20):
-        checkpoints.save(update, model, {"update": update})
-    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["update-00000010", "update-00000020"]
-    (tmp_path / "checkpoints" / ".update-00000030").mkdir()
-    assert len(checkpoint_folders(tmp_path)) == 2
-    Checkpoints(tmp_path, keep_last=2)
-    assert not (tmp_path / "checkpoints" / ".update-00000030").exists()
-
-
-def test_random_state_goes_through_a_file_that_holds_no_code(tmp_path):
-    import random
-
-    def draw():
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    torch.save(random_state(), tmp_path / "state.pt")
-    expected = draw()
-    assert draw() != expected
-    set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert draw() == expected
-
-
-def test_flops_counted_by_hand():
-    config = TransformerConfig(
-        vocab_size=7, d_model=4, d_ff=5, num_heads=2, head_dim=3, v_head_dim=1, num_encoder_layers=1,
-        num_decoder_layers=2,
-    )  # fmt: skip
-    # Sentences of 3 and 2 ids; multiply-adds of a layer: projections, scores and values, feed-forward.
-    encoder = 3 * (4 * 6 + 4 * 6 + 4 * 2 + 2 * 4) + 3 * 3 * (6 + 2) + 3 * (4 * 5 + 5 * 4)
-    own = 2 * (4 * 6 + 4 * 6 + 4 * 2 + 2 * 4) + (1 + 2) * (6 + 2)
-    cross = 2 * (4 * 6 + 2 * 4) + 3 * (4 * 6 + 4 * 2) + 2 * 3 * (6 + 2)
-    decoder = own + cross + 2 * (4 * 5 + 5 * 4)
-    expected = 3 * 2 * (encoder + 2 * decoder + 2 * 4 * 7)
-    assert training_flops(config, np.array([3]), np.array([2])) == expected
-    assert training_flops(config, np.array([3, 3]), np.array([2, 2])) == 2 * expected
-
-
-def test_peak_of_known_devices(monkeypatch):
-    assert peak_flops(torch.device("cpu"), "fp32") is None
-    names = {"Tesla P100-PCIE-16GB": 9.3, "Tesla P100-SXM2-16GB": 10.6, "NVIDIA H200": 66.9, "Some GPU": None}
-    for name, expected in names.items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        peak = peak_flops(torch.device("cuda"), "fp32")
-        assert peak == (expected and pytest.approx(expected * 1e12))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    assert peak_flops(torch.device("cuda"), "bf16") == pytest.approx(312e12)
-
-
-# ---- recipes
-
-
-def test_recipes_of_the_paper():
-    base, big = CONFIGS["base_en_de"], CONFIGS["big_en_de"]
-    assert base.transformer == TransformerConfig.base() and big.transformer == TransformerConfig.big()
-    assert (base.updates, big.updates, base.averaged, big.averaged) == (100_000, 300_000, 5, 20)
-    assert f"{base.learning_rate(4000):.2e} {big.learning_rate(4000):.2e}" == "6.99e-04 4.94e-04"
-    assert CONFIGS["big_en_fr"].transformer.dropout == 0.1 and CONFIGS["big_en_fr"].target == "fr"
-    for row, model in TransformerConfig.table3().items():
-        assert CONFIGS[f"table3 {row}"].transformer == model
-        assert CONFIGS[f"table3 {row}"].averaged == 1
-    for config in CONFIGS.values():
-        assert config.averaged <= config.keep_last
-        assert (config.betas, config.eps) == ((0.9, 0.98), 1e-9)
-
-
-def test_recipes_of_the_small_models():
-    tiny = CONFIGS["multi30k_tiny"]
-    assert (
-        max(map(tiny.learning_rate, range(1, 8001))) == pytest.approx(tiny.learning_rate(2000)) == pytest.approx(5e-3)
-    )
-    fast = CONFIGS["multi30k_fast"]
-    assert fast.learning_rate(fast.warmup) == fast.peak and 0 < fast.learning_rate(fast.updates) < 1e-5
-    for name, least, most in (
-        ("multi30k_fast", 1.4e6, 1.5e6),
-        ("multi30k_tiny", 2.4e6, 2.8e6),
-        ("small_en_de", 9e6, 15e6),
-    ):
-        config = CONFIGS[name]
-        assert least < sum(p.numel() for p in Transformer(config.transformer).parameters()) < most
-        model = config.model(1234)
-        assert model == replace(config.transformer, vocab_size=1234) and model.bos_id == model.eos_id == 1

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def make_trainer(folder, world=ALONE, accumulation=1, packed=False, config=SMOKE):
-    data = ParallelTokens.open(folder, "train")
+    data = ParallelTokens(folder, "train")
     batches = TokenBatches(data.source_lengths, data.target_lengths, config.tokens_per_update)
     torch.manual_seed(0)
     model = Transformer(config.model(300))
@@ -125,7 +125,7 @@ def test_dropout_depends_on_seed_update_and_part_alone(folder):
     assert float(trainer._accumulate(1, pairs, 1)[0]) != pytest.approx(2 * alike, rel=1e-6)
 
 
-# ---- not finite
+# ---- not finite ----
 
 
 def poisoned(trainer, value=math.nan):
@@ -199,7 +199,7 @@ def test_a_trainer_goes_on_from_the_state_of_another(folder):
         assert torch.equal(ours, theirs)
 
 
-# ---- processes
+# ---- processes ----
 
 PROCESS = """
 import pathlib, sys
@@ -217,7 +217,7 @@ SHARES = slice(None), slice(1)  # all pairs of an update; one pair, so that a pr
 
 @pytest.fixture(scope="module")
 def two_processes(folder, tmp_path_factory):
-    """What both of two processes see of a training, and of one whose updates have a single pair."""
+    """The steps that two processes see of a training, and of one whose updates have a single pair."""
     results = tmp_path_factory.mktemp("results")
     script = results / "process.py"
     script.write_text(PROCESS)

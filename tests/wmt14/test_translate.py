@@ -1,5 +1,7 @@
 """Translating lines: order, odd input, formats of output, pictures."""
 
+from __future__ import annotations
+
 import os
 import re
 import subprocess
@@ -195,7 +197,7 @@ def test_an_error_leaves_the_old_output(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.de"]
 
 
-# ---- pictures
+# ---- pictures ----
 
 
 class Cells(HTMLParser):
