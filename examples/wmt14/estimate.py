@@ -34,7 +34,7 @@ NETWORK_BYTES = 12.5e9  # bytes per second of a machine's network, 100 Gbit/s
 
 
 @dataclass(frozen=True)
-class Gpu:
+class DataSheet:
     """A GPU by its data sheet; its peak FLOP/s are in `fastattn.peaks`.
 
     Args:
@@ -57,13 +57,13 @@ class Gpu:
 
 
 GPUS = {
-    "P100 PCIe": Gpu("P100-PCIE", 16e9, 732e9, 15.75e9, has_tensor_cores=False, has_bf16=False),
-    "P100 SXM2": Gpu("P100", 16e9, 732e9, 80e9, has_tensor_cores=False, has_bf16=False),
-    "V100": Gpu("V100", 16e9, 900e9, 150e9, has_bf16=False),
-    "T4": Gpu("T4", 16e9, 320e9, 15.75e9, has_bf16=False, sustained=0.55),
-    "A100": Gpu("A100", 40e9, 1555e9, 300e9),
-    "H100": Gpu("H100", 80e9, 3350e9, 450e9),
-    "H200": Gpu("H200", 141e9, 4800e9, 450e9),
+    "P100 PCIe": DataSheet("P100-PCIE", 16e9, 732e9, 15.75e9, has_tensor_cores=False, has_bf16=False),
+    "P100 SXM2": DataSheet("P100", 16e9, 732e9, 80e9, has_tensor_cores=False, has_bf16=False),
+    "V100": DataSheet("V100", 16e9, 900e9, 150e9, has_bf16=False),
+    "T4": DataSheet("T4", 16e9, 320e9, 15.75e9, has_bf16=False, sustained=0.55),
+    "A100": DataSheet("A100", 40e9, 1555e9, 300e9),
+    "H100": DataSheet("H100", 80e9, 3350e9, 450e9),
+    "H200": DataSheet("H200", 141e9, 4800e9, 450e9),
 }
 
 # The paper's hours on 8 P100 by rows of its Table 2 (section 5.2), and the FLOP/s it credits a P100 with (footnote 5).
