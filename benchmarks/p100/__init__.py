@@ -1,1 +1,1 @@
-"""A model of the P100 (GP100): executes the machine code of its kernels and replays it through a model of the pipes."""
+"""Predictions for the P100 without one: its machine code is executed on the CPU and replayed through a cycle model."""
