@@ -43,7 +43,7 @@ class PaperModel(NamedTuple):
     """One of the paper's models with the paper's time, the aim, and a rate measured elsewhere."""
 
     config: Config
-    paper_seconds: float  # for a step on eight P100 (section 5.2)
+    step_seconds: float  # on eight P100 (section 5.2)
     aim: float  # target tokens per second of one P100 alone
     tensorflow: float  # the same, as TensorFlow's official model reached it
 
@@ -151,11 +151,11 @@ class TrainingReport:
                 parts = work.parts(fused[name], CARD)
                 seconds = self.seconds(name, where, parts)
                 is_alone = where == "alone"
-                aim = paper.aim if is_alone else work.tokens / paper.paper_seconds
+                aim = paper.aim if is_alone else work.tokens / paper.step_seconds
                 rate = work.tokens / seconds
                 rest = seconds - sum(spent for part, spent in parts.items() if part.startswith("products"))
                 coarse = estimate(paper.config, CARD_IN_ESTIMATE, 1 if is_alone else PAPER_GPUS, 1, "fp32", VOCABULARY)
-                line = [name, where, f"**{1e3 * seconds:.0f}**", "" if is_alone else f"{1e3 * paper.paper_seconds:.0f}"]
+                line = [name, where, f"**{1e3 * seconds:.0f}**", "" if is_alone else f"{1e3 * paper.step_seconds:.0f}"]
                 line += [f"**{rate:,.0f}**", f"{aim:,.0f}", verdict(rate, aim)]
                 line += [f"{needed_tflops(work, aim, rest):.2f}", f"{100 * parts['attention'] / seconds:.1f} %"]
                 line += [f"{coarse.tokens_per_second:,.0f}", f"{paper.tensorflow:,.0f}" if is_alone else ""]

@@ -66,12 +66,6 @@ def test_targets() -> None:
     assert scaled == [pytest.approx(3421 * 2400 / 768 + 13249)]
 
 
-def test_verdicts() -> None:
-    assert page.verdict(5.0, None) == "no target"
-    assert page.verdict(6.2, 6.2) == "reached"
-    assert page.verdict(4.5, 6.0) == "missed by 25 %"
-
-
 def test_passes_of_the_command() -> None:
     assert parse_pass("fwd:8192x82x64") == Pass("forward", 8192, 1, 82, 64)
     assert parse_pass("bwd:16x8x128x40") == Pass("backward", 16, 8, 128, 40)
