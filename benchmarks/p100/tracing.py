@@ -57,7 +57,7 @@ class Cubins:
             self._programs[key] = sass.disassemble(self.file(element), kernel)
         return self._programs[key]
 
-    def resources(self, kernel: str, element: str) -> cubin.Resources:
+    def resources(self, kernel: str, element: str) -> cubin.KernelResources:
         return cubin.kernels(self.file(element))[kernel]
 
 

@@ -9,14 +9,14 @@ from typing import NamedTuple
 _SECTION = struct.Struct("<IIQQQQIIQQ")  # name, type, flags, address, offset, size, link, info, alignment, entry size
 
 
-class Resources(NamedTuple):
+class KernelResources(NamedTuple):
     """Registers and shared memory of one kernel."""
 
     registers: int  # per thread
     static_smem: int  # bytes per block, beside the dynamic shared memory of the launch
 
 
-def kernels(cubin: Path) -> dict[str, Resources]:
+def kernels(cubin: Path) -> dict[str, KernelResources]:
     """The kernels of a cubin by name.
 
     Raises:
@@ -38,4 +38,4 @@ def kernels(cubin: Path) -> dict[str, Resources]:
             registers[name.removeprefix(".text.")] = info >> 24
         elif name.startswith(".nv.shared."):
             smem[name.removeprefix(".nv.shared.")] = size
-    return {name: Resources(count, smem.get(name, 0)) for name, count in registers.items()}
+    return {name: KernelResources(count, smem.get(name, 0)) for name, count in registers.items()}

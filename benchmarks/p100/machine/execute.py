@@ -21,7 +21,7 @@ from .instructions import step_of
 from .memory import SECTOR_MASK, WARP_SHIFT, Access, GlobalMemory, LaneError, check, sectors, wavefronts
 from .sass import Instruction, Program
 from .state import WARP, Lanes, State, Step
-from .trace import BlockTrace, Recorder
+from .trace import BlockTrace, TraceRecorder
 
 Index = tuple[int, int, int]  # blockIdx: x, y, z
 
@@ -94,7 +94,7 @@ class Execution:
             special[f"SR_CTAID.{side}"] = np.repeat(numbers, per_block)
         self.state = State(len(thread), constants, special)
         self.warps = Warps(as_bits(thread < threads))
-        self.recorder = Recorder(len(blocks) * self.warps_per_block)
+        self.recorder = TraceRecorder(len(blocks) * self.warps_per_block)
         self.stride = -(-smem_bytes // 16) * 16
         self.shared = np.full(self.stride * len(blocks), 0xFF, np.uint8)  # NaN, until it is written
         self.block_of = self.state.lanes // per_block

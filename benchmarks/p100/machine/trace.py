@@ -32,7 +32,7 @@ class BlockTrace:
     written: dict[str, NDArray[Any]]
 
 
-class Recorder:
+class TraceRecorder:
     """A recorder of the traces of many warps at once."""
 
     def __init__(self, warps: int) -> None:
