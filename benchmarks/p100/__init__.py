@@ -1,1 +1,7 @@
-"""A model of the P100 (GP100): executes the machine code of its kernels and replays it through a model of the pipes."""
+"""Predictions for the P100 without one: its machine code is executed on the CPU and replayed through a cycle model.
+
+Upwards: `machine` executes blocks; `launches` and `passes` say what a pass of attention launches; `tracing` executes a
+few blocks of each launch, with `l2_cache` for what reaches DRAM; `chip`, `static_analysis` and `pipeline` are the cycle
+model; `prediction` makes a time of it. `kernel_report` (with `quick`, `targets`, `mix`, `sgemm`) and `training_report`
+(with `training_step`) are the two commands, each beside the template of its page; `page` is what both pages share.
+"""

@@ -1,28 +1,28 @@
-"""What a GP100 can do: the cards, the rates and latencies of its multiprocessors, and where each number comes from."""
+"""The P100: its cards, the rates and latencies of a multiprocessor, and the source of each number."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-SCHEDULERS = 2  # of a multiprocessor, each with 32 lanes, 8 special-function lanes and half of the registers
-REGISTERS, REGISTER_UNIT = 65536, 256  # of a multiprocessor; a warp gets them in units
-SMEM, SMEM_UNIT = 64 << 10, 256  # bytes
-WARPS, BLOCKS = 64, 32  # resident at most
+# Per multiprocessor; a scheduler has 32 lanes, 8 special-function lanes and half of the registers.
+SCHEDULERS = 2
+REGISTERS, REGISTER_UNIT = 65536, 256  # registers are allocated to a warp in units
+SMEM, SMEM_UNIT = 64 << 10, 256  # bytes; a block gets them in units
+MAX_WARPS, MAX_BLOCKS = 64, 32  # resident
 SMEM_BYTES_PER_CYCLE = 128
-SECTOR = 32  # bytes of the smallest access to global memory
-L2_BYTES = 4 << 20
+L2_BYTES = 4 << 20  # of the card
 
 
 @dataclass(frozen=True)
 class Card:
-    """One product with the chip."""
+    """A product with this chip."""
 
     name: str
     clock_hz: float
-    dram_bytes_per_s: float  # of the data sheet
+    dram_bytes_per_s: float  # as the data sheet says
     multiprocessors: int = 56
-    dram_share: float = 0.78  # of it that a kernel reaches
+    dram_share: float = 0.78  # the part of these bytes per second that a kernel reaches
     l2_bytes_per_s: float = 1624e9
 
     @property
@@ -34,11 +34,11 @@ class Card:
         return cycles / self.clock_hz * 1e6
 
     def dram_bytes_per_cycle(self) -> float:
-        """Of the whole card."""
+        """The bandwidth of DRAM for the whole card."""
         return self.dram_share * self.dram_bytes_per_s / self.clock_hz
 
     def l2_bytes_per_cycle(self) -> float:
-        """Of the whole card."""
+        """The bandwidth of L2 for the whole card."""
         return self.l2_bytes_per_s / self.clock_hz
 
 
@@ -49,36 +49,37 @@ CARDS = {"sxm2": SXM2, "pcie": PCIE, "quadro": QUADRO}
 
 
 def resident_blocks(threads: int, registers: int, smem: int) -> int:
-    """How many blocks of a kernel one multiprocessor runs at a time.
+    """The number of blocks of a kernel that are resident on one multiprocessor.
 
     Args:
-        threads: of a block.
-        registers: of a thread.
-        smem: bytes of a block.
+        threads: per block.
+        registers: per thread.
+        smem: bytes of shared memory per block.
     """
     warps = -(-threads // 32)
-    of_warp = _units(32 * registers, REGISTER_UNIT)
-    by_registers = REGISTERS // SCHEDULERS // of_warp * SCHEDULERS // warps
-    by_smem = SMEM // _units(smem, SMEM_UNIT) if smem else BLOCKS
-    return min(BLOCKS, WARPS // warps, by_registers, by_smem)
+    registers_per_warp = _rounded_up(32 * registers, REGISTER_UNIT)
+    by_registers = REGISTERS // SCHEDULERS // registers_per_warp * SCHEDULERS // warps
+    by_smem = SMEM // _rounded_up(smem, SMEM_UNIT) if smem else MAX_BLOCKS
+    return min(MAX_BLOCKS, MAX_WARPS // warps, by_registers, by_smem)
 
 
-def _units(amount: int, unit: int) -> int:
+def _rounded_up(amount: int, unit: int) -> int:
     return -(-amount // unit) * unit
 
 
-# ---- what an instruction occupies ----
+# ---- units and the time that instructions take on them ----
 
-FP32, SFU, SHARED, GLOBAL, CONTROL = range(5)  # the first two once for each scheduler
+# Kinds of units: FP32 and SFU once per scheduler, the others once per multiprocessor.
+FP32, SFU, SHARED, GLOBAL, CONTROL = range(5)
 
 
 class Timing(NamedTuple):
-    """Of one instruction of one warp."""
+    """Issue cycles and latencies of one instruction of one warp."""
 
     unit: int
-    cycles: int  # that the unit is busy, before bank conflicts; SHARED and GLOBAL: per 128 bytes and per access
-    latency: int = 0  # until a result is there, where scoreboards tell; else the control words know
-    read_latency: int = 12  # until the operands have been read, where scoreboards tell
+    cycles: int  # for which the unit is busy, without bank conflicts; on SHARED and GLOBAL, at least
+    latency: int = 0  # until the scoreboard of the result is released; without one, the stall counts cover it
+    read_latency: int = 12  # until the scoreboard of the operands is released
 
 
 _TABLE = {
@@ -95,13 +96,13 @@ TIMINGS = {op: timing for timing, ops in _TABLE.items() for op in ops.split()}
 
 L2_LATENCY, DRAM_LATENCY = 234, 450  # cycles of a load that misses everything nearer
 BARRIER_LATENCY = 20  # cycles from the last warp's arrival
-SLACK = 5000  # cycles for which unused bytes of L2 and DRAM can be made up for
-QUEUE = 40  # cycles of work that SHARED and GLOBAL accept ahead of time
+BANDWIDTH_CREDIT = 5000  # cycles for which unused bandwidth of L2 and DRAM can still be used later
+QUEUE_CYCLES = 40  # work that SHARED and GLOBAL queue before they accept no further instruction
 BLOCK_STAGGER = 1500  # cycles between the first blocks of a multiprocessor, so that they do not run in phase
 BLOCK_LAUNCH = 300  # cycles from the end of a block to the start of the next one in its place
 LAUNCH_SECONDS = 4e-6  # from one kernel's end to the next one's start, where they follow one another in a stream
 
-# Every number above that is not arithmetic: what it is, and where it comes from.
+# The number or rule, and its source; rows of the table of assumptions in docs/p100_report.md.
 SOURCES = (
     (
         "SXM2 1.480 GHz, PCIe 1.303 GHz (both boost clocks; 10.6 and 9.3 TFLOP/s), 56 multiprocessors, 732 GB/s",
@@ -125,11 +126,11 @@ SOURCES = (
     (
         "registers lie in 4 banks; an operand beyond the first of a bank costs a cycle of the float pipe, unless the "
         "reuse cache holds it",
-        "maxas (written for Maxwell); the compiler emits the same code for 5.2 and 6.0. Not measured on GP100",
+        "maxas (written for Maxwell); the compiler emits the same code for 5.2 and 6.0. Not measured on a P100",
     ),
     (
         "two instructions that the compiler pairs are issued in one cycle, by one scheduler, if both units are free",
-        "the control words; that GP100 honours them is assumed",
+        "the control words; that the P100 honours them is assumed",
     ),
     (
         "shared memory gives 128 bytes per cycle; how many such accesses an instruction needs comes from the addresses",

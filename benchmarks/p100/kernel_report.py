@@ -1,102 +1,224 @@
 """Predicts, without the card, what the sm_60 kernels do on a P100.
 
     python -m benchmarks.p100.kernel_report                            writes docs/p100_report.md and .csv
-    python -m benchmarks.p100.kernel_report --quick fwd:8192x82x64     one problem, in seconds: 8192 heads, 82 tokens
+    python -m benchmarks.p100.kernel_report --quick fwd:8192x82x64     one pass, in seconds: 8192 heads, 82 tokens
     python -m benchmarks.p100.kernel_report --quick bwd:1024x8x128x64 --dtype float16 --feature "full mask" --cubin FILE
 
-Nothing is measured: the machine code of the cubins is executed on the CPU for its exact course, and that is replayed
-through a model of the chip (benchmarks/p100). It needs nvdisasm of CUDA 12.8, which is fetched once.
+Nothing is measured: the machine code of the cubins is executed on the CPU for its exact instruction streams, and these
+are replayed through a cycle model of the chip. It needs nvdisasm of CUDA 12.8, which is fetched once.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import csv
+import io
+import math
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
-from benchmarks.p100 import chip, mix
-from benchmarks.p100.pipeline import SENSITIVITIES
-from benchmarks.p100.prediction import Model, Prediction
-from benchmarks.p100.problems import FEATURES, Problem
-from benchmarks.p100.report import Report
-from benchmarks.p100.tracing import Kernels
-from fastattn.cuda_kernels import images
+from fastattn.cuda_kernels.sources import ELEMENTS
 
-ROOT = Path(__file__).parents[2]
-FOLDER = Path(images.__file__).parent / "_kernels"
-LONGEST_WAITS = 8  # that are shown
-_CASE = re.compile(r"(?P<pass>fwd|bwd):(?P<sizes>\d+(?:x\d+){2,3})")
+from . import chip, mix, sgemm, targets
+from .page import DOCS, digest, markdown_table, verdict
+from .passes import FEATURES, Pass
+from .pipeline import SENSITIVITIES, USUAL
+from .prediction import WITHOUT_PAIRS, Prediction, Predictor, lengths_replayed
+from .quick import describe, parse_pass
+from .tracing import INSTALLED, Cubins, TracedLaunch
 
-
-def problem(text: str) -> Problem:
-    """The problem that "fwd:8192x82x64" (heads, tokens, head dimension) or "bwd:1024x8x82x64" names."""
-    match = _CASE.fullmatch(text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"must be like fwd:8192x82x64 or bwd:1024x8x82x64, got {text!r}")
-    sizes = [int(size) for size in match["sizes"].split("x")]
-    batch, nheads, seqlen, head_dim = sizes if len(sizes) == 4 else (sizes[0], 1, *sizes[1:])
-    return Problem({"fwd": "forward", "bwd": "backward"}[match["pass"]], batch, nheads, seqlen, head_dim)
+TEMPLATE = Path(__file__).with_name("kernel_report.md")
+SGEMM = (4096, 4096, 1024)  # m, n, k
 
 
-def describe(prediction: Prediction, model: Model) -> str:
-    """What the quick form prints."""
-    allowed = ", ".join(f"{name} {rate:.2f}" for name, rate in prediction.bound_tflops().items())
-    lines = [
-        f"{prediction.problem} on {model.card.name}: predicted {prediction.microseconds:.0f} us, "
-        f"{prediction.tflops:.2f} TFLOP/s",
-        f"TFLOP/s that each unit allows: {allowed}",
-    ]
-    for name, assumptions in SENSITIVITIES.items():
-        changed = model.predict(prediction.problem, assumptions)
-        lines.append(f"{name}: {changed.microseconds:.0f} us, {changed.tflops:.2f} TFLOP/s")
-    for launch in model.launches(prediction.problem):
-        used = f"{launch.taken.registers} registers, {launch.taken.smem} bytes of shared memory"
-        lines += ["", f"{launch.kernel} ({launch.element}): {used}, {launch.taken.resident} blocks on a multiprocessor"]
-        block = launch.kinds[0].block
-        rows = [(where, turn) for where, turn in mix.main_loops(launch.program).items()]
-        rows.append((f"first block ({len(block.warps)} warps)", mix.mix(launch.program, block.times(launch.program))))
-        lines += aligned([mix.HEADER, *(mix.row(*named) for named in rows)])
-        idle = model.idle(launch)
-        lines.append(
-            f"schedulers have nothing to issue for {100 * sum(idle.values()):.0f} % of the time, most of it until"
+class KernelReport:
+    """The page and its CSV; predictions are made as the page is written.
+
+    Args:
+        cubins: the kernels.
+    """
+
+    def __init__(self, cubins: Cubins) -> None:
+        self.cubins = cubins
+        self.predictors = {card.name: Predictor(cubins, card) for card in (chip.SXM2, chip.QUADRO)}
+        self.rows: list[dict[str, object]] = []
+        # By kernel and element type, the launch with the longest sequences and their length.
+        self._launches: dict[tuple[str, str], tuple[int, TracedLaunch]] = {}
+
+    def predict(self, pass_: Pass, card: chip.Card, with_sensitivities: bool = True) -> list[Prediction]:
+        """The prediction and, if wanted, one with each of the assumptions changed; noted for the CSV."""
+        predictor = self.predictors[card.name]
+        wanted = SENSITIVITIES.values() if with_sensitivities else ()
+        base, *others = [predictor.predict(pass_), *(predictor.predict(pass_, changed) for changed in wanted)]
+        shape = {name: getattr(pass_, name) for name in ("batch", "nheads", "seqlen", "head_dim")}
+        row: dict[str, object] = {"card": card.name, "pass": pass_.direction, **shape}
+        row |= {"dtype": str(pass_.dtype).removeprefix("torch."), "feature": pass_.feature}
+        row |= {"kernels": " + ".join(base.kernels)}
+        row |= {"us": f"{base.microseconds:.1f}", "tflops": f"{base.tflops:.2f}"}
+        row |= {f"bound: {name}": f"{rate:.2f}" for name, rate in base.bound_tflops().items()}
+        row |= {name: f"{other.tflops:.2f}" for name, other in zip(SENSITIVITIES, others, strict=False)}
+        if row not in self.rows:
+            self.rows.append(row)
+        print(f"{card.name}: {pass_}: {base.tflops:.2f} TFLOP/s", file=sys.stderr)
+        for launch in predictor.launches(pass_):
+            known = self._launches.get((launch.kernel, launch.element), (0, launch))
+            length = lengths_replayed(pass_)[0]
+            self._launches[launch.kernel, launch.element] = max(known, (length, launch), key=lambda entry: entry[0])
+        return [base, *others]
+
+    def csv(self) -> str:
+        """The table of all predictions that were made."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [*names], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+    def text(self, csv_name: str) -> str:
+        """The page, which names the file of its CSV."""
+        no_pairs, no_conflicts, half_dram, in_step = SENSITIVITIES
+        return TEMPLATE.read_text().format(
+            csv=f"`{csv_name}`",
+            cubins=self._cubins(),
+            **{"no_pairs": no_pairs, "no_conflicts": no_conflicts, "half_dram": half_dram, "in_step": in_step},
+            targets=self._targets(),
+            published=self._published(),
+            both_passes=self._both_passes(),
+            feature_shape=f"{targets.FEATURE_BATCH} x {targets.FEATURE_HEADS}",
+            feature_loss=f"{100 * targets.FEATURE_LOSS:.0f} %",
+            features=self._features(),
+            kernels=self._kernels(),
+            loops=self._loops(),
+            sgemm_shape=" x ".join(map(str, SGEMM)),
+            sgemm=self._sgemm(),
+            cublas=", ".join(f"{rate:.2f} ({size})" for size, rate in sgemm.CUBLAS.items()),
+            assumptions=markdown_table(("what", "from where"), chip.SOURCES),
         )
-        for index, share in sorted(idle.items(), key=lambda item: -item[1])[:LONGEST_WAITS]:
-            lines.append(f"{100 * share:6.1f} %  {launch.program.instructions[index]}")
-    return "\n".join(lines)
+
+    # ---- the tables
+
+    def _cubins(self) -> str:
+        files = [self.cubins.file(element) for element in ELEMENTS]
+        return markdown_table(("file", "sha256"), [(f"`{file.name}`", f"`{digest(file)}`") for file in files])
+
+    def _targets(self) -> str:
+        header = ("pass", "heads x tokens", "target", "predicted", "verdict", *SENSITIVITIES, "us", "binds most")
+        lines = []
+        for p, wanted in targets.targets(chip.SXM2):
+            base, *others = self.predict(p, chip.SXM2)
+            rates = (f"{prediction.tflops:.2f}" for prediction in others)
+            got = (f"**{base.tflops:.2f}**", verdict(base.tflops, wanted))
+            target = "" if wanted is None else f"{wanted:.2f}"
+            line = (p.direction, f"{p.batch} x {p.seqlen}", target, *got, *rates)
+            lines.append((*line, f"{base.microseconds:.0f}", binding(base)))
+        return markdown_table(header, lines)
+
+    def _published(self) -> str:
+        header = ("pass", "dtype", "heads x tokens x dim", "fused, us", "vanilla, us", "predicted, us", "TFLOP/s")
+        lines = []
+        for p, times in targets.published_passes():
+            base, *others = self.predict(p, chip.QUADRO)
+            fused, vanilla = (1e3 * ms / base.microseconds for ms in times)
+            shape = f"{p.batch * p.nheads} x {p.seqlen} x {p.head_dim}"
+            line = [p.direction, str(p.dtype).removeprefix("torch."), shape, *(f"{1e3 * ms:.0f}" for ms in times)]
+            line += [f"**{base.microseconds:.0f}**", f"{base.tflops:.2f}", f"{fused:.2f}", f"{vanilla:.2f}"]
+            lines.append(line + [f"{1e3 * times.vanilla_ms / other.microseconds:.2f}" for other in others])
+        return markdown_table((*header, "fused / ours", "vanilla / ours", *SENSITIVITIES), lines)
+
+    def _both_passes(self) -> str:
+        lines = []
+        for forward, backward, vanilla_us, speedup in targets.both_passes():
+            ours = sum(self.predict(p, chip.QUADRO)[0].microseconds for p in (forward, backward))
+            ratio = vanilla_us / ours
+            shape = f"{backward.batch * backward.nheads} x {backward.seqlen}"
+            line = (shape, f"{vanilla_us:.0f}", f"{ours:.0f}", f"{speedup:.2f}", f"**{ratio:.2f}**")
+            lines.append((*line, verdict(ratio, speedup)))
+        return markdown_table(("heads x tokens", "vanilla, us", "ours, us", "target", "ratio", "verdict"), lines)
+
+    def _features(self) -> str:
+        rates = {p: self.predict(p, chip.SXM2, with_sensitivities=False)[0].tflops for p in targets.feature_passes()}
+        lines: dict[str, list[str]] = {}
+        for p, rate in rates.items():
+            loss = 1 - rate / rates[p._replace(feature="plain")]
+            shown = f"{rate:.2f}" if p.feature == "plain" else f"{100 * loss:.0f} %"
+            lines.setdefault(p.feature, []).append(f"**{shown}**" if loss > targets.FEATURE_LOSS else shown)
+        lengths = targets.FEATURE_LENGTHS
+        header = ("", *(f"{direction} {seqlen}" for direction in targets.TARGET_TFLOPS for seqlen in lengths))
+        return markdown_table(
+            header, [(f"{name}, TFLOP/s" if name == "plain" else name, *line) for name, line in lines.items()]
+        )
+
+    def _used(self) -> list[tuple[str, int, TracedLaunch]]:
+        elements = [*ELEMENTS]
+        in_order = sorted(self._launches.items(), key=lambda item: (elements.index(item[0][1]), item[0][0]))
+        return [(f"{kernel} ({element})", *entry) for (kernel, element), entry in in_order]
+
+    def _kernels(self) -> str:
+        header = ("kernel", "registers", "spills", "threads", "shared memory", "blocks", "warps")
+        lines = []
+        for name, _, launch in self._used():
+            taken = launch.occupancy
+            spills = sum(instruction.op in ("LDL", "STL") for instruction in launch.program.instructions)
+            warps = taken.resident * taken.threads // 32
+            numbers = (taken.registers, spills, taken.threads, taken.smem, taken.resident, warps)
+            lines.append((name, *map(str, numbers)))
+        return markdown_table(header, lines)
+
+    def _loops(self) -> str:
+        lines = []
+        for name, length, launch in self._used():
+            executed = mix.mix(launch.program, launch.kinds[0].block.times(launch.program))
+            for where, turn in {**mix.main_loops(launch.program), f"block, {length} tokens": executed}.items():
+                lines.append((name, *mix.row(where, turn)))
+        return markdown_table(("kernel", *mix.HEADER), lines)
+
+    def _sgemm(self) -> str:
+        lines = []
+        with tempfile.TemporaryDirectory() as folder:
+            for card in (chip.SXM2, chip.PCIE):
+                predictor = Predictor(self.cubins, card)
+                launch = sgemm.trace(Path(folder), *SGEMM, card.multiprocessors)
+                cycles = [predictor.cycles(launch, assumptions) for assumptions in (USUAL, *SENSITIVITIES.values())]
+                rates = [2 * math.prod(SGEMM) * card.clock_hz / n for n in cycles]
+                shown = [f"{rate * 1e-12:.2f}" for rate in rates]
+                lines.append((card.name, f"**{shown[0]}**", f"{100 * rates[0] / card.peak_flops:.0f} %", *shown[1:]))
+        return markdown_table(("card", "predicted, TFLOP/s", "of the peak", *SENSITIVITIES), lines)
 
 
-def aligned(table: list[tuple[str, ...]]) -> list[str]:
-    """The lines of a table, column below column."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+def binding(prediction: Prediction) -> str:
+    """The unit that allows least, with the rate that it allows."""
+    rates = {name: rate for name, rate in prediction.bound_tflops().items() if name != WITHOUT_PAIRS}
+    name, rate = min(rates.items(), key=lambda bound: bound[1])
+    return f"{name} ({rate:.2f})"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.p100.kernel_report", description=__doc__.split("\n")[0])
-    parser.add_argument("--kernel-dir", type=Path, default=FOLDER, help="cubins (default: the installed ones)")
+    parser.add_argument("--kernel-dir", type=Path, default=INSTALLED, help="cubins (default: the installed ones)")
     parser.add_argument("--cubin", type=Path, help="one cubin in their place, for the dtype that is asked for")
     parser.add_argument("--card", choices=chip.CARDS, default="sxm2")
-    parser.add_argument("--quick", type=problem, metavar="CASE", help="predict only this, such as fwd:8192x82x64")
+    parser.add_argument("--quick", type=parse_pass, metavar="PASS", help="predict only this, such as fwd:8192x82x64")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--feature", default="plain", choices=FEATURES)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "p100_report.md", help="the report to write")
+    parser.add_argument("--out", type=Path, default=DOCS / "p100_report.md", help="the report to write")
     options = parser.parse_args(arguments)
     if options.cubin is not None and options.quick is None:
         parser.error("--cubin needs --quick, because the report is about all element types")
-    kernels = Kernels(options.kernel_dir, options.cubin)
+    cubins = Cubins(options.kernel_dir, options.cubin)
     if options.quick is not None:
         asked = options.quick._replace(dtype=getattr(torch, options.dtype), feature=options.feature)
-        model = Model(kernels, chip.CARDS[options.card])
-        print(describe(model.predict(asked), model))
+        predictor = Predictor(cubins, chip.CARDS[options.card])
+        print(describe(predictor.predict(asked), predictor))
         return 0
-    report = Report(kernels)
-    table = options.out.with_suffix(".csv")
-    options.out.write_text(report.text(table.name))
-    table.write_text(report.csv())
-    print(f"wrote {options.out} and {table.name}")
+    report = KernelReport(cubins)
+    csv_file = options.out.with_suffix(".csv")
+    options.out.write_text(report.text(csv_file.name))
+    csv_file.write_text(report.csv())
+    print(f"wrote {options.out} and {csv_file.name}")
     return 0
 
 

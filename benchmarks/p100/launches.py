@@ -16,7 +16,7 @@ from fastattn.params import AttentionParams, Backward, Forward
 
 @dataclass(frozen=True)
 class Launch:
-    """What a kernel is launched with."""
+    """A launch: the kernel, its grid and blocks, its parameters and the memory that it may access."""
 
     kernel: str
     element: str
@@ -44,7 +44,7 @@ class Recorder(attention.Device):
     """A card that launches nothing and notes everything.
 
     Args:
-        multiprocessors: of the card; on one that is not full, the backward takes other kernels.
+        multiprocessors: their number on the card; on one that is not full, the backward takes other kernels.
     """
 
     def __init__(self, multiprocessors: int) -> None:
@@ -62,7 +62,7 @@ class Recorder(attention.Device):
 
 @contextmanager
 def recording(multiprocessors: int) -> Iterator[list[Launch]]:
-    """Inside, fastattn's CUDA kernels are not launched but added to the list; the argument is Recorder's."""
+    """Record the launches of CUDA kernels in a list instead of making them; the argument is that of `Recorder`."""
     recorder = Recorder(multiprocessors)
     with attention.on(recorder):
         yield recorder.launches

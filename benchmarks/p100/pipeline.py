@@ -1,10 +1,10 @@
-"""A cycle model of one GP100 multiprocessor, which replays what the warps of its blocks have executed.
+"""A cycle model of one multiprocessor of the P100, which replays the instruction streams of its blocks' warps.
 
 Each scheduler issues one instruction, or one pair, per cycle: that of the warp that has been ready longest, if its unit
-takes it. A warp is ready again when the stall count of its control word has passed and the scoreboards that its next
+accepts it. A warp is ready again when the stall count of its control word has passed and the scoreboards that its next
 instruction waits for are released. Units are servers: they are free again after as many cycles as an instruction keeps
-them busy. L2 and DRAM are two more servers, with this multiprocessor's share of the card's bytes per cycle; what it did
-not use of them it can make up for a while later, because multiprocessors do not all load at the same time.
+them busy. L2 and DRAM are two more servers, with this multiprocessor's share of the card's bandwidth; bandwidth that it
+leaves unused is credited to it for a while, because multiprocessors do not all load at the same time.
 """
 
 from __future__ import annotations
@@ -13,58 +13,61 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush, heapreplace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import chip
-from .machine.sass import Instruction, Program, bank_conflicts
+from .machine.memory import SECTOR_BYTES
+from .machine.sass import Instruction, Program
+from .static_analysis import bank_conflicts
 
 
-class Assumptions(NamedTuple):
-    """What a prediction takes for granted, to be taken away one by one."""
+class ChipAssumptions(NamedTuple):
+    """Assumptions of the cycle model about the chip, to be changed one at a time."""
 
     dual_issue: bool = True
     register_conflicts: bool = True
-    dram_rate: float = 1.0  # of what the card is assumed to reach
+    dram_rate: float = 1.0  # factor on the bandwidth of DRAM that the card is assumed to reach
     in_step: bool = False  # all multiprocessors load at the same time and divide the rates evenly at every moment
 
 
-USUAL = Assumptions()
+USUAL = ChipAssumptions()
 SENSITIVITIES = {
-    "no pairs": Assumptions(dual_issue=False),
-    "no register conflicts": Assumptions(register_conflicts=False),
-    "half of DRAM": Assumptions(dram_rate=0.5),
-    "in step": Assumptions(in_step=True),
+    "no pairs": ChipAssumptions(dual_issue=False),
+    "no register conflicts": ChipAssumptions(register_conflicts=False),
+    "half of DRAM": ChipAssumptions(dram_rate=0.5),
+    "in step": ChipAssumptions(in_step=True),
 }
 
 
-class WarpTrace(NamedTuple):
-    """What a warp executed: arrays of one length."""
+class WarpStream(NamedTuple):
+    """The instruction stream of a warp with what each instruction asks of the memories: arrays of one length."""
 
-    index: np.ndarray  # of the instruction in the program
-    smem_cycles: np.ndarray  # accesses to shared memory, of 128 bytes each
-    sectors: np.ndarray  # of global memory, of 32 bytes each
-    dram_sectors: np.ndarray  # those of them that are not in L2
+    positions: NDArray[Any]  # of the instructions in the program
+    smem_cycles: NDArray[Any]  # cycles of shared memory, for 128 bytes each
+    sectors: NDArray[Any]  # of global memory
+    dram_sectors: NDArray[Any]  # those of them that miss L2
 
 
-class Share(NamedTuple):
-    """Bytes per cycle that one multiprocessor gets."""
+class Bandwidth(NamedTuple):
+    """The bytes per cycle that one multiprocessor gets of L2 and DRAM."""
 
     l2: float
     dram: float
 
     @classmethod
-    def of(cls, card: chip.Card, active: int, assumptions: Assumptions) -> Share:
-        """Where `active` multiprocessors divide the card's rates between them."""
+    def of(cls, card: chip.Card, active: int, assumptions: ChipAssumptions) -> Bandwidth:
+        """The equal share of one of `active` multiprocessors."""
         return cls(card.l2_bytes_per_cycle() / active, assumptions.dram_rate * card.dram_bytes_per_cycle() / active)
 
 
-# ---- what is issued ----
+# ---- instructions to issue ----
 
 
 class Effect(NamedTuple):
-    """What happens after an instruction was issued."""
+    """The consequences of an issued instruction: scoreboards to release, traffic, a barrier."""
 
     write_barrier: int | None
     read_barrier: int | None
@@ -78,17 +81,17 @@ class Effect(NamedTuple):
 class Op(NamedTuple):
     """One instruction to issue, in the order in which the loop below unpacks it."""
 
-    index: int  # in the program
-    unit: int  # of _Units
-    cycles: int  # that it is busy
-    ahead: int  # cycles of work that may lie before it
+    position: int  # in the program
+    unit: int  # one of the numbers below
+    cycles: int  # for which the unit is busy
+    queue: int  # cycles of earlier work that the unit may still have to do
     stall: int
-    waits: tuple[tuple[int, int], ...]  # scoreboards, and how many of its results may be outstanding
+    waits: tuple[tuple[int, int], ...]  # scoreboards, each with the number of results that may be outstanding
     effect: Effect | None
     paired: Op | None  # issued in the same cycle
 
 
-# Units by number: one of each kind that belongs to a scheduler for each of them, then those of the multiprocessor.
+# Units by number: first FP32 and SFU of each scheduler, then those of the multiprocessor.
 _SHARED, _GLOBAL, _CONTROL, _L2, _DRAM, _UNITS = 4, 5, 6, 7, 8, 9
 
 
@@ -99,28 +102,28 @@ def _unit(kind: int, scheduler: int) -> int:
 
 
 class Encoder:
-    """Turns traces of one program into what is issued.
+    """An encoder of the instruction streams of one program as lists of `Op`.
 
     Args:
-        program: what was executed.
-        share: of the memories' rates.
-        assumptions: of the model.
+        program: the machine code.
+        share: the bandwidth of the multiprocessor.
+        assumptions: those of the model.
     """
 
-    def __init__(self, program: Program, share: Share, assumptions: Assumptions) -> None:
+    def __init__(self, program: Program, share: Bandwidth, assumptions: ChipAssumptions) -> None:
         self._instructions = program.instructions
         self._conflicts = bank_conflicts(program) if assumptions.register_conflicts else [0] * len(self._instructions)
         self._pairs = np.array([i.pairs_with_next and assumptions.dual_issue for i in self._instructions])
         self._share = share
         self._ops: dict[tuple[int, int], Op] = {}
 
-    def for_schedulers(self, trace: WarpTrace) -> list[list[Op]]:
-        """What a warp issues, on each of the schedulers that it may belong to."""
-        return [self.encode(trace, scheduler) for scheduler in range(chip.SCHEDULERS)]
+    def for_schedulers(self, stream: WarpStream) -> list[list[Op]]:
+        """The ops of a warp, once for each of the schedulers that it may belong to."""
+        return [self.encode(stream, scheduler) for scheduler in range(chip.SCHEDULERS)]
 
-    def encode(self, trace: WarpTrace, scheduler: int) -> list[Op]:
-        """What a warp of a scheduler issues."""
-        index, smem_cycles, sectors, dram_sectors = (column.astype(np.int64) for column in trace)
+    def encode(self, stream: WarpStream, scheduler: int) -> list[Op]:
+        """The ops of a warp of one scheduler."""
+        index, smem_cycles, sectors, dram_sectors = (column.astype(np.int64) for column in stream)
         packed = ((index << 12 | smem_cycles) << 12 | sectors) << 12 | dram_sectors
         kinds, kind_of = np.unique(packed, return_inverse=True)
         begins_pair = np.zeros(len(index) + 1, bool)
@@ -149,12 +152,12 @@ class Encoder:
         elif timing.unit == chip.SHARED:
             cycles = max(smem_cycles, cycles)
         elif timing.unit == chip.GLOBAL:
-            cycles = max(chip.SECTOR * sectors // chip.SMEM_BYTES_PER_CYCLE, cycles)
+            cycles = max(SECTOR_BYTES * sectors // chip.SMEM_BYTES_PER_CYCLE, cycles)
         return Op(
-            index=index,
+            position=index,
             unit=_unit(timing.unit, scheduler),
             cycles=cycles,
-            ahead=chip.QUEUE if timing.unit in (chip.SHARED, chip.GLOBAL) else 0,
+            queue=chip.QUEUE_CYCLES if timing.unit in (chip.SHARED, chip.GLOBAL) else 0,
             stall=max(1, instruction.stall),
             waits=_waits(instruction),
             effect=self._effect(instruction, timing, sectors, dram_sectors),
@@ -169,7 +172,7 @@ class Encoder:
         latency = timing.latency
         if timing.unit == chip.GLOBAL:
             latency = chip.DRAM_LATENCY if dram_sectors else chip.L2_LATENCY
-        l2, dram = chip.SECTOR * sectors / self._share.l2, chip.SECTOR * dram_sectors / self._share.dram
+        l2, dram = SECTOR_BYTES * sectors / self._share.l2, SECTOR_BYTES * dram_sectors / self._share.dram
         return Effect(*scoreboards, latency, timing.read_latency, l2, dram, is_barrier)
 
 
@@ -188,15 +191,15 @@ def _waits(instruction: Instruction) -> tuple[tuple[int, int], ...]:
 
 
 @dataclass(eq=False, slots=True)
-class _Warp:
+class _RunningWarp:
     ops: list[Op]
-    block: _Block
+    block: _RunningBlock
     scheduler: int
     next: int = 0
-    released: tuple[list[float], ...] = field(default_factory=lambda: tuple([] for _ in range(6)))  # when, in order
+    released: tuple[list[float], ...] = field(default_factory=lambda: tuple([] for _ in range(6)))  # cycles, in order
 
     def ready(self, after: float) -> float:
-        """When the next instruction can be issued as far as scoreboards are concerned."""
+        """The cycle at which the scoreboards allow the next instruction."""
         for barrier, outstanding in self.ops[self.next].waits:
             times = self.released[barrier]
             if len(times) > outstanding and times[-1 - outstanding] > after:
@@ -209,52 +212,53 @@ class _Warp:
 
 
 @dataclass(eq=False, slots=True)
-class _Block:
+class _RunningBlock:
     running: int  # warps
-    arrived: list[_Warp] = field(default_factory=list)  # at the barrier
+    arrived: list[_RunningWarp] = field(default_factory=list)  # at the barrier
 
 
 class Multiprocessor:
-    """Runs blocks one after the other, so many at a time.
+    """A multiprocessor that runs blocks in turn, so many at a time.
 
     Args:
-        blocks: for each block, what its warps issue, once for each scheduler that may get the warp.
-        resident: blocks at a time.
-        assumptions: of the model.
+        blocks: the ops of each block's warps, once for each scheduler that may get the warp.
+        resident: the number of blocks at a time.
+        assumptions: those of the model.
     """
 
     def __init__(
-        self, blocks: Iterable[Sequence[Sequence[list[Op]]]], resident: int, assumptions: Assumptions = USUAL
+        self, blocks: Iterable[Sequence[Sequence[list[Op]]]], resident: int, assumptions: ChipAssumptions = USUAL
     ) -> None:
-        self.finished: list[float] = []  # when, block by block
-        self.idle: dict[int, float] = {}  # cycles in which a scheduler had nothing to issue, by what came next
+        self.finished: list[float] = []  # the cycle at which each block ended
+        # Cycles in which a scheduler had nothing to issue, by the position of the instruction that came next.
+        self.idle: dict[int, float] = {}
         self._waiting = iter(blocks)
-        self._heaps: tuple[list[tuple[float, int, _Warp]], ...] = ([], [])
+        self._heaps: tuple[list[tuple[float, int, _RunningWarp]], ...] = ([], [])
         self._free = [0.0] * _UNITS
-        self._slack = 0 if assumptions.in_step else chip.SLACK
+        self._credit = 0 if assumptions.in_step else chip.BANDWIDTH_CREDIT
         self._order = 0
         self._started_warps = 0
         for first in range(resident):
             self._start_block(first * chip.BLOCK_STAGGER)
 
     def run(self) -> list[float]:
-        """The cycles at which the blocks have finished, in that order."""
+        """Replay all blocks; the cycles at which they have finished, in that order."""
         heaps, free, slots = self._heaps, self._free, [0.0, 0.0]
         while heaps[0] or heaps[1]:
             turn = _earlier(heaps, slots)
             heap = heaps[turn]
             ready, _, warp = heap[0]
             now = ready if ready > slots[turn] else slots[turn]
-            index, unit, cycles, ahead, stall, _, effect, paired = warp.ops[warp.next]
-            possible = free[unit] - ahead
+            position, unit, cycles, queue, stall, _, effect, paired = warp.ops[warp.next]
+            possible = free[unit] - queue
             if paired is not None:
-                possible = max(possible, free[paired.unit] - paired.ahead)
+                possible = max(possible, free[paired.unit] - paired.queue)
             self._order += 1
             if possible > now:
                 heapreplace(heap, (possible, self._order, warp))
                 continue
             if now > slots[turn]:
-                self.idle[index] = self.idle.get(index, 0.0) + now - slots[turn]
+                self.idle[position] = self.idle.get(position, 0.0) + now - slots[turn]
             slots[turn] = now + 1
             begin = free[unit]
             if begin < now:
@@ -275,42 +279,42 @@ class Multiprocessor:
                 heapreplace(heap, (warp.ready(now + stall), self._order, warp))
         return self.finished
 
-    def _issue_paired(self, warp: _Warp, op: Op, now: float) -> Effect | None:
+    def _issue_paired(self, warp: _RunningWarp, op: Op, now: float) -> Effect | None:
         begin = max(now, self._free[op.unit])
         self._free[op.unit] = begin + op.cycles
         if op.effect is not None:
             self._take_effect(warp, op.effect, now, begin + op.cycles)
         return op.effect
 
-    def _take_effect(self, warp: _Warp, effect: Effect, now: float, done: float) -> None:
+    def _take_effect(self, warp: _RunningWarp, effect: Effect, now: float, done: float) -> None:
         free = self._free
         if effect.read_barrier is not None:
             warp.release(effect.read_barrier, done + effect.read_latency)
         if effect.l2_cycles:
-            free[_L2] = max(now - self._slack, free[_L2]) + effect.l2_cycles
+            free[_L2] = max(now - self._credit, free[_L2]) + effect.l2_cycles
             done = max(done, free[_L2])
         if effect.dram_cycles:
-            free[_DRAM] = max(now - self._slack, free[_DRAM]) + effect.dram_cycles
+            free[_DRAM] = max(now - self._credit, free[_DRAM]) + effect.dram_cycles
             done = max(done, free[_DRAM])
         if effect.write_barrier is not None:
             warp.release(effect.write_barrier, done + effect.latency)
 
-    def _arrive(self, warp: _Warp, now: float) -> None:
+    def _arrive(self, warp: _RunningWarp, now: float) -> None:
         warp.block.arrived.append(warp)
         self._open_barrier(warp.block, now)
 
-    def _open_barrier(self, block: _Block, now: float) -> None:
+    def _open_barrier(self, block: _RunningBlock, now: float) -> None:
         if len(block.arrived) < block.running:
             return
         for warp in block.arrived:
             self._push(warp, now + chip.BARRIER_LATENCY)
         block.arrived = []
 
-    def _push(self, warp: _Warp, after: float) -> None:
+    def _push(self, warp: _RunningWarp, after: float) -> None:
         self._order += 1
         heappush(self._heaps[warp.scheduler], (warp.ready(after), self._order, warp))
 
-    def _finish_warp(self, warp: _Warp, now: float) -> None:
+    def _finish_warp(self, warp: _RunningWarp, now: float) -> None:
         warp.block.running -= 1
         if warp.block.running:
             self._open_barrier(warp.block, now)
@@ -322,14 +326,14 @@ class Multiprocessor:
         ops_of_warps = next(self._waiting, None)
         if ops_of_warps is None:
             return
-        block = _Block(running=len(ops_of_warps))
+        block = _RunningBlock(running=len(ops_of_warps))
         for ops in ops_of_warps:
             scheduler = self._started_warps % chip.SCHEDULERS
             self._started_warps += 1
-            self._push(_Warp(ops[scheduler], block, scheduler), now)
+            self._push(_RunningWarp(ops[scheduler], block, scheduler), now)
 
 
-def _earlier(heaps: tuple[list[tuple[float, int, _Warp]], ...], slots: list[float]) -> int:
+def _earlier(heaps: tuple[list[tuple[float, int, _RunningWarp]], ...], slots: list[float]) -> int:
     """The scheduler that issues next."""
     if not heaps[0] or not heaps[1]:
         return int(not heaps[0])

@@ -1,4 +1,4 @@
-"""A plausibility check: the model's rate of a plain product of matrices, beside rates of the P100 that are public."""
+"""A plausibility check: the predicted rate of a textbook SGEMM, beside published rates of the P100."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from fastattn.cuda_kernels import nvrtc
 from . import chip
 from .machine import cubin, sass
 from .machine.execute import execute
+from .machine.memory import SECTOR_BYTES
 from .machine.trace import BlockTrace
-from .tracing import Kind, Taken, TracedLaunch, block
+from .tracing import BlockKind, Occupancy, TracedLaunch, block_of
 
 SOURCE = Path(__file__).with_name("sgemm.cu")
-TILE, THREADS = 128, 256
+TILE, THREADS = 128, 256  # as in the source
 # TFLOP/s of cuBLAS's SGEMM of square matrices on "Tesla P100", from the times in the README of github.com/hma02/
 # cublasHgemm-P100; which of the two cards it was is not said.
 CUBLAS = {1024: 3.58, 4096: 7.61, 8192: 8.54, 32768: 8.72}
 
 
 def trace(folder: Path, m: int, n: int, k: int, multiprocessors: int) -> TracedLaunch:
-    """The launch for a product of (m, k) and (k, n), compiled into a folder.
+    """The traced launch for a product of (m, k) and (k, n), compiled into a folder.
 
     Raises:
         nvrtc.NotFound: there is no compiler.
@@ -33,18 +34,18 @@ def trace(folder: Path, m: int, n: int, k: int, multiprocessors: int) -> TracedL
     a, b, c = torch.empty(k, m), torch.empty(k, n), torch.empty(m, n)
     program, traced = run(file, a, b, c)
     used = cubin.kernels(file)["sgemm"]
-    taken = Taken(THREADS, used.registers, used.static_smem, chip.resident_blocks(THREADS, *used))
+    occupancy = Occupancy(THREADS, used.registers, used.static_smem, chip.resident_blocks(THREADS, *used))
     columns, blocks = n // TILE, m // TILE * (n // TILE)
-    at_once = min(taken.resident * multiprocessors, blocks)
+    at_once = min(occupancy.resident * multiprocessors, blocks)
     sharing = {"a": min(columns, at_once), "b": max(1.0, at_once / columns), "c": 1.0}
-    one = block(traced, chip.L2_BYTES // chip.SECTOR // at_once, sharing)
-    return TracedLaunch("sgemm", "float32", program, taken, (Kind(one, blocks),))
+    one = block_of(traced, chip.L2_BYTES // SECTOR_BYTES // at_once, sharing)
+    return TracedLaunch("sgemm", "float32", program, occupancy, (BlockKind(one, blocks),))
 
 
 def run(
     file: Path, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, alpha: float = 1.0
 ) -> tuple[sass.Program, BlockTrace]:
-    """Fills the first tile of c with that of alpha a^T b.
+    """Fill the first tile of c with that of alpha a^T b.
 
     Args:
         file: the cubin.

@@ -1,4 +1,4 @@
-"""The executor of sm_60 machine code, on small kernels: their results, what it notes of them, and its errors."""
+"""The executor of sm_60 machine code, on small kernels: their results, their traces, and its errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.p100.machine import sass
 from benchmarks.p100.machine.execute import ExecutionError, Index, execute
 from benchmarks.p100.machine.memory import wavefronts
 from benchmarks.p100.machine.trace import BlockTrace
-from tests.support.p100_kernels import listing, small
+from tests.support.p100_small_kernels import listing, small
 
 BLOCKS, THREADS = 2, 64
 LANES = BLOCKS * THREADS
@@ -23,7 +23,7 @@ LANES = BLOCKS * THREADS
 def launch(
     kernel: str, out: Tensor, *arguments: Tensor | int, blocks: int = BLOCKS, threads: int = THREADS, smem: int = 0
 ) -> dict[Index, BlockTrace]:
-    """Runs a small kernel. It may write its first parameter, which is called out, and read the others, in1, in2, ..."""
+    """Run a small kernel. It may write its first parameter, which is called out, and read the others, in1, in2, ..."""
     given = (out, *arguments)
     params = b"".join(struct.pack("<Q", x.data_ptr()) if isinstance(x, Tensor) else struct.pack("<i", x) for x in given)
     buffers = [(x, f"in{n}" if n else "out", n == 0) for n, x in enumerate(given) if isinstance(x, Tensor)]
@@ -263,7 +263,7 @@ def test_wavefronts(name: str) -> None:
 def run_memory(
     text: str | None = None, *, inputs: int = 1024, size: int = 64, shift: int = 0, smem: int = 4096
 ) -> set[str]:
-    """The buffers that it writes to."""
+    """The names of the buffers that the kernel `memory` writes to."""
     program = sass.parse(text or listing(), "memory")
     x, out, bytes_ = torch.zeros(1100)[:inputs], torch.zeros(256), torch.zeros(64, dtype=torch.uint8)[:size]
     params = struct.pack("<QQQi", out.data_ptr(), x.data_ptr() + shift, bytes_.data_ptr(), 1)

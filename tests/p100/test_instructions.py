@@ -13,8 +13,8 @@ import torch
 from benchmarks.p100.machine.execute import ExecutionError, Index, execute
 from benchmarks.p100.machine.instructions import step_of
 from benchmarks.p100.machine.state import State
-from benchmarks.p100.machine.trace import Trace
-from tests.support.p100_kernels import assembled
+from benchmarks.p100.machine.trace import WarpTrace
+from tests.support.p100_small_kernels import assembled
 
 
 def bits(x: float) -> int:
@@ -169,8 +169,8 @@ EXIT
 """
 
 
-def run(code: str, threads: int = 32, smem: int = 0) -> tuple[list[int], list[Trace]]:
-    """What the threads left in R4, and the traces without what is around the code."""
+def run(code: str, threads: int = 32, smem: int = 0) -> tuple[list[int], list[WarpTrace]]:
+    """R4 of every thread at the end, and the traces of the code without its frame."""
     out = torch.full((threads,), -1, dtype=torch.int32)
     before = BEGIN.strip().count("\n") + 1
     trace = execute(
@@ -178,13 +178,13 @@ def run(code: str, threads: int = 32, smem: int = 0) -> tuple[list[int], list[Tr
     )
     within = [warp.index >= before for warp in trace[0, 0, 0].warps]
     cut = [
-        Trace(w.index[k] - before, w.lanes[k], w.smem_cycles[k], w.sectors[k])
+        WarpTrace(w.index[k] - before, w.lanes[k], w.smem_cycles[k], w.sectors[k])
         for w, k in zip(trace[0, 0, 0].warps, within, strict=True)
     ]
     return out.tolist(), cut
 
 
-def executed(trace: Trace) -> list[tuple[int, int]]:
+def executed(trace: WarpTrace) -> list[tuple[int, int]]:
     return [*zip(trace.index.tolist(), trace.lanes.tolist(), strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What is recorded of the launches for a problem."""
+"""The recorded launches of both passes: kernels, grids, buffers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model of a GP100's multiprocessor, on programs whose time is known."""
+"""The cycle model of a multiprocessor of the P100, on programs whose time is known."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.p100 import cache, chip, mix
+from benchmarks.p100 import chip, l2_cache, mix
 from benchmarks.p100.machine.sass import Instruction, Program
-from benchmarks.p100.pipeline import SENSITIVITIES, USUAL, Assumptions, Encoder, Multiprocessor, Share
-from tests.support.p100_programs import CONFLICT, FREE, LDG, LDS, MINIMUM, MUFU, make, traced
+from benchmarks.p100.pipeline import SENSITIVITIES, USUAL, Bandwidth, ChipAssumptions, Encoder, Multiprocessor
+from tests.support.p100_programs import CONFLICT, FREE, LDG, LDS, MINIMUM, MUFU, make, stream
 
 
 def multiprocessor(
     warps: list[list[Instruction]],
     blocks: int = 1,
     resident: int = 1,
-    assumptions: Assumptions = USUAL,
+    assumptions: ChipAssumptions = USUAL,
     **accesses: int,
 ) -> Multiprocessor:
-    """With so many blocks of these warps to run."""
+    """A multiprocessor with so many blocks of these warps to run."""
     issued = []
     for instructions in warps:
-        encoder = Encoder(Program("k", tuple(instructions), b""), Share.of(chip.SXM2, 56, assumptions), assumptions)
-        issued.append(encoder.for_schedulers(traced(instructions, **accesses)))
+        encoder = Encoder(Program("k", tuple(instructions), b""), Bandwidth.of(chip.SXM2, 56, assumptions), assumptions)
+        issued.append(encoder.for_schedulers(stream(instructions, **accesses)))
     return Multiprocessor([issued] * blocks, resident, assumptions)
 
 
 def replay(warps: list[list[Instruction]], *how: Any, **more: Any) -> float:
-    """The cycles that it takes."""
+    """The cycles that these warps take."""
     return multiprocessor(warps, *how, **more).run()[-1]
 
 
@@ -63,7 +63,7 @@ def test_pairs_are_issued_together_if_their_units_are_free() -> None:
     assert replay(warps) == pytest.approx(800, rel=0.1)  # shared memory takes one access per cycle
     alone = [[first, make("NOP")] * 100] * 8
     assert replay(alone) == pytest.approx(400, rel=0.02)
-    assert replay(alone, assumptions=Assumptions(dual_issue=False)) == pytest.approx(800, rel=0.02)
+    assert replay(alone, assumptions=ChipAssumptions(dual_issue=False)) == pytest.approx(800, rel=0.02)
 
 
 def test_a_result_is_waited_for() -> None:
@@ -97,7 +97,7 @@ def test_a_barrier_waits_for_the_slowest_warp() -> None:
 
 
 @pytest.mark.parametrize("assumptions", [USUAL, SENSITIVITIES["in step"], SENSITIVITIES["half of DRAM"]])
-def test_a_stream_gets_the_bandwidth(assumptions: Assumptions) -> None:
+def test_a_stream_gets_the_bandwidth(assumptions: ChipAssumptions) -> None:
     loads, warps, blocks = 64, 8, 8
     warp = [*[LDG] * loads, make("FFMA", "R0", "R0", "R1", "R2", waits=(0,))]
     cycles = replay([warp] * warps, blocks=blocks, resident=4, assumptions=assumptions, sectors=16, dram=16)
@@ -156,16 +156,16 @@ def test_peaks_are_those_of_the_data_sheets() -> None:
     assert peaks == {"sxm2": 10.6, "pcie": 9.3, "quadro": 10.3}
 
 
-def test_cache_keeps_what_was_used_last() -> None:
-    share = cache.CacheShare(2)
+def test_cache_evicts_what_was_used_least_recently() -> None:
+    share = l2_cache.CacheShare(2)
     assert share.read([1, 2]) == [1, 2]
     assert share.read([1]) == []
-    assert share.read([3]) == [3]  # 2 was pushed out
+    assert share.read([3]) == [3]  # 2 was evicted
     assert share.read([1, 2]) == [2]
 
 
 def test_cache_writes_a_sector_once_while_it_stays() -> None:
-    share = cache.CacheShare(2)
+    share = l2_cache.CacheShare(2)
     assert share.write([1, 1]) == [1]
     assert share.read([1]) == []
     assert share.write([1]) == []

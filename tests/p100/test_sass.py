@@ -1,4 +1,4 @@
-"""The machine code of sm_60 as nvdisasm prints it, and nvdisasm itself."""
+"""The machine code of sm_60 as nvdisasm prints it, its static properties, and nvdisasm itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.p100.machine import nvdisasm, sass
-from tests.support.p100_kernels import NAMES, small
+from benchmarks.p100.static_analysis import bank_conflicts, loops
+from tests.support.p100_small_kernels import NAMES, small
 
 
 def word(stall: int, no_yield: int, write: int, read: int, waits: int) -> int:
@@ -57,17 +58,17 @@ def test_parse() -> None:
 
 def test_loops_and_bank_conflicts() -> None:
     program = sass.parse(TEXT, "k")
-    assert sass.loops(program) == [(0, 2)]
+    assert loops(program) == [(0, 2)]
     # R4, R8, R12 lie in one bank; then R4 and R8 again, but R4 has been kept; R5 and R1 lie in another one.
-    assert sass.bank_conflicts(program) == [0, 2, 0, 0, 0, 1]
+    assert bank_conflicts(program) == [0, 2, 0, 0, 0, 1]
 
 
 def test_inner_loops_come_first() -> None:
     program = small("flow")
-    loops = sass.loops(program)
-    assert len(loops) >= 2
-    assert [b - a for a, b in loops] == sorted(b - a for a, b in loops)
-    assert all(program.instructions[b].target == a < b for a, b in loops)
+    found = loops(program)
+    assert len(found) >= 2
+    assert [b - a for a, b in found] == sorted(b - a for a, b in found)
+    assert all(program.instructions[b].target == a < b for a, b in found)
 
 
 @pytest.mark.parametrize("kernel", NAMES)

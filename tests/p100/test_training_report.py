@@ -18,10 +18,10 @@ from fastattn.cuda_kernels import images
 pytest.importorskip("fastattn.cuda_kernels.attention", reason="the native part is not built", exc_type=ImportError)
 
 from benchmarks.lengths import Lengths
-from benchmarks.p100 import chip, kernel_report, report, tracing, training, training_report
+from benchmarks.p100 import chip, page, tracing, training_report, training_step
+from benchmarks.p100.passes import Pass
 from benchmarks.p100.prediction import Prediction
-from benchmarks.p100.problems import Problem
-from benchmarks.p100.training import Assumptions, Work
+from benchmarks.p100.training_step import StepAssumptions, Work
 
 PAGE = Path(__file__).parents[2] / "docs" / "p100_training.md"
 BASE = TransformerConfig.base()
@@ -42,14 +42,14 @@ def test_products_are_all_but_attentions(model):
 
 
 def test_logits_come_in_chunks():
-    (logits,) = (product for product in training.products(BASE, 3125) if product.part == "products: logits")
+    (logits,) = (product for product in training_step.products(BASE, 3125) if product.part == "products: logits")
     assert logits[1:] == (2**25 // 37_000, 512, 37_000, 3 * 3125 / (2**25 // 37_000))
-    (few,) = (product for product in training.products(BASE, 100) if product.part == "products: logits")
-    assert (few.tokens, few.count) == (100, 3)
+    (few,) = (product for product in training_step.products(BASE, 100) if product.part == "products: logits")
+    assert (few.tokens, few.times) == (100, 3)
 
 
 def test_traffic_by_hand():
-    floats = {name: n / 4 for name, n in training.traffic(TINY, 10).items()}
+    floats = {name: n / 4 for name, n in training_step.traffic(TINY, 10).items()}
     assert floats == {
         "LayerNorm": (2 + 3 + 3) * 7 * 4 * 10,
         "dropout": 8 * 4.5 * 4 * 10,
@@ -61,18 +61,18 @@ def test_traffic_by_hand():
         "loss": 14 * 100 * 10,
         "shared matrix": 15 * 100 * 4,
     }
-    spaces = training.traffic(replace(TINY, num_target_spaces=3), 10)["embeddings"]
+    spaces = training_step.traffic(replace(TINY, num_target_spaces=3), 10)["embeddings"]
     assert spaces / 4 - floats["embeddings"] == 3 * 4 * 10
 
 
 def test_rates_of_products():
-    usual = Assumptions()
+    usual = StepAssumptions()
     assert usual.product_flops(2 * 3072 * 7435 * 1024) == pytest.approx(8.60e12)
     between = math.sqrt(math.prod((1024, 700, 512)) * math.prod((4096, 128, 4096)))
     assert usual.product_flops(2 * between) == pytest.approx((5.21e12 + 7.00e12) / 2)
     assert (usual.product_flops(1.0), usual.product_flops(1e15)) == pytest.approx((5.21e12, 8.87e12))
-    assert Assumptions(product_rate=0.5).product_flops(1e15) == pytest.approx(4.435e12)
-    assert Assumptions(cublas="squares").product_flops(2 * 4096**3) == pytest.approx(7.61e12)
+    assert StepAssumptions(product_rate=0.5).product_flops(1e15) == pytest.approx(4.435e12)
+    assert StepAssumptions(cublas="squares").product_flops(2 * 4096**3) == pytest.approx(7.61e12)
 
 
 def test_parts_of_an_update():
@@ -81,7 +81,7 @@ def test_parts_of_an_update():
     parameters = estimate.count_parameters(TINY)
     assert once["Adam and the gradient's norm"] == twice["Adam and the gradient's norm"] == 32 * parameters / 50
     assert (once["adding up gradients"], twice["adding up gradients"]) == (0, 12 * parameters / 50)
-    moved = training.traffic(TINY, 20)
+    moved = training_step.traffic(TINY, 20)
     assert {name: once[name] for name in moved} == pytest.approx({name: n / 50 for name, n in moved.items()})
     assert twice["loss"] == pytest.approx(once["loss"])
     assert twice["shared matrix"] == 2 * once["shared matrix"]
@@ -93,8 +93,8 @@ def test_parts_of_an_update():
 
 def test_assumptions_change_their_parts_only():
     usual = Work(BASE, 3125).parts(1e-6, chip.SXM2)
-    half = Work(BASE, 3125).parts(1e-6, chip.SXM2, Assumptions(dram_rate=0.5))
-    slow = Work(BASE, 3125).parts(1e-6, chip.SXM2, Assumptions(product_rate=0.8))
+    half = Work(BASE, 3125).parts(1e-6, chip.SXM2, StepAssumptions(dram_rate=0.5))
+    slow = Work(BASE, 3125).parts(1e-6, chip.SXM2, StepAssumptions(product_rate=0.8))
     for name, seconds in usual.items():
         is_product, is_fixed = name.startswith("products"), name in ("attention", "gaps between kernels")
         assert half[name] == pytest.approx(seconds * (1 if is_product or is_fixed else 2))
@@ -103,13 +103,13 @@ def test_assumptions_change_their_parts_only():
 
 def test_rate_that_an_aim_needs():
     work = Work(BASE, 25_000)
-    needed = training.needed_tflops(work, 10_000, rest=0.5)
+    needed = training_step.needed_tflops(work, 10_000, rest=0.5)
     assert work.tokens / (work.flops / (needed * 1e12) + 0.5) == pytest.approx(10_000)
 
 
 def test_memory_by_hand():
-    assert training.stored_weights_bytes(TINY, 3, 5) == 4 * 2 * (3 * 3 + 2 * (5 * 5 + 5 * 3))
-    assert training.tokens_that_fit(TINY, 1e6) == (0.9 * 16e9 - 1.5e9 - 16 * estimate.count_parameters(TINY)) / 1e6
+    assert training_step.stored_weights_bytes(TINY, 3, 5) == 4 * 2 * (3 * 3 + 2 * (5 * 5 + 5 * 3))
+    assert training_step.tokens_that_fit(TINY, 1e6) == (0.9 * 16e9 - 1.5e9 - 16 * estimate.count_parameters(TINY)) / 1e6
 
 
 # ---- attention
@@ -119,14 +119,14 @@ def test_attentions_of_an_update():
     chosen = [Lengths((3,) * 15 + (7,), (2,) * 15 + (9,))]
     ((longest, pairs, passes),) = training_report.attentions(replace(BASE, num_decoder_layers=2), chosen)
     assert (longest, pairs) == (9, 2)
-    one = Problem("forward", 2, 8, 9, 64)
+    one = Pass("forward", 2, 8, 9, 64)
     expected = {one._replace(feature="packed"): 6 + 2, one._replace(feature="causal"): 2}
-    assert passes == {p._replace(pass_=name): n for p, n in expected.items() for name in ("forward", "backward")}
+    assert passes == {p._replace(direction=name): n for p, n in expected.items() for name in ("forward", "backward")}
 
 
 def test_vanilla_is_as_published():
-    assert training_report.vanilla_seconds(Problem("forward", 8192, 1, 82, 64)) == pytest.approx(6893e-6)
-    backward = Problem("backward", 512, 8, 82, 64, feature="causal")
+    assert training_report.vanilla_seconds(Pass("forward", 8192, 1, 82, 64)) == pytest.approx(6893e-6)
+    backward = Pass("backward", 512, 8, 82, 64, feature="causal")
     assert training_report.vanilla_seconds(backward) == pytest.approx(9070e-6 / 2)
 
 
@@ -134,20 +134,20 @@ def test_vanilla_is_as_published():
 
 
 class Fixed:
-    """A model to which every pass takes 100 us, and twice that with half of DRAM."""
+    """A predictor by which every pass takes 100 us, and twice that with half of DRAM."""
 
-    def predict(self, problem, assumptions=training_report.USUAL):
-        return Prediction(problem, 100.0 / assumptions.dram_rate, {}, ())
+    def predict(self, pass_, assumptions=training_report.USUAL):
+        return Prediction(pass_, 100.0 / assumptions.dram_rate, {}, ())
 
 
 @pytest.fixture
-def page(tmp_path) -> training_report.Training:
-    """Of an empty cubin."""
-    kernels = tracing.Kernels(tmp_path)
-    kernels.file("float32").write_bytes(b"")
-    made = training_report.Training(kernels)
-    made.predicted = Fixed()
-    return made
+def made(tmp_path) -> training_report.TrainingReport:
+    """The report of an empty cubin."""
+    cubins = tracing.Cubins(tmp_path)
+    cubins.file("float32").write_bytes(b"")
+    report = training_report.TrainingReport(cubins)
+    report.predictor = Fixed()
+    return report
 
 
 def rows(text: str, first: str) -> list[list[str]]:
@@ -156,14 +156,14 @@ def rows(text: str, first: str) -> list[list[str]]:
     return [line for line in lines if line[0] == first]
 
 
-def test_text(page):
-    text = page.text()
-    assert report.digest(page.file) in text
-    attention = page.attention("base", page.fused_seconds)
+def test_text(made):
+    text = made.text()
+    assert page.digest(made.file) in text
+    attention = made.attention("base", made.fused_seconds)
     passes = 6 * 2 * (12 + 6)  # of six updates
-    tokens = sum(sum(lengths.target) for lengths in page.chosen)
+    tokens = sum(sum(lengths.target) for lengths in made.chosen)
     assert attention == pytest.approx(passes * 100e-6 * 8 / tokens)
-    exposed = estimate.estimate(training_report.GOALS["base"].config, "P100 SXM2", 8, 1, "fp32", 37_000).exposed
+    exposed = estimate.estimate(training_report.PAPER_MODELS["base"].config, "P100 SXM2", 8, 1, "fp32", 37_000).exposed
     share = sum(Work(BASE, 3125).parts(attention, chip.SXM2).values()) + exposed
     alone = sum(Work(BASE, 25_000).parts(attention, chip.SXM2).values())
     one, all_ = rows(text, "base")[:2]
@@ -172,44 +172,44 @@ def test_text(page):
     assert all_[1:3] == ["alone", f"**{1e3 * alone:.0f}**"]
     assert all_[4:7] == [f"**{25_000 / alone:,.0f}**", "14,500", "reached"]
     usual, half = rows(text, "as above")[0], rows(text, "half of DRAM, attention included")[0]
-    twice = Work(BASE, 25_000).parts(2 * attention, chip.SXM2, Assumptions(dram_rate=0.5))
+    twice = Work(BASE, 25_000).parts(2 * attention, chip.SXM2, StepAssumptions(dram_rate=0.5))
     assert (usual[3], half[3]) == (f"{1e3 * alone:.0f}", f"{1e3 * sum(twice.values()):.0f}")
     slower = rows(text, "products 15 % slower")[0]
     assert all(int(late) > int(early) for late, early in zip(slower[1::2], usual[1::2], strict=True))
 
 
-def test_big_needs_two_steps_alone(page):
-    assert [work.steps for name in ("base", "big") for work in page.works(name).values()] == [1, 1, 1, 2]
+def test_big_needs_two_steps_alone(made):
+    assert [work.steps for name in ("base", "big") for work in made.works(name).values()] == [1, 1, 1, 2]
 
 
-def test_stored_weights_are_padded(page):
-    page.chosen = [Lengths((3, 1), (5, 2))]
-    assert page.stored("base") == 2 * training.stored_weights_bytes(BASE, 3, 5) / 7
+def test_stored_weights_are_padded(made):
+    made.chosen = [Lengths((3, 1), (5, 2))]
+    assert made.stored_weights("base") == 2 * training_step.stored_weights_bytes(BASE, 3, 5) / 7
 
 
-def test_a_slow_host_binds(page):
-    host = page.works("base")["alone"].host_seconds
-    assert page.seconds("base", "alone", {"attention": host / 2}) == host
-    assert page.seconds("base", "alone", {"attention": host, "loss": 1.0}) == host + 1.0
+def test_a_slow_host_binds(made):
+    host = made.works("base")["alone"].host_seconds
+    assert made.seconds("base", "alone", {"attention": host / 2}) == host
+    assert made.seconds("base", "alone", {"attention": host, "loss": 1.0}) == host + 1.0
 
 
 def test_the_page_is_that_of_this_build():
-    file = tracing.Kernels(kernel_report.FOLDER).file("float32")
+    file = tracing.Cubins(tracing.INSTALLED).file("float32")
     installed = images.installed()
     if not file.is_file():
         pytest.skip(f"there are no cubins for sm_60: {installed.reason or 'this build has none'}")
     if installed.nvrtc != "12.9":
         pytest.skip(f"the page is that of NVRTC 12.9, this build of {installed.nvrtc}")
     noted = re.findall(r"^\| `(\S+\.cubin)` \| `([0-9a-f]{64})` \|$", PAGE.read_text(), re.MULTILINE)
-    assert noted == [(file.name, report.digest(file))], "if this is meant: make kernel-report"
+    assert noted == [(file.name, page.digest(file))], "if this is meant: make kernel-report"
 
 
-def test_the_page_is_that_of_this_arithmetic(page):
+def test_the_page_is_that_of_this_arithmetic(made):
     text = PAGE.read_text()
-    assert report.table(("what", "from where"), training.SOURCES) in text
-    assert page._memory() in text and page._all_reduce() in text
-    for name in training_report.GOALS:
-        header, _, *lines = (line.split(" | ") for line in page._parts(name, 0.0).splitlines())
+    assert page.markdown_table(("what", "from where"), training_step.SOURCES) in text
+    assert made._memory() in text and made._all_reduce() in text
+    for name in training_report.PAPER_MODELS:
+        header, _, *lines = (line.split(" | ") for line in made._parts(name, 0.0).splitlines())
         assert " | ".join(header) in text
         for part, one, _, alone, _ in lines:
             if part != "| attention":  # which is that of the cubin; the shares depend on it

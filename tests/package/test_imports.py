@@ -180,7 +180,7 @@ def test_a_folder_imports_what_its_row_names(folder):
     [
         ("examples/wmt14/train.py", "import benchmarks.timing"),
         ("benchmarks/timing.py", "from examples.wmt14 import configs"),
-        ("benchmarks/p100/report.py", "from examples.wmt14 import train"),
+        ("benchmarks/p100/kernel_report.py", "from examples.wmt14 import train"),
         ("benchmarks/p100/machine/sass.py", "from fastattn import reference"),
         ("benchmarks/p100/machine/instructions/bits.py", "import fastattn"),
         ("benchmarks/tune.py", "from tests.support import cases"),

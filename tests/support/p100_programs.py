@@ -1,11 +1,11 @@
-"""Programs by hand, whose time on a GP100 is known."""
+"""Programs by hand, whose time on a multiprocessor of the P100 is known."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from benchmarks.p100.machine.sass import Instruction
-from benchmarks.p100.pipeline import WarpTrace
+from benchmarks.p100.pipeline import WarpStream
 
 
 def make(op: str, *operands: str, **control: object) -> Instruction:
@@ -27,11 +27,11 @@ LDS, MUFU, MINIMUM = make("LDS", "R0", "[R1]"), make("MUFU", "R0", "R1"), make("
 LDG = make("LDG", "R0", "[R2]", write_barrier=0)
 
 
-def traced(instructions: list[Instruction], smem_cycles: int = 1, sectors: int = 4, dram: int = 4) -> WarpTrace:
-    """A warp that executes these, one behind the other."""
+def stream(instructions: list[Instruction], smem_cycles: int = 1, sectors: int = 4, dram: int = 4) -> WarpStream:
+    """The stream of a warp that executes these instructions, one after the other."""
     ops = [instruction.op for instruction in instructions]
     columns = (
         [smem_cycles * (op in ("LDS", "STS")) for op in ops],
         *([n * (op in ("LDG", "STG")) for op in ops] for n in (sectors, dram)),
     )
-    return WarpTrace(np.arange(len(ops)), *map(np.array, columns))
+    return WarpStream(np.arange(len(ops)), *map(np.array, columns))

@@ -1,4 +1,4 @@
-"""Where warps go: each has an instruction, active lanes, and a stack of lanes that wait to go on elsewhere.
+"""The flow of control of warps: each has an instruction, active lanes, and a stack of lanes that wait elsewhere.
 
 SSY, PBK and CAL put the active lanes on the stack, to go on at their target or, for CAL, behind it. A branch that only
 some lanes take puts these there; which side the hardware executes first is not known. Lanes that execute SYNC, BRK, RET
@@ -8,13 +8,16 @@ it. A warp without active lanes goes on with the uppermost entry that has lanes;
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from .sass import Instruction
 from .state import WARP
 
 DEPTH = 64
-# The entries of the stack; what takes lanes off them.
+# Kinds of stack entries, and the instructions whose lanes leave them.
 _PUSHED = {"SSY": 1, "PBK": 2, "CAL": 3}
 _DIVERGED = 4
 _LEFT_BY = {"SYNC": 1, "BRK": 2, "RET": 3}
@@ -22,13 +25,13 @@ OPERATIONS = frozenset({"BRA", "EXIT", "BAR", *_PUSHED, *_LEFT_BY})
 
 
 class Warps:
-    """The flow of control of some warps.
+    """The warps of some blocks and where each of them stands.
 
     Args:
-        active: of each warp, the lanes that begin, as the bits of a number.
+        active: a bit mask for each warp: the lanes that begin.
     """
 
-    def __init__(self, active: np.ndarray):
+    def __init__(self, active: NDArray[Any]) -> None:
         self.next = np.zeros(len(active), np.int64)
         self.active = active.astype(np.uint32)
         self.alive = self.active.copy()
@@ -38,7 +41,7 @@ class Warps:
         self._target = np.zeros((len(active), DEPTH), np.int64)
         self._lanes = np.zeros((len(active), DEPTH), np.uint32)
 
-    def group(self) -> tuple[np.ndarray, int, int] | None:
+    def group(self) -> tuple[NDArray[Any], int, int] | None:
         """The warps that are furthest behind, their instruction, and the one where others wait for them."""
         ready = np.flatnonzero((self.active != 0) & ~self.is_waiting)
         if not len(ready):
@@ -48,8 +51,8 @@ class Warps:
         others = where[where > first]
         return ready[where == first], first, int(others.min()) if len(others) else 1 << 62
 
-    def step(self, i: Instruction, warps: np.ndarray, taken: np.ndarray) -> None:
-        """These warps execute the instruction at which they stand, with the lanes `taken` that its guard lets."""
+    def step(self, i: Instruction, warps: NDArray[Any], taken: NDArray[Any]) -> None:
+        """Execute the instruction at which these warps stand with the lanes `taken`, which its guard allows."""
         behind = self.next[warps] + 1
         if i.op == "BRA":
             self._branch(i, warps, taken, behind)
@@ -57,8 +60,8 @@ class Warps:
             if (taken != self.active[warps]).any():
                 raise ValueError("only some lanes execute it")
             is_call = i.op == "CAL"
-            self._push(warps, _PUSHED[i.op], behind if is_call else i.target, taken)
-            self.next[warps] = i.target if is_call else behind
+            self._push(warps, _PUSHED[i.op], behind if is_call else _target(i), taken)
+            self.next[warps] = _target(i) if is_call else behind
         elif i.op == "BAR":
             self.next[warps] = behind
             if i.modifiers != ("SYNC",) or i.operands != ("0x0",):
@@ -70,21 +73,21 @@ class Warps:
             self.next[warps] = behind
             self._leave(warps, taken, _LEFT_BY.get(i.op))
 
-    def _branch(self, i: Instruction, warps: np.ndarray, taken: np.ndarray, behind: np.ndarray) -> None:
+    def _branch(self, i: Instruction, warps: NDArray[Any], taken: NDArray[Any], behind: NDArray[Any]) -> None:
         rest = self.active[warps] & ~taken
         diverges = (rest != 0) & (taken != 0)
-        self.next[warps] = np.where(rest == 0, i.target, behind)
-        self._push(warps[diverges], _DIVERGED, i.target, taken[diverges])
+        self.next[warps] = np.where(rest == 0, _target(i), behind)
+        self._push(warps[diverges], _DIVERGED, _target(i), taken[diverges])
         self.active[warps[diverges]] = rest[diverges]
 
-    def _push(self, warps: np.ndarray, kind: int, target: np.ndarray | int | None, lanes: np.ndarray) -> None:
+    def _push(self, warps: NDArray[Any], kind: int, target: NDArray[Any] | int, lanes: NDArray[Any]) -> None:
         height = self._height[warps]
         if (height >= DEPTH).any():
             raise ValueError(f"the stack is higher than {DEPTH}")
         self._kind[warps, height], self._target[warps, height], self._lanes[warps, height] = kind, target, lanes
         self._height[warps] += 1
 
-    def _leave(self, warps: np.ndarray, lanes: np.ndarray, kind: int | None) -> None:
+    def _leave(self, warps: NDArray[Any], lanes: NDArray[Any], kind: int | None) -> None:
         self.active[warps] &= ~lanes
         entries, height = np.arange(DEPTH), self._height[warps, None]
         if kind is None:
@@ -98,7 +101,7 @@ class Warps:
         self._lanes[warps] = np.where(affected, self._lanes[warps] & ~lanes[:, None], self._lanes[warps])
         self._pop(warps)
 
-    def _pop(self, warps: np.ndarray) -> None:
+    def _pop(self, warps: NDArray[Any]) -> None:
         while len(warps := warps[(self.active[warps] == 0) & (self._height[warps] > 0)]):
             self._height[warps] -= 1
             height = self._height[warps]
@@ -106,18 +109,24 @@ class Warps:
             self.next[warps] = self._target[warps, height]
 
     def release(self) -> bool:
-        """When no warp can go on, those that are not finished wait at their block's barrier. Whether any do."""
+        """Open the barrier, once no warp can go on: those not finished wait there. True if there were any."""
         has_waited = bool(self.is_waiting.any())
         self.is_waiting[:] = False
         return has_waited
 
 
-def as_bits(holds: np.ndarray) -> np.ndarray:
-    """For every warp, its lanes' truth values as the bits of a number."""
+def _target(i: Instruction) -> int:
+    if i.target is None:
+        raise ValueError("it names no target")
+    return i.target
+
+
+def as_bits(holds: NDArray[Any]) -> NDArray[Any]:
+    """The truth values of all lanes as one bit mask per warp."""
     return np.packbits(holds.reshape(-1, WARP), axis=1, bitorder="little").view(np.uint32)[:, 0]
 
 
-def as_lanes(warps: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """The numbers of the lanes whose bits are set, of these warps."""
+def as_lanes(warps: NDArray[Any], bits: NDArray[Any]) -> NDArray[Any]:
+    """The numbers of the lanes whose bits are set in the masks of these warps."""
     lane = np.arange(WARP)
     return (warps[:, None] * WARP + lane)[bits[:, None] >> lane.astype(np.uint32) & np.uint32(1) != 0]

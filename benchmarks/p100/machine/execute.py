@@ -1,7 +1,7 @@
-"""Executes the machine code of a kernel, block by block, on the memory of CPU tensors.
+"""The execution of a kernel's machine code, block by block, on the memory of CPU tensors.
 
-What is computed is right up to what floats.py says; nothing here knows about time, whose model replays the traces. All
-warps of some blocks are executed together: the group that is furthest behind, until it reaches the next one.
+Results are right up to what instructions/floats.py says. Nothing here knows about time: the model of the chip replays
+the traces. All warps of some blocks are executed together: the group furthest behind, until it reaches the next one.
 """
 
 from __future__ import annotations
@@ -9,26 +9,28 @@ from __future__ import annotations
 import itertools
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import control
 from .control import Warps, as_bits, as_lanes
 from .instructions import step_of
-from .memory import Access, GlobalMemory, LaneError, check, sectors, wavefronts
+from .memory import SECTOR_MASK, WARP_SHIFT, Access, GlobalMemory, LaneError, check, sectors, wavefronts
 from .sass import Instruction, Program
 from .state import WARP, Lanes, State, Step
-from .trace import BlockTrace, Recorder
+from .trace import BlockTrace, TraceRecorder
 
-Index = tuple[int, int, int]  # of a block in its grid: x, y, z
+Index = tuple[int, int, int]  # blockIdx: x, y, z
 
 WARPS_AT_ONCE = 64
 PARAMETERS = 0x140  # where the kernel's parameters begin in constant bank 0
 
 
 class ExecutionError(RuntimeError):
-    """A kernel does what it must not, or what is not understood; the message names the instruction and the thread."""
+    """The error that a kernel does what is not allowed or not understood; it names the instruction and the thread."""
 
 
 def execute(
@@ -40,13 +42,13 @@ def execute(
     buffers: Sequence[tuple[Tensor, str, bool]],
     blocks: Iterable[Index] | None = None,
 ) -> dict[Index, BlockTrace]:
-    """Runs blocks of a launch.
+    """Run blocks of a launch and return their traces.
 
     Args:
         program: the kernel.
-        grid: how many blocks there are in x and, where they are given, y and z.
-        block_threads: of a block, in x.
-        smem_bytes: of a block.
+        grid: the grid size in x and, where they are given, y and z.
+        block_threads: the block size in x.
+        smem_bytes: shared memory per block, static and dynamic.
         params: the kernel's parameters.
         buffers: all memory that it may access: CPU tensors, their names, and whether they may be written.
         blocks: which blocks run; by default, all of them.
@@ -55,23 +57,23 @@ def execute(
         ExecutionError: an access outside the buffers or shared memory, or not aligned; a barrier that not all lanes
             reach; an instruction that is not understood.
     """
-    grid = (*grid, 1, 1)[:3]
-    chosen = iter(itertools.product(*map(range, grid)) if blocks is None else blocks)
+    x, y, z = (*grid, 1, 1)[:3]
+    chosen: Iterator[Index] = iter(itertools.product(range(x), range(y), range(z)) if blocks is None else blocks)
     warps_per_block = -(-block_threads // WARP)
     memory = GlobalMemory(buffers)
-    header = struct.pack("<8x6i", block_threads, 1, 1, *grid)
+    header = struct.pack("<8x6i", block_threads, 1, 1, x, y, z)
     constants = {0: header.ljust(PARAMETERS, b"\0") + params, 2: program.constants}
     traces: dict[Index, BlockTrace] = {}
     while batch := [*itertools.islice(chosen, max(1, WARPS_AT_ONCE // warps_per_block))]:
-        machine = Machine(program, batch, block_threads, smem_bytes, constants, memory)
+        execution = Execution(program, batch, block_threads, smem_bytes, constants, memory)
         with np.errstate(all="ignore"):
-            machine.run()
-        traces.update(machine.traces())
+            execution.run()
+        traces.update(execution.traces())
     return traces
 
 
-class Machine:
-    """Some blocks and all that they work on."""
+class Execution:
+    """Blocks that are executed together, with their registers and memory."""
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class Machine:
         smem_bytes: int,
         constants: dict[int, bytes],
         memory: GlobalMemory,
-    ):
+    ) -> None:
         self.program, self.blocks, self.memory, self.smem_bytes = program, blocks, memory, smem_bytes
         self.warps_per_block = -(-threads // WARP)
         per_block = self.warps_per_block * WARP
@@ -92,23 +94,23 @@ class Machine:
             special[f"SR_CTAID.{side}"] = np.repeat(numbers, per_block)
         self.state = State(len(thread), constants, special)
         self.warps = Warps(as_bits(thread < threads))
-        self.recorder = Recorder(len(blocks) * self.warps_per_block)
+        self.recorder = TraceRecorder(len(blocks) * self.warps_per_block)
         self.stride = -(-smem_bytes // 16) * 16
         self.shared = np.full(self.stride * len(blocks), 0xFF, np.uint8)  # NaN, until it is written
         self.block_of = self.state.lanes // per_block
-        self.accessed: list[tuple[str, bool, np.ndarray]] = []
+        self.accessed: list[tuple[str, bool, NDArray[Any]]] = []
         self._steps: list[Step | None] = [None] * len(program.instructions)
 
     def run(self) -> None:
-        """To the end of all warps."""
+        """Execute all warps to their end."""
         while True:
             while group := self.warps.group():
                 self._advance(*group)
             if not self.warps.release():
                 return
 
-    def _advance(self, warps: np.ndarray, first: int, limit: int) -> None:
-        """These warps execute until they reach the limit, or have executed an instruction of flow control."""
+    def _advance(self, warps: NDArray[Any], first: int, limit: int) -> None:
+        """Execute these warps up to the limit, or up to the first instruction of the flow of control, included."""
         instructions, end = self.program.instructions, first
         while end < limit and instructions[end].op not in control.OPERATIONS:
             end += 1
@@ -128,7 +130,7 @@ class Machine:
         except ValueError as error:
             raise ExecutionError(self._report(instructions[index], error)) from error
 
-    def _flow(self, i: Instruction, index: int, warps: np.ndarray) -> None:
+    def _flow(self, i: Instruction, index: int, warps: NDArray[Any]) -> None:
         taken = self.warps.active.copy()
         if i.guard:
             taken &= as_bits(self.state.predicate(i.guard)(slice(None)))
@@ -166,7 +168,7 @@ class Machine:
 
         return guarded
 
-    def _per_warp(self, lanes: np.ndarray) -> np.ndarray:
+    def _per_warp(self, lanes: NDArray[Any]) -> NDArray[Any]:
         return np.bincount(lanes // WARP, minlength=len(self.warps.active))
 
     def _global(self, i: Instruction, index: int) -> Step:
@@ -178,7 +180,7 @@ class Machine:
             access.check_aligned(lanes, address)
             parts = self.memory.parts(access, lanes, address)
             touched = sectors(lanes // WARP, address)
-            self.recorder.note("sectors", index, np.bincount(touched >> 48, minlength=len(self.warps.active)))
+            self.recorder.note("sectors", index, np.bincount(touched >> WARP_SHIFT, minlength=len(self.warps.active)))
             for buffer, part in parts:
                 is_all = isinstance(part, slice)
                 move(s if is_all else lanes[part], buffer.bytes, address[part] - buffer.base)
@@ -212,15 +214,15 @@ class Machine:
         return f"{self.program.name} {i}: {where}{error}"
 
     def traces(self) -> Iterator[tuple[Index, BlockTrace]]:
-        """By block."""
+        """Each block's index and trace."""
         warps = self.recorder.traces()
         accessed = _by_block(self.accessed, self.warps_per_block, len(self.blocks))
         for n, block in enumerate(self.blocks):
             own = warps[n * self.warps_per_block : (n + 1) * self.warps_per_block]
             yield block, BlockTrace(own, self._accesses(n), accessed[n, False], accessed[n, True])
 
-    def _accesses(self, block: int) -> list[tuple[str, bool, np.ndarray]]:
-        first, after = (n * self.warps_per_block << 48 for n in (block, block + 1))
+    def _accesses(self, block: int) -> list[tuple[str, bool, NDArray[Any]]]:
+        first, after = (n * self.warps_per_block << WARP_SHIFT for n in (block, block + 1))
         parts = (
             (name, is_store, keys[(keys >= first) & (keys < after)] - first) for name, is_store, keys in self.accessed
         )
@@ -228,19 +230,19 @@ class Machine:
 
 
 def _by_block(
-    accessed: list[tuple[str, bool, np.ndarray]], warps_per_block: int, blocks: int
-) -> dict[tuple[int, bool], dict[str, np.ndarray]]:
-    """For every block and for reading and writing, the sectors of every buffer."""
-    result: dict[tuple[int, bool], dict[str, np.ndarray]] = {
+    accessed: list[tuple[str, bool, NDArray[Any]]], warps_per_block: int, blocks: int
+) -> dict[tuple[int, bool], dict[str, NDArray[Any]]]:
+    """The sectors of every buffer, by block and whether they were written."""
+    result: dict[tuple[int, bool], dict[str, NDArray[Any]]] = {
         key: {} for key in itertools.product(range(blocks), (False, True))
     }
     for name, is_store in sorted({entry[:2] for entry in accessed}):
         keys = np.concatenate([keys for *which, keys in accessed if which == [name, is_store]])
-        keys = np.unique((keys >> 48) // warps_per_block << 48 | keys & (1 << 48) - 1)
-        for block in np.unique(keys >> 48):
-            result[int(block), is_store][name] = keys[keys >> 48 == block] & (1 << 48) - 1
+        block_of, sector = (keys >> WARP_SHIFT) // warps_per_block, keys & SECTOR_MASK
+        for block in np.unique(block_of):
+            result[int(block), is_store][name] = np.unique(sector[block_of == block])
     return result
 
 
-def _popcount(bits: np.ndarray) -> np.ndarray:
+def _popcount(bits: NDArray[Any]) -> NDArray[Any]:
     return np.unpackbits(bits.view(np.uint8).reshape(-1, 4), axis=1).sum(1)

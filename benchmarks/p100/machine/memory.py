@@ -1,4 +1,4 @@
-"""Loads and stores: where they go, whether they may, and what they cost.
+"""Loads and stores: their addresses, the check that they are allowed, and the cycles or sectors that they cost.
 
 Shared memory has 32 banks of 4 bytes, each of which gives one word per cycle to all lanes that want it. How accesses of
 8 and 16 bytes are split is not documented; as measured on later GPUs, a warp's 64-bit access is made by two half warps,
@@ -11,37 +11,41 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .operand import ZERO_REGISTER, register_number
 from .sass import Instruction
 from .state import WARP, Getter, Lanes, State
 
-SECTOR = 32
-BANK_BYTES = 4 * WARP
+SECTOR_BYTES = 32  # the smallest access to global memory
+WARP_SHIFT = 48  # a warp's access to a sector is noted as one number: warp << WARP_SHIFT | sector
+SECTOR_MASK = (1 << WARP_SHIFT) - 1
+ROW_BYTES = 4 * WARP  # one word of each bank of shared memory
 _KINDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-# By modifier; 4 bytes if there is none of these.
+# Bytes by modifier; without one of these, 4.
 _SIZES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "32": 4, "64": 8, "128": 16}
-_WITHOUT_MEANING = {"E", "U", "CI", "CG", "CS", "CA", "LU", "CV"}  # caches, and how addresses are formed
+_CACHE_HINTS = {"E", "U", "CI", "CG", "CS", "CA", "LU", "CV"}  # and E, 64-bit addresses
 
 
 class LaneError(ValueError):
-    """A lane does what it must not."""
+    """The error that a lane accesses what it may not."""
 
-    def __init__(self, lane: int, message: str):
+    def __init__(self, lane: int, message: str) -> None:
         super().__init__(message)
         self.lane = lane
 
 
 class Access:
-    """An instruction's memory operands: how many bytes, where, and which registers."""
+    """The memory operand of an instruction: number of bytes, address, registers."""
 
-    def __init__(self, i: Instruction, state: State):
+    def __init__(self, i: Instruction, state: State) -> None:
         self.is_store = i.op.startswith("ST")
         sizes = [modifier for modifier in i.modifiers if modifier in _SIZES]
-        if len(sizes) > 1 or {*i.modifiers} - {*sizes} - _WITHOUT_MEANING:
+        if len(sizes) > 1 or {*i.modifiers} - {*sizes} - _CACHE_HINTS:
             raise ValueError(f"instruction: not understood: {i}")
         self.size = _SIZES[sizes[0]] if sizes else 4
         self.sign_bits = np.uint32(8 * self.size if sizes and sizes[0][0] == "S" else 0)
@@ -51,11 +55,11 @@ class Access:
         self.rows = [state.registers[ZERO_REGISTER] if is_zero else state.result(register, n) for n in words]
         self.address = _address(address, "E" in i.modifiers, state)
 
-    def check_aligned(self, lanes: np.ndarray, address: np.ndarray) -> None:
+    def check_aligned(self, lanes: NDArray[Any], address: NDArray[Any]) -> None:
         check(address % self.size == 0, lanes, address, f"is not aligned to {self.size} bytes")
 
-    def load(self, s: Lanes, memory: np.ndarray, offset: np.ndarray) -> None:
-        """From the bytes of a memory, at these offsets, into the registers of these lanes."""
+    def load(self, s: Lanes, memory: NDArray[Any], offset: NDArray[Any]) -> None:
+        """Load from the bytes of a memory, at these offsets, into the registers of these lanes."""
         unit = min(self.size, 4)
         view, first = memory.view(_KINDS[unit]), offset // unit
         for n, row in enumerate(self.rows):
@@ -65,8 +69,8 @@ class Access:
                 value = (value ^ sign) - sign
             row[s] = value
 
-    def store(self, s: Lanes, memory: np.ndarray, offset: np.ndarray) -> None:
-        """The other way; of lanes that write to the same place, the last one wins."""
+    def store(self, s: Lanes, memory: NDArray[Any], offset: NDArray[Any]) -> None:
+        """Store the registers of these lanes; where several lanes write to the same place, the last one wins."""
         unit = min(self.size, 4)
         view, first = memory.view(_KINDS[unit]), offset // unit
         for n, row in enumerate(self.rows):
@@ -88,8 +92,8 @@ def _address(text: str, is_wide: bool, state: State) -> Getter:
     return lambda s: get(s) + offset
 
 
-def check(is_right: np.ndarray, lanes: np.ndarray, address: np.ndarray, what: str) -> None:
-    """Raises LaneError for the first lane that is not right."""
+def check(is_right: NDArray[Any], lanes: NDArray[Any], address: NDArray[Any], what: str) -> None:
+    """Raise LaneError for the first lane whose address is not right."""
     if not is_right.all():
         wrong = int(np.argmin(is_right))
         raise LaneError(int(lanes[wrong]), f"address {int(address[wrong]):#x} {what}")
@@ -101,7 +105,7 @@ def check(is_right: np.ndarray, lanes: np.ndarray, address: np.ndarray, what: st
 class Buffer:
     """The memory of a tensor: from its first to its last element."""
 
-    def __init__(self, tensor: Tensor, name: str, is_written: bool):
+    def __init__(self, tensor: Tensor, name: str, is_written: bool) -> None:
         self.name, self.is_written = name, is_written
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         self.begin = tensor.data_ptr()
@@ -109,22 +113,23 @@ class Buffer:
         # Whole words, so that they can be viewed as such; no access goes outside the tensor.
         self.base = self.begin // 4 * 4
         words = -(-(self.end - self.base) // 4)
-        self.bytes = np.frombuffer((ctypes.c_uint32 * words).from_address(self.base), np.uint8)
+        self.bytes = np.ctypeslib.as_array((ctypes.c_uint32 * words).from_address(self.base)).view(np.uint8)
 
 
 class GlobalMemory:
     """The buffers of a launch."""
 
-    def __init__(self, buffers: Sequence[tuple[Tensor, str, bool]]):
+    def __init__(self, buffers: Sequence[tuple[Tensor, str, bool]]) -> None:
         self.buffers = [Buffer(*buffer) for buffer in buffers]
 
-    def parts(self, access: Access, lanes: np.ndarray, address: np.ndarray) -> list[tuple[Buffer, Lanes]]:
-        """Which buffer is accessed by which of the lanes; where buffers overlap, the first one.
+    def parts(self, access: Access, lanes: NDArray[Any], address: NDArray[Any]) -> list[tuple[Buffer, Lanes]]:
+        """The buffers that are accessed, each with its lanes; where buffers overlap, the first one counts.
 
         Raises:
             LaneError: a lane accesses what it may not.
         """
-        rest, found = np.ones(len(lanes), bool), []
+        rest = np.ones(len(lanes), bool)
+        found: list[tuple[Buffer, Lanes]] = []
         for buffer in self.buffers:
             if access.is_store and not buffer.is_written:
                 continue
@@ -138,33 +143,33 @@ class GlobalMemory:
         return found
 
 
-def sectors(warps: np.ndarray, address: np.ndarray) -> np.ndarray:
-    """The distinct pairs of warp and sector, as warp << 48 | sector."""
-    return np.unique(warps << 48 | address // SECTOR)
+def sectors(warps: NDArray[Any], address: NDArray[Any]) -> NDArray[Any]:
+    """The distinct pairs of warp and sector, as warp << WARP_SHIFT | sector."""
+    return np.unique(warps << WARP_SHIFT | address // SECTOR_BYTES)
 
 
 # ---- shared memory ----
 
 
-def wavefronts(lanes: np.ndarray, address: np.ndarray, size: int, warps: int) -> np.ndarray:
-    """For every warp, the cycles that its access to shared memory takes.
+def wavefronts(lanes: NDArray[Any], address: NDArray[Any], size: int, warps: int) -> NDArray[Any]:
+    """The cycles that each warp's access to shared memory takes: one for every word of the bank with most.
 
     Args:
-        lanes: the numbers of those that access it.
-        address: of each of them, in bytes from the begin of the block's shared memory.
-        size: of each access, in bytes.
-        warps: how many there are.
+        lanes: the numbers of the lanes that access it.
+        address: their addresses, in bytes from the begin of the block's shared memory.
+        size: bytes per lane.
+        warps: the number of warps.
     """
     group = lanes // WARP * 4 + (_groups(lanes, address, size, warps) if size > 4 else 0)
     size = max(size, 4)
     unit = np.unique(group << 32 | address // size)
-    banks = BANK_BYTES // size
+    banks = ROW_BYTES // size
     wanted = np.bincount((unit >> 32) * banks + unit % banks, minlength=4 * warps * banks)
     return wanted.reshape(warps, 4, banks).max(2).sum(1)
 
 
-def _groups(lanes: np.ndarray, address: np.ndarray, size: int, warps: int) -> np.ndarray:
-    """For every lane, which part of its warp's access it belongs to."""
+def _groups(lanes: NDArray[Any], address: NDArray[Any], size: int, warps: int) -> NDArray[Any]:
+    """The part of its warp's access that each lane belongs to."""
     part_lanes = WARP // (size // 4)
     table = np.full(warps * WARP, -1, np.int64)
     table[lanes] = address

@@ -18,7 +18,7 @@ _CACHED = "nvdisasm-12.8"
 
 
 class NotFound(RuntimeError):
-    """There is no nvdisasm, and it cannot be downloaded; the message says how to name one."""
+    """The error that there is no nvdisasm and none can be downloaded; the message says how to name one."""
 
 
 def path() -> Path:

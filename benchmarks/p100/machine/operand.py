@@ -25,9 +25,9 @@ class Operand:
     """A register, an entry of a constant bank or an immediate, and what is done to it when it is read."""
 
     kind: str  # "register", "constant", "immediate"
-    number: int = 0  # of the register or of the constant bank
-    offset: int = 0  # in the bank
-    value: str = ""  # of the immediate, as printed
+    number: int = 0  # register or constant bank
+    offset: int = 0  # bytes, in the constant bank
+    value: str = ""  # the immediate as printed
     half: str = ""  # "H1", "H0_H0", "H1_H1"
     negative: bool = False
     absolute: bool = False
@@ -58,7 +58,7 @@ class Operand:
         return replace(self, negative=False, absolute=False, inverted=False)
 
     def as_integer(self, constants: Mapping[int, bytes]) -> int:
-        """A constant or an immediate, before its signs."""
+        """The value of a constant or an immediate, before its signs."""
         if self.kind == "immediate":
             return int(self.value, 0)
         bank = constants.get(self.number, b"")
@@ -67,7 +67,7 @@ class Operand:
         return int(struct.unpack_from("<i", bank, self.offset)[0])
 
     def as_float(self) -> np.float32:
-        """An immediate of a float instruction, before its signs."""
+        """The value of a float instruction's immediate, before its signs."""
         text = self.value.lstrip("+")
         if text.startswith("0x"):
             return np.uint32(int(text, 16)).view(np.float32)
@@ -75,11 +75,11 @@ class Operand:
 
 
 def register_number(text: str) -> int:
-    """5 of "R5", "R5.reuse" or "R5.CC"; 255 of "RZ"."""
+    """The number 5 for "R5", "R5.reuse" or "R5.CC", and 255 for "RZ"."""
     name = text.split(".")[0]
     return ZERO_REGISTER if name == "RZ" else int(name[1:])
 
 
 def predicate_number(text: str) -> int:
-    """3 of "P3"; 7 of "PT", which is always true."""
+    """The number 3 for "P3", and 7 for "PT", which is always true."""
     return TRUE_PREDICATE if text == "PT" else int(text[1:])

@@ -1,4 +1,4 @@
-"""The machine code of a kernel for GP100 (sm_60), parsed from what nvdisasm prints.
+"""The machine code of a kernel for sm_60, parsed from what nvdisasm prints.
 
 Every fourth 64-bit word is a control word with 21 bits for each of the three instructions behind it. From the lowest:
 cycles to stall (4), whether not to yield (1), the scoreboard that a result sets (3), the one that reading the operands
@@ -12,8 +12,6 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,11 +44,11 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A kernel."""
+    """The machine code of one kernel."""
 
     name: str
     instructions: tuple[Instruction, ...]
-    constants: bytes  # bank 2: what the compiler keeps there; empty if the text does not show it
+    constants: bytes  # constant bank 2, the compiler's own; empty if the text does not show it
 
 
 # ---- reading ----
@@ -81,7 +79,7 @@ def disassemble(cubin: Path, kernel: str) -> Program:
 
 @functools.lru_cache(maxsize=4)
 def listing(cubin: bytes) -> str:
-    """All that nvdisasm prints about a cubin."""
+    """The whole output of nvdisasm for a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -92,7 +90,7 @@ def parse(text: str, kernel: str) -> Program:
     """A kernel from the text that `nvdisasm -hex` prints.
 
     Args:
-        text: of the cubin, or the part about this kernel.
+        text: the output for a cubin, or its part about this kernel.
         kernel: its name.
 
     Raises:
@@ -156,69 +154,3 @@ def _scoreboard(bits: int) -> int | None:
 
 def _constants(lines: list[str]) -> bytes:
     return bytes(int(byte, 16) for line in lines for row in _BYTES.findall(line) for byte in row.split(","))
-
-
-# ---- what can be seen without executing it ----
-
-
-def loops(program: Program) -> list[tuple[int, int]]:
-    """The first and last index of every loop, inner loops before outer ones; the jump to itself at the end is none."""
-    backward = [
-        (instruction.target, index)
-        for index, instruction in enumerate(program.instructions)
-        if instruction.op == "BRA" and instruction.target is not None and instruction.target < index
-    ]
-    return sorted(backward, key=lambda loop: (loop[1] - loop[0], loop[0]))
-
-
-# Instructions that read all their operands from the register file at once, in one cycle if the banks allow it.
-_ARITHMETIC = frozenset(
-    {
-        "FFMA",
-        "FADD",
-        "FMUL",
-        "FMNMX",
-        "FCMP",
-        "FSET",
-        "FSETP",
-        "HFMA2",
-        "HADD2",
-        "HMUL2",
-        "XMAD",
-        "IADD",
-        "IADD3",
-        "ICMP",
-    }
-    | {"IMNMX", "ISET", "ISETP", "ISCADD", "LEA", "LOP", "LOP3", "PRMT", "SEL", "SHF", "SHL", "SHR", "BFE", "BFI"}
-)
-BANKS = 4
-
-
-def bank_conflicts(program: Program) -> list[int]:
-    """For every instruction, the extra cycles that its operands need because they lie in the same register bank.
-
-    Register r lies in bank r % 4. A register that the previous arithmetic instruction has marked `.reuse` in the same
-    operand position is not read again.
-    """
-    kept: dict[int, int] = {}
-    conflicts = []
-    for instruction in program.instructions:
-        if instruction.op not in _ARITHMETIC:
-            conflicts.append(0)
-            continue
-        sources = dict(_source_registers(instruction))
-        read = {register for slot, (register, _) in sources.items() if kept.get(slot) != register}
-        conflicts.append(max(Counter(register % BANKS for register in read).values(), default=1) - 1)
-        kept = {slot: register for slot, (register, is_kept) in sources.items() if is_kept}
-    return conflicts
-
-
-_REGISTER = re.compile(r"[-~|]*R(?P<number>\d+)\b")
-
-
-def _source_registers(instruction: Instruction) -> Iterator[tuple[int, tuple[int, bool]]]:
-    """By operand position, the registers read and whether each is kept."""
-    results = 2 if instruction.op.endswith("SETP") else 1
-    for slot, operand in enumerate(instruction.operands[results:]):
-        if match := _REGISTER.match(operand):
-            yield slot, (int(match["number"]), ".reuse" in operand)

@@ -1,31 +1,34 @@
-"""What the lanes of a set of warps hold, and the operands of instructions as functions of it."""
+"""The registers, predicates and condition codes of a set of warps, and the operands of instructions on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from .operand import TRUE_PREDICATE, ZERO_REGISTER, Operand, predicate_number, register_number
 
 WARP = 32
-Lanes = slice | np.ndarray  # which lanes an instruction works on: all of them, or those with these numbers
+Lanes = slice | NDArray[Any]  # the lanes that execute an instruction: all of them, or those with these numbers
+Values = NDArray[Any]  # one number for each of these lanes
 Step = Callable[[Lanes], None]  # an instruction
-Getter = Callable[[Lanes], np.ndarray]  # a source operand
+Getter = Callable[[Lanes], Values]  # a source operand
 
-_SCRAP = -1  # the row that takes what is written to RZ and PT
+_DISCARDED = -1  # the row that takes what is written to RZ and PT
 
 
 class State:
-    """Registers, predicates and condition codes, each an array over the lanes, and what is the same for all of them.
+    """Registers, predicates and condition codes as arrays over the lanes, and the constants that all lanes share.
 
     Args:
-        lanes: how many there are, whole warps.
+        lanes: their number, that of whole warps.
         constants: the constant banks by number.
         special: the special registers, such as SR_TID.X, by name.
     """
 
-    def __init__(self, lanes: int, constants: Mapping[int, bytes], special: Mapping[str, np.ndarray]):
+    def __init__(self, lanes: int, constants: Mapping[int, bytes], special: Mapping[str, NDArray[Any]]) -> None:
         self.lanes, self.constants, self.special = np.arange(lanes), constants, special
         self.registers = np.zeros((ZERO_REGISTER + 2, lanes), np.uint32)
         self.predicates = np.zeros((TRUE_PREDICATE + 2, lanes), bool)
@@ -34,7 +37,7 @@ class State:
         self.carry = np.zeros(lanes, np.int64)
         self.zero, self.sign = np.zeros(lanes, bool), np.zeros(lanes, bool)
 
-    # ---- what an operand says
+    # ---- source operands
 
     def unsigned(self, text: str) -> Getter:
         """The operand's 32 bits."""
@@ -44,7 +47,7 @@ class State:
         return self._bits(operand)
 
     def wide(self, text: str, is_signed: bool = False) -> Getter:
-        """The operand as a number of 64 bits, in which sums and 16-bit products of a few do not overflow."""
+        """The operand as a 64-bit integer, wide enough for sums of three and for 16-bit products."""
         get, kind = self.unsigned(text), np.int32 if is_signed else np.uint32
         return lambda s: get(s).view(kind).astype(np.int64)
 
@@ -82,8 +85,8 @@ class State:
         get = _entries(self.predicates[predicate_number(text.lstrip("!"))])
         return _then(np.logical_not, get) if text.startswith("!") else get
 
-    def condition(self, text: str) -> np.ndarray:
-        """What the condition codes say, for every lane."""
+    def condition(self, text: str) -> NDArray[Any]:
+        """The lanes for which a condition on the condition codes holds."""
         if text not in ("CC.EQ", "CC.NE", "CC.NEU"):
             raise ValueError(f"condition: not understood: {text!r}")
         return self.zero if text == "CC.EQ" else ~self.zero
@@ -101,30 +104,30 @@ class State:
         value = -value if operand.negative else value
         return _always(np.uint32((~value if operand.inverted else value) & 0xFFFFFFFF))
 
-    # ---- where a result goes
+    # ---- destinations
 
-    def result(self, text: str, offset: int = 0) -> np.ndarray:
-        """The row of a register, or of one behind it."""
+    def result(self, text: str, offset: int = 0) -> NDArray[Any]:
+        """The row of a register, or of the one `offset` behind it."""
         if text.endswith(".CC"):
             raise ValueError(f"operand: condition codes are not understood here: {text!r}")
         number = register_number(text)
-        return self.registers[_SCRAP if number == ZERO_REGISTER else number + offset]
+        return self.registers[_DISCARDED if number == ZERO_REGISTER else number + offset]
 
     def set(self, text: str, value: Getter) -> Step:
-        """The step that puts a value, of which 32 bits are kept, into a register."""
+        """The step that puts the lower 32 bits of a value into a register."""
         return _setter(self.result(text), value)
 
     def set_single(self, text: str, value: Getter) -> Step:
         """The step that puts a value into a register as float32."""
         return _setter(self.result(text).view(np.float32), value)
 
-    def result_predicate(self, text: str) -> np.ndarray:
+    def result_predicate(self, text: str) -> NDArray[Any]:
         """The row of a predicate."""
         number = predicate_number(text)
-        return self.predicates[_SCRAP if number == TRUE_PREDICATE else number]
+        return self.predicates[_DISCARDED if number == TRUE_PREDICATE else number]
 
-    def set_flags(self, s: Lanes, total: np.ndarray) -> None:
-        """The condition codes of a sum, whose bits from 32 on are the carry."""
+    def set_flags(self, s: Lanes, total: Values) -> None:
+        """Set the condition codes of a sum, whose bits from 32 on are the carry."""
         self.carry[s] = total >> 32
         self.zero[s] = total & 0xFFFFFFFF == 0
         self.sign[s] = total & 0x80000000 != 0
@@ -133,26 +136,27 @@ class State:
 # ---- getters and steps ----
 
 
-def _setter(row: np.ndarray, value: Getter) -> Step:
+def _setter(row: NDArray[Any], value: Getter) -> Step:
     def step(s: Lanes) -> None:
         row[s] = value(s)
 
     return step
 
 
-def _entries(row: np.ndarray) -> Getter:
+def _entries(row: NDArray[Any]) -> Getter:
     return lambda s: row[s]
 
 
 def _always(value: np.generic) -> Getter:
-    return lambda s: value
+    constant = np.asarray(value)
+    return lambda s: constant
 
 
-def _then(function: Callable[[np.ndarray], np.ndarray], get: Getter) -> Getter:
+def _then(function: Callable[[Values], Values], get: Getter) -> Getter:
     return lambda s: function(get(s))
 
 
-def _viewed(get: Getter, kind: type[np.generic]) -> Getter:
+def _viewed(get: Getter, kind: DTypeLike) -> Getter:
     return lambda s: get(s).view(kind)
 
 
@@ -161,6 +165,6 @@ def _signed(get: Getter, operand: Operand) -> Getter:
     return _then(np.negative, get) if operand.negative else get
 
 
-def flushed(x: np.ndarray) -> np.ndarray:
+def flushed(x: Values) -> Values:
     """float32 with 0 in the place of subnormal numbers."""
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)

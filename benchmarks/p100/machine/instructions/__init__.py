@@ -1,7 +1,7 @@
-"""What the instructions of sm_60 do, except for memory and the flow of control.
+"""The semantics of the instructions of sm_60, except for memory and the flow of control.
 
-The meaning of the instructions is not documented by NVIDIA beyond their names; it is what the code that the compiler
-makes of known functions requires. What is not understood is an error, never skipped.
+NVIDIA documents the instructions by their names only; their semantics here are what the compiler's code for known
+functions requires. An instruction that is not understood is an error, never skipped.
 """
 
 from __future__ import annotations

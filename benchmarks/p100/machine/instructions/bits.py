@@ -1,14 +1,16 @@
-"""Shifts, logical functions, fields of bits. Numbers are 64 bits wide until they are stored into a register."""
+"""Shifts, logical functions, bit fields. Numbers are 64 bits wide until they are stored into a register."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
 from ..sass import Instruction
-from ..state import Getter, State, Step
-from .table import Table
+from ..state import Getter, Lanes, State, Step, Values
+from .table import InstructionTable
 
-TABLE = Table()
+TABLE = InstructionTable()
 
 
 @TABLE.enter("SHL", "W")
@@ -25,14 +27,14 @@ def shr(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("SHF", "L R W HI U64 S64")
 def shf(i: Instruction, state: State) -> Step:
-    """Shifts two words, the third source on top; the result is the upper word with L and HI, else the lower."""
+    """Shift two words, the third source on top; the result is the upper word with L and HI, else the lower."""
     low, high = state.wide(i.operands[1]), state.wide(i.operands[3])
     amount = _amount(i, state, 63 if {"U64", "S64"} & {*i.modifiers} else 32)
     kind = np.int64 if "S64" in i.modifiers else np.uint64
     shift = np.left_shift if "L" in i.modifiers else np.right_shift
     word = np.uint64(32 if {"L", "HI"} & {*i.modifiers} else 0)
 
-    def value(s):
+    def value(s: Lanes) -> Values:
         both = (high(s) << 32 | low(s)).view(kind)
         return shift(both, amount(s).astype(kind)).view(np.uint64) >> word
 
@@ -40,12 +42,17 @@ def shf(i: Instruction, state: State) -> Step:
 
 
 def _amount(i: Instruction, state: State, most: int) -> Getter:
-    """How far; W takes it modulo 32."""
+    """The shift amount; W takes it modulo 32."""
     get, wraps = state.wide(i.operands[2]), "W" in i.modifiers
     return lambda s: get(s) & 31 if wraps else np.minimum(get(s), most)
 
 
-_LOGIC = {"AND": np.bitwise_and, "OR": np.bitwise_or, "XOR": np.bitwise_xor, "PASS_B": lambda a, b: b}
+_LOGIC: dict[str, Callable[[Values, Values], Values]] = {
+    "AND": np.bitwise_and,
+    "OR": np.bitwise_or,
+    "XOR": np.bitwise_xor,
+    "PASS_B": lambda a, b: b,
+}
 
 
 @TABLE.enter("LOP LOP32I", "AND OR XOR PASS_B NZ")
@@ -57,12 +64,12 @@ def lop(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("LOP3", "LUT NZ")
 def lop3(i: Instruction, state: State) -> Step:
-    """Any function of three bits: the last operand is the table of its results."""
+    """A logical function of three sources; the last operand is its truth table."""
     *results, first, second, third, table = i.operands
     a, b, c = (state.unsigned(text) for text in (first, second, third))
     terms = [n for n in range(8) if int(table, 0) >> n & 1]
 
-    def value(s):
+    def value(s: Lanes) -> Values:
         x, y, z = a(s), b(s), c(s)
         result = x & np.uint32(0)
         for n in terms:
@@ -73,12 +80,12 @@ def lop3(i: Instruction, state: State) -> Step:
 
 
 def _set_logical(i: Instruction, state: State, results: list[str], value: Getter) -> Step:
-    """With NZ, a predicate says whether the result is not 0."""
+    """The step that stores a logical result and, with NZ, a predicate: whether the result is not 0."""
     if "NZ" not in i.modifiers:
         return state.set(results[0], value)
     predicate, row = state.result_predicate(results[0]), state.result(results[1])
 
-    def step(s):
+    def step(s: Lanes) -> None:
         row[s] = result = value(s)
         predicate[s] = result != 0
 
@@ -87,10 +94,10 @@ def _set_logical(i: Instruction, state: State, results: list[str], value: Getter
 
 @TABLE.enter("BFE", "U32")
 def bfe(i: Instruction, state: State) -> Step:
-    """A field of bits; the second source holds its position and, from bit 8 on, its length."""
+    """Extract a bit field; the second source holds its position and, from bit 8 on, its length."""
     a, where, is_signed = state.wide(i.operands[1]), state.wide(i.operands[2]), "U32" not in i.modifiers
 
-    def value(s):
+    def value(s: Lanes) -> Values:
         position, length = where(s) & 255, where(s) >> 8 & 255
         field = a(s) >> position & (1 << length) - 1
         sign = 1 << np.maximum(length - 1, 0)
@@ -101,10 +108,10 @@ def bfe(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("BFI")
 def bfi(i: Instruction, state: State) -> Step:
-    """Puts the first source's lowest bits into the third one."""
+    """Insert the first source's lowest bits into the third one."""
     a, where, c = (state.wide(text) for text in i.operands[1:])
 
-    def value(s):
+    def value(s: Lanes) -> Values:
         position, length = where(s) & 255, where(s) >> 8 & 255
         mask = (1 << length) - 1 << position
         return c(s) & ~mask | a(s) << position & mask
@@ -114,11 +121,12 @@ def bfi(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("PRMT")
 def prmt(i: Instruction, state: State) -> Step:
-    """Each byte is that of the eight of both numbers which a digit of the selector names, or 8 times its sign."""
+    """Permute bytes: each digit of the selector names one of the eight bytes of both numbers, or its sign, repeated."""
     a, selector, c = (state.wide(text) for text in i.operands[1:])
 
-    def value(s):
-        both, result = c(s) << 32 | a(s), np.int64(0)
+    def value(s: Lanes) -> Values:
+        both = c(s) << 32 | a(s)
+        result = np.zeros_like(both)
         for n in range(4):
             digit = selector(s) >> 4 * n & 15
             byte = both >> 8 * (digit & 7) & 255

@@ -1,4 +1,4 @@
-"""Comparisons, what is set or chosen by them, minimum and maximum."""
+"""Comparisons, the registers and predicates that they set, selections by them, minimum and maximum."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Callable
 import numpy as np
 
 from ..sass import Instruction
-from ..state import Getter, State, Step
-from .table import Table, not_understood
+from ..state import Getter, Lanes, State, Step, Values
+from .table import InstructionTable, not_understood
 
-TABLE = Table()
-Compare = Callable[[np.ndarray, np.ndarray], np.ndarray]
+TABLE = InstructionTable()
+Compare = Callable[[Values, Values | np.generic], Values]
 
 
 def _not(compare: Compare) -> Compare:
     return lambda a, b: ~compare(a, b)
 
 
-def _ordered(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _ordered(a: Values, b: Values | np.generic) -> Values:
     return (a == a) & (b == b)
 
 
-# With U: or one of the two is NaN.
+# Names with U are the unordered comparisons: true also where one of the two is NaN.
 _COMPARE: dict[str, Compare] = {
     "LT": np.less,
     "EQ": np.equal,
@@ -49,7 +49,7 @@ def _compare(i: Instruction) -> Compare:
     return _COMPARE[name]
 
 
-# ---- results that say whether something holds ----
+# ---- truth values ----
 
 
 @TABLE.enter("FSETP", _FLOATS)
@@ -83,11 +83,11 @@ def pset(i: Instruction, state: State) -> Step:
 
 
 def _set_predicates(i: Instruction, state: State, holds: Getter) -> Step:
-    """Whether it holds, and whether it does not, each combined with the last operand."""
+    """The step that sets two predicates, to `holds` and to its negation, each combined with the last operand."""
     combine, other = _COMBINE[i.modifiers[-1]], state.predicate(i.operands[-1])
     yes, no = map(state.result_predicate, i.operands[:2])
 
-    def step(s):
+    def step(s: Lanes) -> None:
         result, given = holds(s), other(s)
         yes[s] = combine(result, given)
         no[s] = combine(~result, given)
@@ -96,12 +96,12 @@ def _set_predicates(i: Instruction, state: State, holds: Getter) -> Step:
 
 
 def _set_register(i: Instruction, state: State, holds: Getter) -> Step:
-    """All bits, with BF those of the float 1, where it holds, combined with the last operand."""
+    """The step that sets a register to all ones, with BF to 1.0f, where `holds` and the last operand combine to it."""
     combine, other = _COMBINE[i.modifiers[-1]], state.predicate(i.operands[-1])
     row = state.result(i.operands[0].removesuffix(".CC"))
     true, sets_flags = 0x3F800000 if "BF" in i.modifiers else 0xFFFFFFFF, i.operands[0].endswith(".CC")
 
-    def step(s):
+    def step(s: Lanes) -> None:
         row[s] = value = np.where(combine(holds(s), other(s)), true, 0)
         if sets_flags:
             state.set_flags(s, value)
@@ -115,15 +115,15 @@ def _floats_compared(i: Instruction, state: State, first: str, second: str) -> G
 
 
 def _integers_compared(i: Instruction, state: State, first: str, second: str) -> Getter:
-    """With X, of the upper words of two numbers, whose lower words' difference has set the condition codes."""
+    """The comparison of two words; with X, of two 64-bit numbers, by the condition codes of their lower words."""
     a, b, compare = (*(state.wide(text, "U32" not in i.modifiers) for text in (first, second)), _compare(i))
     if "X" not in i.modifiers:
         return lambda s: compare(a(s), b(s))
 
-    def compared(s):
+    def compared(s: Lanes) -> Values:
         upper = a(s) - b(s) - 1 + state.carry[s]
         # 1 stands for a difference that only the lower words have.
-        return compare(np.where((upper == 0) & ~state.zero[s], 1, upper), 0)
+        return compare(np.where((upper == 0) & ~state.zero[s], 1, upper), np.int64(0))
 
     return compared
 
@@ -133,7 +133,7 @@ def _predicates_combined(i: Instruction, state: State, first: str, second: str) 
     return lambda s: combine(a(s), b(s))
 
 
-# ---- results that are one of two numbers ----
+# ---- selections ----
 
 
 @TABLE.enter("SEL")
@@ -143,19 +143,19 @@ def sel(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("FCMP", _FLOATS)
 def fcmp(i: Instruction, state: State) -> Step:
-    """The first source where the third compares with 0."""
+    """Select the first source where the third compares with 0, else the second."""
     c, compare = state.single(i.operands[3], "FTZ" in i.modifiers), _compare(i)
     if "FTZ" in i.modifiers:
         raise not_understood(i)
     a, b = (state.single(text) for text in i.operands[1:3])
-    return state.set_single(i.operands[0], lambda s: np.where(compare(c(s), 0), a(s), b(s)))
+    return state.set_single(i.operands[0], lambda s: np.where(compare(c(s), np.float32(0)), a(s), b(s)))
 
 
 @TABLE.enter("ICMP", _INTEGERS)
 def icmp(i: Instruction, state: State) -> Step:
-    """The first source where the third compares with 0."""
+    """Select the first source where the third compares with 0, else the second."""
     c, compare = state.wide(i.operands[3], "U32" not in i.modifiers), _compare(i)
-    return _choose(i, state, lambda s: compare(c(s), 0))
+    return _choose(i, state, lambda s: compare(c(s), np.int64(0)))
 
 
 def _choose(i: Instruction, state: State, is_first: Getter) -> Step:
@@ -165,7 +165,7 @@ def _choose(i: Instruction, state: State, is_first: Getter) -> Step:
 
 @TABLE.enter("FMNMX", "FTZ")
 def fmnmx(i: Instruction, state: State) -> Step:
-    """The minimum where the predicate holds, else the maximum; of a number and NaN, the number."""
+    """The minimum where the predicate holds, else the maximum; a number counts before NaN."""
     a, b = (state.single(text, "FTZ" in i.modifiers) for text in i.operands[1:3])
     is_min = state.predicate(i.operands[3])
     return state.set_single(i.operands[0], lambda s: np.where(is_min(s), np.fmin(a(s), b(s)), np.fmax(a(s), b(s))))
@@ -173,13 +173,13 @@ def fmnmx(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("IMNMX", "U32 XLO XHI")
 def imnmx(i: Instruction, state: State) -> Step:
-    """Minimum or maximum; of pairs of words, first XHI, whose comparison the condition codes tell XLO."""
+    """Minimum or maximum; of pairs, XHI compares the upper words and tells XLO the result by the condition codes."""
     a, b = (state.wide(text, "U32" not in i.modifiers) for text in i.operands[1:3])
     is_min, row = state.predicate(i.operands[3]), state.result(i.operands[0].removesuffix(".CC"))
     if i.operands[0].endswith(".CC") != ("XHI" in i.modifiers):
         raise not_understood(i)
 
-    def step(s):
+    def step(s: Lanes) -> None:
         x, y = a(s), b(s)
         is_less = np.where(state.zero[s], x < y, state.sign[s]) if "XLO" in i.modifiers else x < y
         row[s] = np.where(is_less == is_min(s), x, y)

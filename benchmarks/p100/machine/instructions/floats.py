@@ -12,10 +12,10 @@ from collections.abc import Callable
 import numpy as np
 
 from ..sass import Instruction
-from ..state import State, Step, flushed
-from .table import Table, not_understood
+from ..state import Lanes, State, Step, Values, flushed
+from .table import InstructionTable, not_understood
 
-TABLE = Table()
+TABLE = InstructionTable()
 _ROUNDINGS = "RM RP RZ"
 
 
@@ -29,7 +29,7 @@ def fmul(i: Instruction, state: State) -> Step:
     return _binary(i, state, np.multiply)
 
 
-def _binary(i: Instruction, state: State, function: Callable) -> Step:
+def _binary(i: Instruction, state: State, function: Callable[[Values, Values], Values]) -> Step:
     flush = "FTZ" in i.modifiers
     a, b = (state.single(text, flush) for text in i.operands[1:])
     if flush:
@@ -45,14 +45,14 @@ def ffma(i: Instruction, state: State) -> Step:
         return state.set_single(i.operands[0], lambda s: np.multiply(a(s), b(s), dtype=np.float64) + c(s))
     narrow = flushed if flush else np.asarray
 
-    def value(s):
+    def value(s: Lanes) -> Values:
         return narrow(_rounded(np.multiply(a(s), b(s), dtype=np.float64) + c(s), i.modifiers))
 
     return state.set_single(i.operands[0], value)
 
 
-def _rounded(x: np.ndarray, modifiers: tuple[str, ...]) -> np.ndarray:
-    """To float32, in the direction that a modifier names, else to the nearest."""
+def _rounded(x: Values, modifiers: tuple[str, ...]) -> Values:
+    """The nearest float32, or the next one in the direction that a modifier names."""
     near = x.astype(np.float32)
     back = near.astype(x.dtype)
     if "RP" in modifiers:
@@ -64,7 +64,7 @@ def _rounded(x: np.ndarray, modifiers: tuple[str, ...]) -> np.ndarray:
     return near
 
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[[Values], Values]] = {
     "EX2": np.exp2,
     "LG2": np.log2,
     "RCP": np.reciprocal,
@@ -81,7 +81,7 @@ def mufu(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("RRO", "EX2")
 def rro(i: Instruction, state: State) -> Step:
-    """Makes the argument ready for MUFU.EX2, which here needs nothing."""
+    """The range reduction before MUFU.EX2, which here changes nothing."""
     return state.set_single(i.operands[0], state.single(i.operands[1]))
 
 
@@ -99,7 +99,7 @@ def hadd2(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("F2F", "F16 F32 FTZ")
 def f2f(i: Instruction, state: State) -> Step:
-    """The types are those of the result and of the source."""
+    """Convert between float16 and float32; the modifiers name the type of the result, then that of the source."""
     to, source = (modifier for modifier in i.modifiers if modifier != "FTZ")
     a = state.single(i.operands[1], "FTZ" in i.modifiers) if source == "F32" else state.float16(i.operands[1])
     if to == "F32":
@@ -125,14 +125,14 @@ _TO_INTEGRAL = {"TRUNC": np.trunc, "FLOOR": np.floor, "CEIL": np.ceil}
 
 @TABLE.enter("F2I", f"FTZ F32 S32 U32 U64 S64 {' '.join(_TO_INTEGRAL)}")
 def f2i(i: Instruction, state: State) -> Step:
-    """What is out of range becomes the nearest that is in it, NaN 0."""
+    """Convert to an integer; numbers out of range become the nearest one in it, NaN 0."""
     names = [modifier for modifier in i.modifiers if modifier != "FTZ"]
     kind = np.dtype(f"{'i' if names[0][0] == 'S' else 'u'}{int(names[0][1:]) // 8}")
     integral = _TO_INTEGRAL[names[2]] if len(names) > 2 else np.rint
     a, least, most = state.single(i.operands[1], "FTZ" in i.modifiers), np.iinfo(kind).min, np.iinfo(kind).max
     rows = [state.result(i.operands[0], n) for n in range(kind.itemsize // 4)]
 
-    def step(s):
+    def step(s: Lanes) -> None:
         x = integral(np.where(np.isnan(a(s)), 0, a(s)).astype(np.longdouble))
         bits = np.clip(x, np.longdouble(least), np.longdouble(most)).astype(kind).astype(np.uint64)
         for n, row in enumerate(rows):

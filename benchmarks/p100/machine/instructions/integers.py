@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from ..operand import Operand
 from ..sass import Instruction
-from ..state import Getter, State, Step
-from .table import Table, not_understood
+from ..state import Getter, Lanes, State, Step, Values
+from .table import InstructionTable, not_understood
 
-TABLE = Table()
+TABLE = InstructionTable()
 _WORD = 0xFFFFFFFF
 
 
@@ -18,7 +20,7 @@ _WORD = 0xFFFFFFFF
 
 @TABLE.enter("IADD IADD32I IADD3", "X RS")
 def iadd(i: Instruction, state: State) -> Step:
-    """With RS: the upper part, from bit 16 on, of the 33 bits of the first two's sum, plus the third."""
+    """The sum of two or three sources; with RS, that of the first two (33 bits) is first shifted right by 16."""
     if "RS" in i.modifiers and i.modifiers != ("RS",):
         raise not_understood(i)
     sources = [_with_sign(text) if i.op == "IADD3" else text for text in i.operands[1:]]
@@ -28,20 +30,20 @@ def iadd(i: Instruction, state: State) -> Step:
     is_extended = "X" in i.modifiers
     if not is_extended and not _sets_flags(i):
         numbers = [state.wide(text) for text in sources]
-        return state.set(i.operands[0], lambda s: sum(number(s) for number in numbers))
+        return state.set(i.operands[0], lambda s: _sum(numbers, s))
     # Minus x is the complement of x plus 1. With X, the carry of the lower words stands for that 1.
     minus = [_is_negative(text) for text in sources]
     numbers = [state.wide("~" + text[1:] if m else text) for text, m in zip(sources, minus, strict=True)]
 
-    def total(s):
-        return sum(number(s) for number in numbers) + (state.carry[s] if is_extended else sum(minus))
+    def total(s: Lanes) -> Values:
+        return _sum(numbers, s) + (state.carry[s] if is_extended else np.int64(sum(minus)))
 
     return _set_sum(i, state, total)
 
 
 @TABLE.enter("ISCADD ISCADD32I LEA", "HI X")
 def lea(i: Instruction, state: State) -> Step:
-    """The first source shifted left, plus the second; with HI, the upper word, before which the third source stands."""
+    """The first source shifted left, plus the second; with HI, the upper word of the shifted pair (third, first)."""
     is_plain = not i.modifiers and not _sets_flags(i)
     if ("X" in i.modifiers and "HI" not in i.modifiers) or (any(map(_is_negative, i.operands[1:])) and not is_plain):
         raise not_understood(i)
@@ -51,11 +53,15 @@ def lea(i: Instruction, state: State) -> Step:
         return _set_sum(i, state, lambda s: (a(s) << shift(s) & _WORD) + b(s))
     c, shift = rest
 
-    def upper(s):
+    def upper(s: Lanes) -> Values:
         shifted = c(s) << shift(s) | a(s) >> 32 - shift(s)
         return (shifted & _WORD) + b(s) + (state.carry[s] if "X" in i.modifiers else 0)
 
     return _set_sum(i, state, upper)
+
+
+def _sum(numbers: list[Getter], s: Lanes) -> Values:
+    return functools.reduce(np.add, (number(s) for number in numbers))
 
 
 def _set_sum(i: Instruction, state: State, total: Getter) -> Step:
@@ -63,7 +69,7 @@ def _set_sum(i: Instruction, state: State, total: Getter) -> Step:
         return state.set(i.operands[0], total)
     row = state.result(i.operands[0].removesuffix(".CC"))
 
-    def step(s):
+    def step(s: Lanes) -> None:
         row[s] = result = total(s)
         state.set_flags(s, result)
 
@@ -71,7 +77,7 @@ def _set_sum(i: Instruction, state: State, total: Getter) -> Step:
 
 
 def _with_sign(text: str) -> str:
-    """An immediate of 20 bits, which nvdisasm prints without its sign, as the number that it is; else the text."""
+    """The text of an operand; an immediate of 20 bits, printed without its sign, becomes the signed number."""
     operand = Operand.parse(text)
     if operand.kind != "immediate" or operand.negative:
         return text
@@ -122,7 +128,7 @@ def _summand(i: Instruction, state: State) -> Getter:
         upper_a, upper_b = (state.half_word(text, is_signed=True) for text in i.operands[1:3])
         lower_a, lower_b = (state.half_word(_whole(text)) for text in i.operands[1:3])
 
-        def without_signs(s):
+        def without_signs(s: Lanes) -> Values:
             negative = (upper_a(s) < 0) & (lower_b(s) != 0), (upper_b(s) < 0) & (lower_a(s) != 0)
             return c(s) - (negative[0].astype(np.int64) + negative[1] << 16)
 

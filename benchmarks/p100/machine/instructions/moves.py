@@ -1,4 +1,4 @@
-"""Instructions that move numbers: between registers, and between lanes."""
+"""Moves: between registers, and between lanes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 
 from ..operand import TRUE_PREDICATE, register_number
 from ..sass import Instruction
-from ..state import WARP, State, Step
-from .table import Table, not_understood
+from ..state import WARP, Lanes, State, Step, Values
+from .table import InstructionTable, not_understood
 
-TABLE = Table()
-_CONDITION_CODES = "0xf"  # all of them; which bit is which, only P2R and R2P know
+TABLE = InstructionTable()
+_ALL_CODES = "0xf"  # the mask of all condition codes, whose order in it only P2R and R2P know
 
 
 @TABLE.enter("MOV MOV32I I2I", "S32 U32")
@@ -28,44 +28,44 @@ def s2r(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("P2R")
 def p2r(i: Instruction, state: State) -> Step:
-    """All predicates, or the condition codes, as the bits of a register."""
+    """Pack all predicates, or the condition codes, into the bits of a register."""
     what, other, mask = i.operands[1:]
     if (what, other) == ("PR", "RZ"):
         weights = 1 << np.arange(TRUE_PREDICATE)[:, None] & int(mask, 0)
         return state.set(i.operands[0], lambda s: (state.predicates[:TRUE_PREDICATE, s] * weights).sum(0))
-    if (what, other, mask) != ("CC", "RZ", _CONDITION_CODES):
+    if (what, other, mask) != ("CC", "RZ", _ALL_CODES):
         raise not_understood(i)
     return state.set(i.operands[0], lambda s: state.zero[s] + 2 * state.sign[s] + 4 * state.carry[s])
 
 
 @TABLE.enter("R2P")
 def r2p(i: Instruction, state: State) -> Step:
-    """The other way; with predicates, those that the mask names, from the lowest bit of a byte of the register on."""
+    """Unpack predicates that the mask names, or the condition codes, from the bits of a register or of a byte of it."""
     what, source, mask = i.operands
     source, _, byte = source.partition(".B")
     word, shift = state.wide(source), 8 * int(byte or 0)
 
-    def bits(s):
+    def bits(s: Lanes) -> Values:
         return word(s) >> shift
 
-    def to_predicates(s):
+    def to_predicates(s: Lanes) -> None:
         for n in range(TRUE_PREDICATE):
             if int(mask, 0) >> n & 1:
                 state.predicates[n, s] = bits(s) >> n & 1
 
-    def to_condition_codes(s):
+    def to_condition_codes(s: Lanes) -> None:
         state.zero[s], state.sign[s], state.carry[s] = bits(s) & 1, bits(s) & 2, bits(s) >> 2
 
     if what == "PR":
         return to_predicates
-    if (what, mask) != ("CC", _CONDITION_CODES):
+    if (what, mask) != ("CC", _ALL_CODES):
         raise not_understood(i)
     return to_condition_codes
 
 
 @TABLE.enter("SHFL", "IDX UP DOWN BFLY")
 def shfl(i: Instruction, state: State) -> Step:
-    """The register of another lane of the warp; the predicate says whether that lane is in the segment.
+    """Shuffle: read the register of another lane; the predicate says whether that lane is in the segment.
 
     The last operand holds the last lane of a segment and, from bit 8 on, the bits that number the segments.
     """
@@ -73,7 +73,7 @@ def shfl(i: Instruction, state: State) -> Step:
     valid, row = state.result_predicate(i.operands[0]), state.result(i.operands[1])
     operand, bounds = state.wide(i.operands[3]), state.wide(i.operands[4])
 
-    def step(s):
+    def step(s: Lanes) -> None:
         own = state.lanes[s]
         lane, b, segment = own % WARP, operand(s) % WARP, bounds(s) >> 8 & 31
         last = lane & segment | bounds(s) & 31 & ~segment
@@ -95,11 +95,11 @@ def shfl(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("VOTE", "ALL ANY EQ")
 def vote(i: Instruction, state: State) -> Step:
-    """A bit for every lane for which the predicate holds; and whether it holds for all, for any, or equally for all."""
+    """A ballot: one bit per lane whose predicate holds; and whether it holds for all, for any, or equally for all."""
     row, result = state.result(i.operands[0]), state.result_predicate(i.operands[1])
     holds = state.predicate(i.operands[2])
 
-    def step(s):
+    def step(s: Lanes) -> None:
         own = state.lanes[s]
         bits, active = np.zeros((2, len(state.lanes) // WARP), np.int64)
         np.add.at(active, own // WARP, 1 << own % WARP)
@@ -113,5 +113,5 @@ def vote(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("NOP DEPBAR MEMBAR", "LE CTA GL SYS")
 def nop(i: Instruction, state: State) -> Step:
-    """What only concerns time: here, results are there at once."""
+    """Do nothing: waits and fences only concern time, and here results are available at once."""
     return lambda s: None

@@ -1,4 +1,4 @@
-"""The table of what instructions mean: each operation is a function from an instruction to a step on the state."""
+"""The type of the tables that give each operation its semantics, a function from an instruction to a step."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..state import State, Step
 Build = Callable[[Instruction, State], Step]
 
 
-class Table(dict[str, tuple[Build, frozenset[str]]]):
-    """By operation: what makes a step of an instruction, and the modifiers that it understands."""
+class InstructionTable(dict[str, tuple[Build, frozenset[str]]]):
+    """The functions that build steps, by operation, each with the modifiers that it understands."""
 
     def enter(self, names: str, modifiers: str = "") -> Callable[[Build], Build]:
-        """Enters a function for these operations."""
+        """Decorate a function: it builds the steps of these operations."""
 
         def enter(build: Build) -> Build:
             for name in names.split():
@@ -25,5 +25,5 @@ class Table(dict[str, tuple[Build, frozenset[str]]]):
 
 
 def not_understood(i: Instruction) -> ValueError:
-    """The error for an instruction that nothing is known about."""
+    """The error for an instruction with unknown operation or modifiers."""
     return ValueError(f"not understood: {i}")

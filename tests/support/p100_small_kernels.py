@@ -1,6 +1,6 @@
-"""Small kernels of machine code: tests/support/p100/kernels.cu, committed as the text that nvdisasm prints of them.
+"""Small kernels for the executor: tests/support/p100/small_kernels.cu, and their committed listing by nvdisasm.
 
-python -m tests.support.p100_kernels    writes the text again, with NVRTC 12.9 and nvdisasm 12.8
+python -m tests.support.p100_small_kernels    writes the listing again, with NVRTC 12.9 and nvdisasm 12.8
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from pathlib import Path
 from benchmarks.p100.machine import sass
 from fastattn.cuda_kernels import nvrtc
 
-SOURCE = Path(__file__).parent / "p100" / "kernels.cu"
+SOURCE = Path(__file__).parent / "p100" / "small_kernels.cu"
 NAMES = ("integers", "wide_integers", "floats", "flow", "memory")
 
 
 @functools.cache
 def listing() -> str:
-    """The text of all of them."""
+    """The committed listing of all kernels."""
     return SOURCE.with_suffix(".sass").read_text()
 
 
 @functools.cache
 def small(kernel: str) -> sass.Program:
-    """One of them."""
+    """The program of one kernel."""
     return sass.parse(listing(), kernel)
 
 
@@ -45,7 +45,7 @@ def assembled(text: str) -> sass.Program:
 
 
 def compiled() -> str:
-    """The text of what the source is compiled to here: instructions and constants, without alignment."""
+    """The listing of the source as compiled here: instructions and constants, without alignment."""
     image = nvrtc.find(60).compile(SOURCE.read_text(), "sm_60", options=("--std=c++17",)).image
     sections = re.split(r"\n(?=//-{5,} )", sass.listing(image))
     kept = [section for section in sections if re.search(r"^\.(text|nv\.constant2)\.", section, re.MULTILINE)]

@@ -1,5 +1,5 @@
-// What the tests of the executor of machine code run: functions whose results Python can say, in one thread each.
-// kernels.sass is their machine code for sm_60; python -m tests.support.p100_kernels writes it.
+// The functions that the tests of the executor run, in one thread each; Python computes the same results.
+// small_kernels.sass is their machine code for sm_60; python -m tests.support.p100_small_kernels writes it.
 
 #include <cuda_fp16.h>
 

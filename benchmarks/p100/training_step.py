@@ -1,4 +1,4 @@
-"""The arithmetic of a training step on a P100, part by part; how long its attention takes is told by the model.
+"""The arithmetic of a training step on a P100, part by part; the time of its attention comes from the cycle model.
 
 Products of matrices run at a published rate of cuBLAS for as many operations. Everything between them runs at the rate
 of the memory: `traffic` counts how often torch's kernels, forward and backward, read or write each tensor.
@@ -27,45 +27,45 @@ DEEPBENCH = {
     (2560, 7000, 2560): 8.87,
 }
 SQUARES = {(size, size, size): rate for size, rate in sgemm.CUBLAS.items()}
-PASSES = 3  # products of a linear layer: the result, the gradient of its input, that of its weight
+PRODUCTS_OF_LAYER = 3  # of a linear layer: the result, the gradient of its input, that of its weight
 
-# How often an element of width d is read or written, a byte of a dropout's mask counted as a quarter.
-LAYER_NORM = 2 + 5  # forward; backward reads both tensors once more for the gradients of scale and bias
+# Reads and writes of each element of a tensor, forward and backward; a byte of a dropout mask counts as a quarter.
+LAYER_NORM = 2 + 5  # backward reads both tensors once more for the gradients of scale and bias
 DROPOUT = 2 * 2.25
-RESIDUAL_SUM = 2 * 3  # of the sum, and of the two gradients that its input gets
+RESIDUAL_SUM = 2 * 3  # the sum, and that of the two gradients of its input
 RELU = 2 + 3
 JOINED = 2  # the gradients of q, k and v become one tensor
 EMBEDDED = 2 + 2 + 1 + 3 + DROPOUT + 2 + 2  # look-up, scale, positions, their sum; backward scale and scatter
 SPACE = 2 + 1  # the vector of the target language, added to the source
 SHARED_MATRIX = 2 + 2 + 1 + 2 + 2 + 2 * 3  # its copy without padding, and the three gradients that are summed
-ADAM, NORM, ACCUMULATE = 28, 4, 12  # bytes of a parameter
+ADAM, NORM, ACCUMULATE = 28, 4, 12  # bytes per parameter
 
 
 class Product(NamedTuple):
-    """A product of matrices that a step needs some number of times."""
+    """A product of matrices that a step computes `times` times, the last time perhaps in part."""
 
     part: str
-    tokens: int
+    tokens: float
     inputs: int
     outputs: int
-    count: float = 1
+    times: float = 1
 
     @property
     def flops(self) -> float:
-        """Of one."""
+        """The operations of computing it once."""
         return 2.0 * self.tokens * self.inputs * self.outputs
 
 
 @dataclass(frozen=True)
-class Assumptions:
-    """What a prediction takes for granted."""
+class StepAssumptions:
+    """Assumptions about everything in a step but attention, to be changed one at a time."""
 
     cublas: str = "DeepBench"  # or "squares"
-    product_rate: float = 1.0  # factor
-    dram_rate: float = 1.0  # factor
+    product_rate: float = 1.0  # factor on the rates of cuBLAS
+    dram_rate: float = 1.0  # factor on the bandwidth of DRAM
 
     def product_flops(self, flops: float) -> float:
-        """FLOP/s of a product of so many operations, between the published ones on a logarithmic scale."""
+        """FLOP/s of a product of so many operations, interpolated between the published ones on a logarithmic scale."""
         rates = {"DeepBench": DEEPBENCH, "squares": SQUARES}[self.cublas]
         known = [math.log(2.0 * math.prod(sizes)) for sizes in rates]
         return float(np.interp(math.log(flops), known, list(rates.values()))) * 1e12 * self.product_rate
@@ -73,12 +73,12 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Work:
-    """What a GPU does for one update.
+    """The work of one GPU for one update.
 
     Args:
-        model: that is trained.
-        tokens: of each side.
-        steps: into which they are divided, their gradients added up.
+        model: the model that is trained.
+        tokens: the number of tokens on each side.
+        steps: the number of steps into which they are divided, whose gradients are added up.
     """
 
     model: TransformerConfig
@@ -87,35 +87,37 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """Of the products, without attention."""
-        return sum(product.count * product.flops for product in products(self.model, self.tokens))
+        """The operations of all products, without those of attention."""
+        return sum(product.times * product.flops for product in products(self.model, self.tokens))
 
     @property
     def kernels(self) -> int:
-        """That are started."""
+        """The number of kernels that are started."""
         encoder = estimate.ENCODER_KERNELS * self.model.num_encoder_layers
         return self.steps * (encoder + estimate.DECODER_KERNELS * self.model.num_decoder_layers)
 
     @property
     def host_seconds(self) -> float:
-        """Of the host, to start them."""
+        """The time that the host takes to start the kernels."""
         return self.kernels * estimate.LAUNCH_SECONDS
 
-    def parts(self, attention: float, card: chip.Card, assumed: Assumptions = Assumptions()) -> dict[str, float]:
+    def parts(
+        self, attention: float, card: chip.Card, assumed: StepAssumptions = StepAssumptions()
+    ) -> dict[str, float]:
         """Seconds of each part.
 
         Args:
             attention: seconds per token that attention takes, all layers, forward and backward.
-            card: on which.
-            assumed: what is taken for granted.
+            card: the card on which it runs.
+            assumed: the assumptions about the rest.
         """
-        part_of_tokens = self.tokens / self.steps
+        tokens_per_step = self.tokens / self.steps
         seconds = {"attention": attention * self.tokens}
-        for product in products(self.model, part_of_tokens):
-            spent = self.steps * product.count * product.flops / assumed.product_flops(product.flops)
+        for product in products(self.model, tokens_per_step):
+            spent = self.steps * product.times * product.flops / assumed.product_flops(product.flops)
             seconds[product.part] = seconds.get(product.part, 0.0) + spent
         bandwidth = card.dram_share * card.dram_bytes_per_s * assumed.dram_rate
-        moved = {name: self.steps * n for name, n in traffic(self.model, part_of_tokens).items()}
+        moved = {name: self.steps * n for name, n in traffic(self.model, tokens_per_step).items()}
         parameters = estimate.count_parameters(self.model)
         moved["Adam and the gradient's norm"] = (ADAM + NORM) * parameters
         moved["adding up gradients"] = ACCUMULATE * parameters * (self.steps - 1)
@@ -124,10 +126,10 @@ class Work:
 
 
 def needed_tflops(work: Work, tokens_per_second: float, rest: float) -> float:
-    """The rate of the products that an aim needs.
+    """The TFLOP/s of the products that an aim needs.
 
     Args:
-        work: of an update.
+        work: that of an update.
         tokens_per_second: the aim.
         rest: seconds of everything else.
     """
@@ -135,7 +137,7 @@ def needed_tflops(work: Work, tokens_per_second: float, rest: float) -> float:
 
 
 def _widths(model: TransformerConfig) -> tuple[int, int, int]:
-    """Features of all heads together: of queries, of keys and values, of the result."""
+    """The widths of all heads together: of queries, of keys with values, of the result."""
     default = model.d_model // model.num_heads
     head_dim, v_head_dim = model.head_dim or default, model.v_head_dim or default
     heads = model.num_heads
@@ -143,9 +145,9 @@ def _widths(model: TransformerConfig) -> tuple[int, int, int]:
 
 
 def products(model: TransformerConfig, tokens: float) -> list[Product]:
-    """Of a step with so many tokens on each side, forward and backward, but for those of attention."""
+    """The products of a step with so many tokens on each side, without those of attention."""
     d, (q, kv, out) = model.d_model, _widths(model)
-    encoders, decoders = PASSES * model.num_encoder_layers, PASSES * model.num_decoder_layers
+    encoders, decoders = (PRODUCTS_OF_LAYER * n for n in (model.num_encoder_layers, model.num_decoder_layers))
     projections, feed_forward = "products: projections", "products: feed-forward"
     chunk = min(tokens, losses.default_chunk_size(torch.device("cuda"), model.vocab_size))
     return [
@@ -154,12 +156,12 @@ def products(model: TransformerConfig, tokens: float) -> list[Product]:
         Product(projections, tokens, d, q, decoders),  # of the attention to the source,
         Product(projections, tokens, d, kv, decoders),
         Product(feed_forward, tokens, d, model.d_ff, 2 * (encoders + decoders)),
-        Product("products: logits", chunk, d, model.vocab_size, PASSES * tokens / chunk),
+        Product("products: logits", chunk, d, model.vocab_size, PRODUCTS_OF_LAYER * tokens / chunk),
     ]
 
 
 def traffic(model: TransformerConfig, tokens: float) -> dict[str, float]:
-    """Bytes read and written beside the products and attention in a step with so many tokens on each side."""
+    """Bytes that a step with so many tokens on each side reads and writes outside the products and attention."""
     d, ff, (q, kv, _) = model.d_model, model.d_ff, _widths(model)
     encoders, decoders = model.num_encoder_layers, model.num_decoder_layers
     sublayers = 2 * encoders + 3 * decoders
@@ -183,13 +185,13 @@ def traffic(model: TransformerConfig, tokens: float) -> dict[str, float]:
 
 
 def stored_weights_bytes(model: TransformerConfig, source: int, target: int) -> float:
-    """What attention keeps of a sentence pair if it stores its weights, in a batch padded to these lengths."""
+    """The bytes of a sentence pair's attention weights, stored for a batch padded to these lengths."""
     scores = model.num_encoder_layers * source**2 + model.num_decoder_layers * target * (target + source)
     return 4.0 * model.num_heads * scores
 
 
 def tokens_that_fit(model: TransformerConfig, bytes_per_token: float) -> float:
-    """Into the 16 GB, beside weights, gradients and Adam."""
+    """The number of tokens whose activations fit into 16 GB beside weights, gradients and Adam."""
     usable = estimate.USABLE_MEMORY * estimate.GPUS["P100 SXM2"].memory - estimate.OVERHEAD_BYTES
     return (usable - 16.0 * estimate.count_parameters(model)) / bytes_per_token
 
@@ -224,11 +226,12 @@ SOURCES = (
     (
         "everything else runs at 0.78 of 732 GB/s; each of torch's kernels reads and writes its tensors once, and the "
         "caches keep nothing between two kernels",
-        "`docs/p100_report.md`; how often each tensor is read or written is counted in `benchmarks/p100/training.py`",
+        "`docs/p100_report.md`; how often each tensor is read or written is counted in "
+        "`benchmarks/p100/training_step.py`",
     ),
     (
         "the loss passes 14 times over the logits, in chunks of 128 MB",
-        "`fastattn/losses.py`, counted in `examples/wmt14/estimate.py`",
+        "`fastattn/nmt/losses.py`, counted in `examples/wmt14/estimate.py`",
     ),
     (
         "Adam moves 28 bytes per parameter, the norm of the gradient 4, adding a gradient to another 12",

@@ -1,4 +1,4 @@
-"""The problems whose time is predicted, as parameters of a call."""
+"""The passes whose time is predicted, as parameters of a call."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastattn.params import UNBOUNDED, AttentionParams, Backward, Forward
 from .launches import Launch, empty_results, recording
 
 
-class Problem(NamedTuple):
-    """One pass over one shape."""
+class Pass(NamedTuple):
+    """One pass of attention: its direction, shape, dtype and feature."""
 
-    pass_: str  # "forward" or "backward"
+    direction: str  # "forward" or "backward"
     batch: int
     nheads: int
     seqlen: int
@@ -27,11 +27,11 @@ class Problem(NamedTuple):
 
     @property
     def is_backward(self) -> bool:
-        return self.pass_ == "backward"
+        return self.direction == "backward"
 
     @property
     def flops(self) -> float:
-        """That the result needs: two products forward, five backward; half of them where causal."""
+        """The operations that the result needs: two products forward, five backward; half of them where causal."""
         products = 10 if self.is_backward else 4
         half = 0.5 if self.feature == "causal" else 1.0
         return half * products * self.batch * self.nheads * self.seqlen**2 * self.head_dim
@@ -39,27 +39,27 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"{self.batch}x{self.nheads}x{self.seqlen}x{self.head_dim}"
-        return f"{self.pass_} {dtype} {shape} {self.feature}"
+        return f"{self.direction} {dtype} {shape} {self.feature}"
 
 
-def _key_mask(p: Problem) -> torch.Tensor:
-    """The last eighth of the keys is padding."""
+def _key_mask(p: Pass) -> torch.Tensor:
+    """A mask for sequences whose last eighth of keys is padding."""
     return (torch.arange(p.seqlen) < p.seqlen - p.seqlen // 8).expand(p.batch, 1, 1, p.seqlen).contiguous()
 
 
-def _full_mask(p: Problem) -> torch.Tensor:
+def _full_mask(p: Pass) -> torch.Tensor:
     mask = torch.empty(p.batch, 1, p.seqlen, p.seqlen, dtype=torch.bool)
     mask[0] = torch.rand(1, p.seqlen, p.seqlen) < 0.9
     return mask
 
 
-def _bias(p: Problem) -> torch.Tensor:
+def _bias(p: Pass) -> torch.Tensor:
     return torch.randn(1, p.nheads, p.seqlen, p.seqlen)
 
 
 BIAS_GRADIENT = "bias and its gradient"
-# What a call has besides q, k and v, by the feature's name.
-FEATURES: dict[str, Callable[[Problem], dict[str, Any]]] = {
+# Arguments of a call besides q, k and v, by the feature's name.
+FEATURES: dict[str, Callable[[Pass], dict[str, Any]]] = {
     "plain": lambda p: {},
     "key padding mask": lambda p: {"mask": _key_mask(p)},
     "full mask": lambda p: {"mask": _full_mask(p)},
@@ -73,43 +73,43 @@ FEATURES: dict[str, Callable[[Problem], dict[str, Any]]] = {
 }
 
 
-def params(problem: Problem, seqlen: int | None = None) -> AttentionParams:
-    """The call; of its tensors only the first sequence and head have values, and only they take memory.
+def params(pass_: Pass, seqlen: int | None = None) -> AttentionParams:
+    """The parameters of the call; only the first sequence and head of its tensors have values and take memory.
 
     Args:
-        problem: what is computed.
-        seqlen: compute only so many queries and keys of each sequence.
+        pass_: what is computed.
+        seqlen: the number of queries and keys of each sequence, if not all of them.
     """
-    if problem.feature == "packed" and seqlen is not None:  # its sequences lie one behind the other
-        problem = problem._replace(seqlen=seqlen)
-    shape: tuple[int, ...] = (problem.batch, problem.nheads, problem.seqlen, problem.head_dim)
-    if problem.feature == "packed":
-        shape = (problem.batch * problem.seqlen, problem.nheads, problem.head_dim)
+    if pass_.feature == "packed" and seqlen is not None:  # its sequences lie one after the other
+        pass_ = pass_._replace(seqlen=seqlen)
+    shape: tuple[int, ...] = (pass_.batch, pass_.nheads, pass_.seqlen, pass_.head_dim)
+    if pass_.feature == "packed":
+        shape = (pass_.batch * pass_.seqlen, pass_.nheads, pass_.head_dim)
     torch.manual_seed(0)
-    q, k, v = (_lazy(shape, problem.dtype, problem.seqlen) for _ in range(3))
+    q, k, v = (_lazy(shape, pass_.dtype, pass_.seqlen) for _ in range(3))
     plain = AttentionParams(
         *(q, k, v),
         *(None, None, None, None, None),
-        *(seqlen or problem.seqlen, seqlen or problem.seqlen),
-        scale=1 / math.sqrt(problem.head_dim),
+        *(seqlen or pass_.seqlen, seqlen or pass_.seqlen),
+        scale=1 / math.sqrt(pass_.head_dim),
         dropout_p=0.0,
         left=UNBOUNDED,
         right=UNBOUNDED,
         bottom_right=False,
     )
-    return plain.replace(**FEATURES[problem.feature](problem))
+    return plain.replace(**FEATURES[pass_.feature](pass_))
 
 
-def launches(problem: Problem, multiprocessors: int, seqlen: int | None = None) -> list[Launch]:
-    """What the problem launches; arguments as of `params`."""
-    p = params(problem, seqlen)
+def launches(pass_: Pass, multiprocessors: int, seqlen: int | None = None) -> list[Launch]:
+    """The launches of a pass; the arguments are those of `params`."""
+    p = params(pass_, seqlen)
     out, lse = empty_results(p)
     with recording(multiprocessors) as recorded:
-        if not problem.is_backward:
+        if not pass_.is_backward:
             attention.attention_fwd(Forward(out, lse), p)
         else:
             dout, dq, dk, dv = map(torch.empty_like, (out, p.q, p.k, p.v))
-            dbias = torch.empty_like(p.bias) if p.bias is not None and problem.feature == BIAS_GRADIENT else None
+            dbias = torch.empty_like(p.bias) if p.bias is not None and pass_.feature == BIAS_GRADIENT else None
             attention.attention_bwd(Backward(out, lse, dout, None, dq, dk, dv, dbias), p)
     return recorded
 

@@ -1,10 +1,9 @@
-"""The machine code of the real kernels for sm_60, executed: the same contract as every backend. It needs nvdisasm."""
+"""The machine code of the attention kernels for sm_60, executed: the contract of every backend. It needs nvdisasm."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.p100.machine import control, nvdisasm, sass
-from benchmarks.p100.machine.execute import Machine, execute
+from benchmarks.p100.machine.execute import Execution, execute
 from benchmarks.p100.machine.instructions import step_of
 from benchmarks.p100.machine.memory import Access, GlobalMemory
 from fastattn.arguments import attention_params
@@ -20,13 +19,13 @@ from fastattn.cuda_kernels import images, nvrtc
 from fastattn.cuda_kernels.sources import ELEMENTS
 from tests.support.cases import SEVERAL_TILES, WITHIN_ONE_TILE, Case, pairwise
 from tests.support.contract import check
-from tests.support.p100_kernels import compiled, listing
+from tests.support.p100_small_kernels import compiled, listing
 
 REASON = "the native part is not built"
 launches = pytest.importorskip("benchmarks.p100.launches", reason=REASON)
-on_the_cpu = pytest.importorskip("simt.attention", reason=REASON).on_the_cpu
+tracing = pytest.importorskip("benchmarks.p100.tracing", reason=REASON)
+on_the_cpu = pytest.importorskip("tests.simt.attention", reason=REASON).on_the_cpu
 pytestmark = pytest.mark.slow
-KERNELS = Path(images.__file__).parent / "_kernels"
 CASES = pairwise() + WITHIN_ONE_TILE + SEVERAL_TILES
 
 
@@ -40,14 +39,15 @@ def disassembler() -> None:
 
 @functools.cache
 def program(kernel: str, element: str) -> sass.Program:
-    cubin = KERNELS / f"attention_{element}.sm_60.cubin"
-    if not cubin.is_file():
-        pytest.skip(f"there is no machine code for sm_60 here: {images.installed().reason or cubin.name}")
-    return sass.disassemble(cubin, kernel)
+    cubins = tracing.Cubins(tracing.INSTALLED)
+    file = cubins.file(element)
+    if not file.is_file():
+        pytest.skip(f"there is no machine code for sm_60 here: {images.installed().reason or file.name}")
+    return cubins.program(kernel, element)
 
 
 class MachineCode:
-    """What tests/simt/attention.py launches: the kernels of an element type, on the executor of machine code."""
+    """The kernels of an element type on the executor of machine code, as tests/simt/attention.py launches them."""
 
     def __init__(self, element: str):
         self.element = element
@@ -92,7 +92,7 @@ def test_every_instruction_is_understood(element: str) -> None:
     unknown = set()
     for kernel in launches.KERNELS:
         code = program(kernel, element)
-        state = Machine(code, [(0, 0, 0)], 32, 0, {0: bytes(1 << 12), 2: code.constants}, GlobalMemory([])).state
+        state = Execution(code, [(0, 0, 0)], 32, 0, {0: bytes(1 << 12), 2: code.constants}, GlobalMemory([])).state
         for instruction in code.instructions:
             try:
                 if instruction.op in ("LDG", "STG", "LDS", "STS"):
@@ -105,7 +105,7 @@ def test_every_instruction_is_understood(element: str) -> None:
 
 
 @pytest.mark.parametrize("length", [64, 192, 384])
-def test_what_blocks_execute(length: int) -> None:
+def test_multiplications_and_sectors_of_blocks(length: int) -> None:
     """The multiplications are those of the two products, the sectors those of q, k, v, out and lse."""
     tensors = (torch.randn(1, 1, length, 64) for _ in range(3))
     (launch,) = launches.record(attention_params(*tensors), backward=False)
