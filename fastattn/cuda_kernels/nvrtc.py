@@ -21,9 +21,7 @@ INSTALL = "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
 
 # Folders with libnvrtc below those of sys.path: CUDA 12 packages, CUDA 13 packages, torch builds that include it.
 _PACKAGES = ("nvidia/cuda_nvrtc/lib", "nvidia/cu13/lib", "torch/lib")
-_SYSTEM = ("/usr/local/cuda/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu")
 _PACKAGE_HEADERS = ("nvidia/cuda_runtime/include", "nvidia/cu13/include")
-_SYSTEM_HEADERS = ("/usr/local/cuda/include", "/usr/include")
 _LIBRARY = re.compile(r"libnvrtc(-[0-9a-f]{8})?\.so[.0-9]*")  # and not its helpers libnvrtc-builtins, libnvrtc.alt
 
 
@@ -186,19 +184,33 @@ def resources(log: str) -> dict[str, Resources]:
 # ---- finding it ----
 
 
-def find(capability: int | None = None) -> Nvrtc:
+class Toolkit(NamedTuple):
+    """The folders in which a CUDA toolkit of the system may lie."""
+
+    libraries: tuple[str, ...]
+    headers: tuple[str, ...]
+
+
+SYSTEM = Toolkit(
+    libraries=("/usr/local/cuda/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu"),
+    headers=("/usr/local/cuda/include", "/usr/include"),
+)
+
+
+def find(capability: int | None = None, toolkit: Toolkit = SYSTEM) -> Nvrtc:
     """The first NVRTC found.
 
     Args:
         capability: it has to compile for this compute capability, given as 10 * major + minor.
+        toolkit: where to look after the folders of sys.path.
 
     Raises:
         NotFound: there is none; the message says what was found instead, and how to get one.
         ValueError: FASTATTN_NVRTC_LIB names no file.
     """
     refusals = []
-    for library in _libraries():
-        include = _headers_for(library)
+    for library in _libraries(toolkit):
+        include = _headers_for(library, toolkit)
         if include is None:
             refusals.append(f"{library} has no {' and '.join(HEADERS)}")
             continue
@@ -214,23 +226,23 @@ def find(capability: int | None = None) -> Nvrtc:
     raise NotFound(f"no usable NVRTC: {where} (to get one: {INSTALL})")
 
 
-def _libraries() -> Iterator[Path]:
+def _libraries(toolkit: Toolkit) -> Iterator[Path]:
     if named := os.environ.get("FASTATTN_NVRTC_LIB"):
         if not Path(named).is_file():
             raise ValueError(f"FASTATTN_NVRTC_LIB: must be a file, got {named!r}")
         yield Path(named)
         return
     below = [Path(folder, sub) for sub in _PACKAGES for folder in sys.path]
-    for folder in (*below, *map(Path, _SYSTEM)):
+    for folder in (*below, *map(Path, toolkit.libraries)):
         if folder.is_dir():
             yield from sorted((f for f in folder.iterdir() if _LIBRARY.fullmatch(f.name)), reverse=True)[:1]
 
 
-def _headers_for(library: Path) -> Path | None:
+def _headers_for(library: Path, toolkit: Toolkit) -> Path | None:
     """The folder of CUDA headers nearest to a library: those of its own version, if it has any."""
     near = [parent / sub for parent in library.parents[1:3] for sub in ("include", "cuda_runtime/include")]
     below = [Path(folder, sub) for sub in _PACKAGE_HEADERS for folder in sys.path]
-    for folder in (*near, *below, *map(Path, _SYSTEM_HEADERS)):
+    for folder in (*near, *below, *map(Path, toolkit.headers)):
         if all((folder / header).is_file() for header in HEADERS):
             return folder
     return None

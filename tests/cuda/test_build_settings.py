@@ -98,7 +98,8 @@ def test_a_missing_tool_is_the_reason(monkeypatch, tmp_path, what):
     elif what == "headers":
         monkeypatch.setattr(build_native.sysconfig, "get_path", lambda name: str(tmp_path))
     elif what == "nvrtc":
-        monkeypatch.setattr(build_native.nvrtc, "_libraries", lambda: iter(()))
+        (tmp_path / "libnvrtc.so").write_text("not a library")
+        monkeypatch.setenv("FASTATTN_NVRTC_LIB", str(tmp_path / "libnvrtc.so"))
     elif what != "compiler":
         found = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == what else found(name))

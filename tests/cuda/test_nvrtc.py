@@ -135,12 +135,13 @@ ptxas info    : Used 8 registers
 # ---- finding ----
 
 
+NO_TOOLKIT = nvrtc.Toolkit((), ())
+
+
 @pytest.fixture
 def nowhere(monkeypatch):
-    """An empty machine: neither sys.path nor the system has a folder to find NVRTC in."""
+    """A machine where no folder of sys.path has NVRTC."""
     monkeypatch.setattr(sys, "path", [])
-    monkeypatch.setattr(nvrtc, "_SYSTEM", ())
-    monkeypatch.setattr(nvrtc, "_SYSTEM_HEADERS", ())
     monkeypatch.delenv("FASTATTN_NVRTC_LIB", raising=False)
 
 
@@ -163,39 +164,45 @@ def packages(folder: Path, compiler: nvrtc.Nvrtc, library: str, include: str | N
 )
 def test_found_where_packages_put_it(nowhere, monkeypatch, compiler, tmp_path, library, include):
     monkeypatch.setattr(sys, "path", ["/nonexistent", str(packages(tmp_path, compiler, library + "x", include))])
-    found = nvrtc.find()
+    found = nvrtc.find(toolkit=NO_TOOLKIT)
     assert found.library.parent == tmp_path / library.rstrip("/")
     assert found.include == tmp_path / include
     assert found.version == compiler.version
 
 
-def test_found_in_a_toolkit(nowhere, monkeypatch, compiler, tmp_path):
+def test_found_in_a_toolkit(nowhere, compiler, tmp_path):
     packages(tmp_path, compiler, "cuda/lib64/x", "cuda/include")
-    monkeypatch.setattr(nvrtc, "_SYSTEM", (str(tmp_path / "cuda/lib64"),))
-    assert nvrtc.find().include == tmp_path / "cuda/include"
+    toolkit = nvrtc.Toolkit((str(tmp_path / "cuda/lib64"),), ())
+    assert nvrtc.find(toolkit=toolkit).include == tmp_path / "cuda/include"
+
+
+def test_headers_of_a_toolkit_for_a_library_elsewhere(nowhere, monkeypatch, compiler, tmp_path):
+    monkeypatch.setattr(sys, "path", [str(packages(tmp_path, compiler, "torch/lib/x", "headers"))])
+    toolkit = nvrtc.Toolkit((), (str(tmp_path / "none"), str(tmp_path / "headers")))
+    assert nvrtc.find(toolkit=toolkit).include == tmp_path / "headers"
 
 
 def test_the_variable_comes_first(nowhere, monkeypatch, compiler, tmp_path):
     packages(tmp_path, compiler, "named/lib/x", "named/include")
     monkeypatch.setattr(sys, "path", [str(compiler.library.parents[3])])
-    assert nvrtc.find().library == compiler.library
+    assert nvrtc.find(toolkit=NO_TOOLKIT).library == compiler.library
     monkeypatch.setenv("FASTATTN_NVRTC_LIB", str(tmp_path / "named/lib" / compiler.library.name))
-    assert nvrtc.find().library.parent == tmp_path / "named/lib"
+    assert nvrtc.find(toolkit=NO_TOOLKIT).library.parent == tmp_path / "named/lib"
     monkeypatch.setenv("FASTATTN_NVRTC_LIB", "/nonexistent/libnvrtc.so")
     with pytest.raises(ValueError, match="FASTATTN_NVRTC_LIB: must be a file, got '/nonexistent/libnvrtc.so'"):
-        nvrtc.find()
+        nvrtc.find(toolkit=NO_TOOLKIT)
 
 
 def test_not_found_says_how_to_get_it(nowhere):
     with pytest.raises(nvrtc.NotFound, match=f"no folder of sys.path and not in the system.*{nvrtc.INSTALL}"):
-        nvrtc.find()
+        nvrtc.find(toolkit=NO_TOOLKIT)
 
 
 def test_incomplete_copies_are_named(nowhere, monkeypatch, compiler, tmp_path):
     packages(tmp_path, compiler, "torch/lib/x", None)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(nvrtc.NotFound, match=r"torch/lib/libnvrtc\S* has no cuda_fp16.h and cuda_bf16.h"):
-        nvrtc.find()
+        nvrtc.find(toolkit=NO_TOOLKIT)
 
 
 def test_a_file_that_is_no_library_is_named(nowhere, monkeypatch, compiler, tmp_path):
@@ -204,14 +211,14 @@ def test_a_file_that_is_no_library_is_named(nowhere, monkeypatch, compiler, tmp_
     (tmp_path / "nvidia/cuda_nvrtc/lib/libnvrtc.so.12").write_text("not a library")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(nvrtc.NotFound, match=r"nvidia/cuda_nvrtc/lib/libnvrtc.so.12: "):
-        nvrtc.find()
+        nvrtc.find(toolkit=NO_TOOLKIT)
 
 
 def test_a_capability_that_it_does_not_know_is_named(nowhere, monkeypatch, compiler):
     monkeypatch.setattr(sys, "path", [str(compiler.library.parents[3])])
-    assert nvrtc.find(60).library == compiler.library
+    assert nvrtc.find(60, NO_TOOLKIT).library == compiler.library
     with pytest.raises(nvrtc.NotFound, match=r"libnvrtc\S* does not compile for 99.9"):
-        nvrtc.find(999)
+        nvrtc.find(999, NO_TOOLKIT)
 
 
 def test_nothing_replaces_the_one_that_the_variable_names(nowhere, monkeypatch, compiler, tmp_path):
@@ -219,7 +226,7 @@ def test_nothing_replaces_the_one_that_the_variable_names(nowhere, monkeypatch, 
     (tmp_path / "libnvrtc.so").write_text("not a library")
     monkeypatch.setenv("FASTATTN_NVRTC_LIB", str(tmp_path / "libnvrtc.so"))
     with pytest.raises(nvrtc.NotFound, match=str(tmp_path)):
-        nvrtc.find()
+        nvrtc.find(toolkit=NO_TOOLKIT)
 
 
 @pytest.mark.parametrize(
