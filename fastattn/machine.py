@@ -47,11 +47,15 @@ class System:
     cache_dir: str  # of kernels compiled at run time
 
 
-def detect() -> System:
-    """Looks at this machine."""
+def detect(installation: images.Installation = images.HERE) -> System:
+    """Looks at this machine.
+
+    Args:
+        installation: where its kernels are.
+    """
     visible = torch.cuda.is_available()
     driver, listed = _nvidia_smi()
-    kernels, (compiler, nvrtc_problem) = images.installed(), _nvrtc()
+    kernels, (compiler, nvrtc_problem) = installation.installed(), _nvrtc(installation)
     return System(
         versions={name: _version(name) for name in ("python", "fastattn", "torch", "triton", "numpy")},
         platform=platform.platform(),
@@ -63,7 +67,7 @@ def detect() -> System:
         gpus=_gpus_of_torch() if visible else listed,
         torch_sees_gpus=visible,
         kernels=kernels,
-        kernels_problem=_kernels_problem(kernels),
+        kernels_problem=_kernels_problem(installation, kernels),
         launcher_problem=_launcher_problem(),
         nvrtc=compiler,
         nvrtc_problem=nvrtc_problem,
@@ -121,10 +125,10 @@ def _nvidia_smi() -> tuple[str | None, tuple[VisibleGpu, ...]]:
     return rows[0][0], tuple(VisibleGpu(name, pair(capability)) for _, capability, name in rows)
 
 
-def _kernels_problem(kernels: images.Installed) -> str | None:
+def _kernels_problem(installation: images.Installation, kernels: images.Installed) -> str | None:
     try:
         if kernels.archs:
-            images.check_current(kernels)
+            installation.check_current(kernels)
     except (images.ImageError, FileNotFoundError) as error:
         return str(error)
     return None
@@ -138,10 +142,10 @@ def _launcher_problem() -> str | None:
     return None
 
 
-def _nvrtc() -> tuple[str | None, str | None]:
+def _nvrtc(installation: images.Installation) -> tuple[str | None, str | None]:
     """The compiler for run time, or why there is none."""
     try:
-        found = nvrtc.find()
+        found = installation.find(None)
     except (nvrtc.NotFound, ValueError) as error:
         return None, str(error)
     return f"{found.version} ({found.library})", None

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import fastattn
 from fastattn import _launcher
 from fastattn.cuda_kernels import images
 from fastattn.cuda_kernels.sources import ELEMENTS, Arch, image_name
@@ -53,7 +52,7 @@ def resident_blocks(arch: Arch, threads: int, registers: int, smem: int) -> int:
 
 def rows() -> list[dict[str, object]]:
     """The table's rows, one for each kernel, element type and architecture with machine code."""
-    manifest = json.loads((Path(fastattn.__file__).parent / "_kernels" / "build.json").read_text())
+    manifest = json.loads((images.HERE.kernels / "build.json").read_text())
     found = []
     for arch in (a for a in images.installed().archs if a.kind == "sm" and a.number in MULTIPROCESSORS):
         for kernel in _launcher.KERNELS:

@@ -12,14 +12,12 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import nvrtc
 from .sources import ELEMENTS, MIN_CAPABILITY, Arch, KernelSources, choose, image_name, options
-
-_PACKAGE = Path(__file__).parents[1]
-_KERNELS = _PACKAGE / "_kernels"
 
 
 class ImageError(RuntimeError):
@@ -35,31 +33,6 @@ class Installed:
     sources: str | None  # KernelSources.digest of their sources
     commit: str | None
     reason: str | None  # why there are none
-
-
-def installed() -> Installed:
-    """The compiled kernels of this installation, as scripts/build_native.py describes them in build.json."""
-    try:
-        manifest = json.loads((_KERNELS / "build.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        manifest = {"reason": "fastattn is not installed: this is a copy of its files"}
-    return Installed(
-        archs=tuple(Arch.parse(arch) for arch in manifest.get("architectures", ())),
-        nvrtc=manifest.get("nvrtc"),
-        sources=manifest.get("sources"),
-        commit=manifest.get("commit"),
-        reason=manifest.get("reason"),
-    )
-
-
-def sources() -> KernelSources:
-    """The CUDA sources of the installation: those it contains or, in an editable one, those beside the package.
-
-    Raises:
-        FileNotFoundError: it has neither.
-    """
-    contained = _KERNELS / "src"
-    return KernelSources.read(contained if contained.is_dir() else _PACKAGE.parent / "csrc")
 
 
 def selected(capability: tuple[int, int], have: Installed) -> Arch | None:
@@ -90,78 +63,109 @@ def selected(capability: tuple[int, int], have: Installed) -> Arch | None:
     return forced
 
 
-def image(element: str, capability: tuple[int, int]) -> bytes:
-    """The image of all kernels for one element type, as cuModuleLoadData takes it.
-
-    Machine code for exactly this compute capability, else for the highest lower one of the same major version, else the
-    newest PTX, which the driver compiles, else what NVRTC makes of the sources now, kept for the next time.
-
-    Args:
-        element: "float32", "float16" or "bfloat16".
-        capability: the GPU's compute capability.
-
-    Raises:
-        ImageError: the GPU is too old, the sources have changed since they were compiled, or there is no image that
-            runs and none can be compiled.
-        ValueError: element is none of these, or FASTATTN_CUDA_IMAGE names nothing that runs there.
-    """
-    if element not in ELEMENTS:
-        raise ValueError(f"element: must be one of {', '.join(ELEMENTS)}, got {element!r}")
-    have = installed()
-    arch = selected(capability, have)
-    if arch in have.archs:
-        check_current(have)
-        return (_KERNELS / image_name(element, arch)).read_bytes()
-    return _compile(element, 10 * capability[0] + capability[1], arch)
-
-
-def check_current(have: Installed) -> None:
-    """Raises ImageError if the sources beside an editable installation are no longer those of its images."""
-    now = sources().digest
-    if have.sources != now:
-        message = f"csrc has changed since its kernels were compiled ({have.sources}, now {now})"
-        raise ImageError(f"{message}; to compile them: python scripts/build_native.py")
-
-
 def _dotted(number: int) -> str:
     return f"{number // 10}.{number % 10}"
 
 
-# ---- compiled at run time ----
+@dataclass(frozen=True)
+class Installation:
+    """Where an installation has its kernels, their sources and a compiler."""
+
+    kernels: Path  # the folder of the images and their build.json
+    csrc: Path  # the sources, unless that folder contains them: beside the package, if it is editable
+    find: Callable[[int | None], nvrtc.Nvrtc] = nvrtc.find  # the compiler for run time
+
+    def installed(self) -> Installed:
+        """The compiled kernels, as scripts/build_native.py describes them in build.json."""
+        try:
+            manifest = json.loads((self.kernels / "build.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            manifest = {"reason": "fastattn is not installed: this is a copy of its files"}
+        return Installed(
+            archs=tuple(Arch.parse(arch) for arch in manifest.get("architectures", ())),
+            nvrtc=manifest.get("nvrtc"),
+            sources=manifest.get("sources"),
+            commit=manifest.get("commit"),
+            reason=manifest.get("reason"),
+        )
+
+    def sources(self) -> KernelSources:
+        """The CUDA sources: those that the installation contains or, in an editable one, those beside the package.
+
+        Raises:
+            FileNotFoundError: it has neither.
+        """
+        contained = self.kernels / "src"
+        return KernelSources.read(contained if contained.is_dir() else self.csrc)
+
+    def check_current(self, have: Installed) -> None:
+        """Raises ImageError if the sources beside an editable installation are no longer those of its images."""
+        now = self.sources().digest
+        if have.sources != now:
+            message = f"csrc has changed since its kernels were compiled ({have.sources}, now {now})"
+            raise ImageError(f"{message}; to compile them: python scripts/build_native.py")
+
+    def image(self, element: str, capability: tuple[int, int]) -> bytes:
+        """The image of all kernels for one element type, as cuModuleLoadData takes it.
+
+        Machine code for exactly this compute capability, else for the highest lower one of the same major version, else
+        the newest PTX, which the driver compiles, else what NVRTC makes of the sources now, kept for the next time.
+
+        Args:
+            element: "float32", "float16" or "bfloat16".
+            capability: the GPU's compute capability.
+
+        Raises:
+            ImageError: the GPU is too old, the sources have changed since they were compiled, or there is no image that
+                runs and none can be compiled.
+            ValueError: element is none of these, or FASTATTN_CUDA_IMAGE names nothing that runs there.
+        """
+        if element not in ELEMENTS:
+            raise ValueError(f"element: must be one of {', '.join(ELEMENTS)}, got {element!r}")
+        have = self.installed()
+        arch = selected(capability, have)
+        if arch in have.archs:
+            self.check_current(have)
+            return (self.kernels / image_name(element, arch)).read_bytes()
+        return self._compile(element, 10 * capability[0] + capability[1], arch)
+
+    def _compile(self, element: str, capability: int, forced: Arch | None) -> bytes:
+        """An image from the cache of this user or, the first time, from NVRTC."""
+        try:
+            files = self.sources()
+            arch, compiler = self._compiler_for(capability, forced)
+        except (FileNotFoundError, nvrtc.NotFound) as error:
+            have = self.installed()
+            archs = ", ".join(map(str, have.archs)) or f"none ({have.reason})"
+            wanted = forced or f"compute capability {_dotted(capability)}"
+            fix = f"install fastattn again with FASTATTN_CUDA_ARCHS={forced or capability}"
+            raise ImageError(f"no compiled CUDA kernels for {wanted}: there are {archs}; {error}; or {fix}") from None
+        file = cached_file(files.digest, compiler.version, options(arch), element, arch)
+        content = _read_checked(file)
+        if content is None:
+            content = files.compile(compiler, element, arch).image
+            _write_checked(file, content)
+        return content
+
+    def _compiler_for(self, capability: int, forced: Arch | None) -> tuple[Arch, nvrtc.Nvrtc]:
+        """Machine code for the GPU itself if an NVRTC knows it, else PTX for the newest that the first one knows."""
+        if forced is not None:
+            return forced, self.find(forced.number)
+        with contextlib.suppress(nvrtc.NotFound):
+            return Arch("sm", capability), self.find(capability)
+        compiler = self.find(None)
+        known = [Arch("compute", number) for number in compiler.architectures if number >= MIN_CAPABILITY]
+        arch = choose(known, capability)
+        if arch is None:
+            raise nvrtc.NotFound(f"NVRTC {compiler.version} compiles for nothing that runs there ({nvrtc.INSTALL})")
+        return arch, compiler
 
 
-def _compile(element: str, capability: int, forced: Arch | None) -> bytes:
-    """An image from the cache of this user or, the first time, from NVRTC."""
-    try:
-        files = sources()
-        arch, compiler = _compiler_for(capability, forced)
-    except (FileNotFoundError, nvrtc.NotFound) as error:
-        have = installed()
-        archs = ", ".join(map(str, have.archs)) or f"none ({have.reason})"
-        wanted = forced or f"compute capability {_dotted(capability)}"
-        fix = f"install fastattn again with FASTATTN_CUDA_ARCHS={forced or capability}"
-        raise ImageError(f"no compiled CUDA kernels for {wanted}: there are {archs}; {error}; or {fix}") from None
-    key = repr((files.digest, compiler.version, options(arch), element, arch))
-    file = cache_dir() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.{image_name(element, arch)}"
-    content = _read_checked(file)
-    if content is None:
-        content = files.compile(compiler, element, arch).image
-        _write_checked(file, content)
-    return content
+HERE = Installation(kernels=Path(__file__).parents[1] / "_kernels", csrc=Path(__file__).parents[2] / "csrc")
+installed, sources, image = HERE.installed, HERE.sources, HERE.image
 
 
-def _compiler_for(capability: int, forced: Arch | None) -> tuple[Arch, nvrtc.Nvrtc]:
-    """Machine code for the GPU itself if an NVRTC knows it, else PTX for the newest that the first one knows."""
-    if forced is not None:
-        return forced, nvrtc.find(forced.number)
-    with contextlib.suppress(nvrtc.NotFound):
-        return Arch("sm", capability), nvrtc.find(capability)
-    compiler = nvrtc.find()
-    known = [Arch("compute", number) for number in compiler.architectures if number >= MIN_CAPABILITY]
-    arch = choose(known, capability)
-    if arch is None:
-        raise nvrtc.NotFound(f"NVRTC {compiler.version} compiles for nothing that runs there ({nvrtc.INSTALL})")
-    return arch, compiler
+# ---- what was compiled at run time ----
 
 
 def cache_dir() -> Path:
@@ -169,6 +173,20 @@ def cache_dir() -> Path:
     if named := os.environ.get("FASTATTN_CACHE_DIR"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
+
+
+def cached_file(sources: str, version: str, flags: tuple[str, ...], element: str, arch: Arch) -> Path:
+    """The file of an image that was compiled at run time, under a hash of everything it depends on.
+
+    Args:
+        sources: KernelSources.digest.
+        version: that of NVRTC.
+        flags: its options.
+        element: the element type.
+        arch: the architecture.
+    """
+    key = repr((sources, version, flags, element, arch))
+    return cache_dir() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.{image_name(element, arch)}"
 
 
 def _digest(content: bytes) -> bytes:

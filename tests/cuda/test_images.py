@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fastattn.cuda_kernels import images, nvrtc
-from fastattn.cuda_kernels.sources import DEFAULT_ARCHS, ELEMENTS, Arch, KernelSources, choose, image_name
+from fastattn.cuda_kernels.images import Installation
+from fastattn.cuda_kernels.sources import DEFAULT_ARCHS, ELEMENTS, Arch, KernelSources, choose, image_name, options
 
 KERNEL = """
 #include <cuda_bf16.h>
@@ -29,12 +32,11 @@ def clean_environment(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def install(monkeypatch, tmp_path):
+def install(tmp_path) -> Callable[..., Installation]:
     """A function that describes an installation: its architectures, or the reason for none. Images hold their names."""
     kernels = tmp_path / "_kernels"
-    monkeypatch.setattr(images, "_KERNELS", kernels)
 
-    def describe(*archs: str, reason: str | None = None) -> None:
+    def describe(*archs: str, reason: str | None = None, compiler: nvrtc.Nvrtc | None = None) -> Installation:
         (kernels / "src").mkdir(parents=True)
         for name, text in SOURCES.files.items():
             (kernels / "src" / name).write_text(text)
@@ -43,29 +45,49 @@ def install(monkeypatch, tmp_path):
                 (kernels / image_name(element, arch)).write_text(image_name(element, arch))
         manifest = {"architectures": archs, "nvrtc": "12.9", "sources": SOURCES.digest, "commit": None}
         (kernels / "build.json").write_text(json.dumps({"reason": reason} if reason else manifest))
+        here = Installation(kernels, csrc=tmp_path / "none")
+        return here if compiler is None else replace(here, find=only(compiler))
 
     return describe
 
 
+class Recorder(nvrtc.Nvrtc):
+    """A compiler that notes what it compiles, in order: element type and architecture."""
+
+    def __init__(self, library: Path, include: Path):
+        super().__init__(library, include)
+        self.compiled: list[tuple[str, str]] = []
+
+    def compile(self, source: str, arch: str, **how) -> nvrtc.Compiled:
+        self.compiled.append((how["defines"]["FASTATTN_ELEMENT"], arch))
+        return super().compile(source, arch, **how)
+
+
+def only(compiler: nvrtc.Nvrtc) -> Callable[[int | None], nvrtc.Nvrtc]:
+    """The search for a compiler on a machine that has this one alone."""
+
+    def find(capability: int | None) -> nvrtc.Nvrtc:
+        if capability is None or capability in compiler.architectures:
+            return compiler
+        raise nvrtc.NotFound(f"{compiler.library} does not compile for {capability}")
+
+    return find
+
+
 @pytest.fixture
-def compiler() -> nvrtc.Nvrtc:
+def compiler() -> Recorder:
     try:
-        return nvrtc.find(60)
+        found = nvrtc.find(60)
     except nvrtc.NotFound as error:
         pytest.skip(str(error))
+    return Recorder(found.library, found.include)
 
 
 @pytest.fixture
-def compiled(monkeypatch) -> list[str]:
-    """The images compiled during a test, in order."""
-    calls, compile_one = [], KernelSources.compile
-
-    def record(self, compiler, element, arch):
-        calls.append(image_name(element, arch))
-        return compile_one(self, compiler, element, arch)
-
-    monkeypatch.setattr(KernelSources, "compile", record)
-    return calls
+def no_compiler(monkeypatch, tmp_path) -> None:
+    """A machine without a compiler: the file that is named as one is none."""
+    (tmp_path / "libnvrtc.so").write_text("not a library")
+    monkeypatch.setenv("FASTATTN_NVRTC_LIB", str(tmp_path / "libnvrtc.so"))
 
 
 def architecture(image: bytes) -> int:
@@ -118,33 +140,33 @@ def test_choice_from_a_part(archs, capability, expected):
 
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_the_installed_image_is_returned(install, element):
-    install("sm_60", "sm_80", "compute_60")
-    assert images.image(element, (8, 6)) == f"attention_{element}.sm_80.cubin".encode()
-    assert images.image(element, (7, 5)) == f"attention_{element}.compute_60.ptx".encode()
+    here = install("sm_60", "sm_80", "compute_60")
+    assert here.image(element, (8, 6)) == f"attention_{element}.sm_80.cubin".encode()
+    assert here.image(element, (7, 5)) == f"attention_{element}.compute_60.ptx".encode()
 
 
 @pytest.mark.parametrize("capability", [(5, 2), (3, 7)])
 def test_old_gpus_are_refused(install, capability):
-    install("sm_60", "compute_60")
+    here = install("sm_60", "compute_60")
     with pytest.raises(images.ImageError, match=r"need compute capability >= 6.0, got {}\.{}$".format(*capability)):
-        images.image("float32", capability)
+        here.image("float32", capability)
 
 
 def test_wrong_element(install):
-    install("sm_60")
+    here = install("sm_60")
     with pytest.raises(ValueError, match="^element: must be one of float32, float16, bfloat16, got 'float64'$"):
-        images.image("float64", (6, 0))
+        here.image("float64", (6, 0))
 
 
 # ---- by the user ----
 
 
 def test_the_variable_selects_the_image(install, monkeypatch):
-    install("sm_60", "sm_90", "compute_60")
+    here = install("sm_60", "sm_90", "compute_60")
     monkeypatch.setenv("FASTATTN_CUDA_IMAGE", "compute_60")
-    assert images.image("float32", (9, 0)) == b"attention_float32.compute_60.ptx"
+    assert here.image("float32", (9, 0)) == b"attention_float32.compute_60.ptx"
     monkeypatch.setenv("FASTATTN_CUDA_IMAGE", "")
-    assert images.image("float32", (9, 0)) == b"attention_float32.sm_90.cubin"
+    assert here.image("float32", (9, 0)) == b"attention_float32.sm_90.cubin"
 
 
 @pytest.mark.parametrize(
@@ -156,37 +178,35 @@ def test_the_variable_selects_the_image(install, monkeypatch):
     ],
 )
 def test_the_variable_is_checked(install, monkeypatch, value, message):
-    install("sm_60", "sm_90")
+    here = install("sm_60", "sm_90")
     monkeypatch.setenv("FASTATTN_CUDA_IMAGE", value)
     with pytest.raises(ValueError, match=f"^FASTATTN_CUDA_IMAGE: {message}$"):
-        images.image("float32", (9, 0))
+        here.image("float32", (9, 0))
 
 
-def test_an_image_that_is_named_but_not_installed_is_compiled(install, monkeypatch, compiler, compiled):
-    install("sm_90")
+def test_an_image_that_is_named_but_not_installed_is_compiled(install, monkeypatch, compiler):
+    here = install("sm_90", compiler=compiler)
     monkeypatch.setenv("FASTATTN_CUDA_IMAGE", "compute_75")
-    assert b".target sm_75" in images.image("float32", (9, 0))
-    assert compiled == ["attention_float32.compute_75.ptx"]
+    assert b".target sm_75" in here.image("float32", (9, 0))
+    assert compiler.compiled == [("float", "compute_75")]
 
 
 # ---- installations ----
 
 
-def test_changed_sources_are_an_error(install, monkeypatch):
-    install("sm_60")
-    monkeypatch.setattr(images, "sources", lambda: KernelSources({"attention.cu": "// changed"}))
+def test_changed_sources_are_an_error(install):
+    here = install("sm_60")
+    (here.kernels / "src" / "attention.cu").write_text("// changed")
     with pytest.raises(images.ImageError, match="csrc has changed since .*python scripts/build_native.py"):
-        images.image("float32", (6, 0))
+        here.image("float32", (6, 0))
 
 
-def test_sources_are_those_installed_or_those_of_the_tree(install, monkeypatch, tmp_path):
-    install("sm_60")
-    assert images.sources() == SOURCES
-    monkeypatch.setattr(images, "_KERNELS", tmp_path / "none")
-    assert images.sources() == KernelSources.read(Path(__file__).parents[2] / "csrc")
-    monkeypatch.setattr(images, "_PACKAGE", tmp_path / "none")
+def test_sources_are_those_installed_or_those_of_the_tree(install, tmp_path):
+    assert install("sm_60").sources() == SOURCES
+    tree = replace(images.HERE, kernels=tmp_path / "none")
+    assert tree.sources() == KernelSources.read(Path(__file__).parents[2] / "csrc")
     with pytest.raises(FileNotFoundError, match="no attention.cu in"):
-        images.sources()
+        replace(tree, csrc=tmp_path / "none").sources()
 
 
 def test_sources_are_what_the_kernels_include(tmp_path):
@@ -207,19 +227,17 @@ def test_sources_are_what_the_kernels_include(tmp_path):
 
 
 @pytest.mark.parametrize("reason", ["FASTATTN_BUILD_CUDA=0", None])
-def test_an_installation_without_kernels_says_why(install, monkeypatch, reason):
-    if reason:
-        install(reason=reason)
-    have = images.installed()
+def test_an_installation_without_kernels_says_why(install, tmp_path, reason):
+    here = install(reason=reason) if reason else Installation(tmp_path / "none", tmp_path / "none")
+    have = here.installed()
     assert (have.archs, have.nvrtc, have.sources) == ((), None, None)
     assert have.reason == (reason or "fastattn is not installed: this is a copy of its files")
 
 
-def test_what_lacks_and_what_to_do(install, monkeypatch):
-    install("sm_80", "compute_80")
-    monkeypatch.setattr(nvrtc, "_libraries", lambda: iter(()))
+def test_what_lacks_and_what_to_do(install, no_compiler):
+    here = install("sm_80", "compute_80")
     with pytest.raises(images.ImageError) as raised:
-        images.image("float32", (6, 1))
+        here.image("float32", (6, 1))
     message = str(raised.value)
     assert message.startswith(
         "no compiled CUDA kernels for compute capability 6.1: there are sm_80, compute_80; no usable"
@@ -227,93 +245,100 @@ def test_what_lacks_and_what_to_do(install, monkeypatch):
     assert nvrtc.INSTALL in message and message.endswith("or install fastattn again with FASTATTN_CUDA_ARCHS=61")
 
 
-def test_what_lacks_in_an_installation_without_kernels(install, monkeypatch):
-    install(reason="no C++ compiler")
-    monkeypatch.setattr(nvrtc, "_libraries", lambda: iter(()))
+def test_what_lacks_in_an_installation_without_kernels(install, no_compiler):
+    here = install(reason="no C++ compiler")
     with pytest.raises(images.ImageError, match=r"there are none \(no C\+\+ compiler\); no usable NVRTC"):
-        images.image("float32", (6, 1))
+        here.image("float32", (6, 1))
 
 
 # ---- compiled at run time ----
 
 
-def test_compiled_for_the_gpu_itself_and_kept(install, compiler, compiled, tmp_path):
-    install("sm_80")
-    first = images.image("float16", (6, 1))
-    assert architecture(first) == 61 and compiled == ["attention_float16.sm_61.cubin"]
-    assert images.image("float16", (6, 1)) == first
-    assert len(compiled) == 1
+def test_compiled_for_the_gpu_itself_and_kept(install, compiler, tmp_path):
+    here = install("sm_80", compiler=compiler)
+    first = here.image("float16", (6, 1))
+    assert architecture(first) == 61 and compiler.compiled == [("__half", "sm_61")]
+    assert here.image("float16", (6, 1)) == first
+    assert len(compiler.compiled) == 1
     (kept,) = (tmp_path / "cache").iterdir()
     assert kept.name.endswith(".attention_float16.sm_61.cubin")
-    assert images.image("float32", (6, 1)) != first  # another element type is another image
-    assert len(compiled) == 2
+    assert here.image("float32", (6, 1)) != first  # another element type is another image
+    assert len(compiler.compiled) == 2
 
 
-def test_ptx_for_a_gpu_that_nvrtc_does_not_know(install, monkeypatch, compiler):
-    install("sm_60")
-    known = tuple(number for number in compiler.architectures if number <= 90)
-    monkeypatch.setattr(nvrtc.Nvrtc, "architectures", known)
-    assert b".target sm_90" in images.image("float32", (12, 0))
-    monkeypatch.setattr(nvrtc.Nvrtc, "architectures", (75, 80, 90))
+def test_ptx_for_a_gpu_that_nvrtc_does_not_know(install, compiler):
+    class Known(nvrtc.Nvrtc):
+        architectures = tuple(number for number in compiler.architectures if number <= 90)
+
+    class KnownWithout70(nvrtc.Nvrtc):
+        architectures = (75, 80, 90)
+
+    here = install("sm_60", compiler=Known(compiler.library, compiler.include))
+    assert b".target sm_90" in here.image("float32", (12, 0))
+    here = replace(here, find=only(KnownWithout70(compiler.library, compiler.include)))
     with pytest.raises(
         images.ImageError, match=r"no compiled .* capability 7.0: there are sm_60; NVRTC .* nothing that"
     ):
-        images.image("float32", (7, 0))
+        here.image("float32", (7, 0))
 
 
 @pytest.mark.parametrize("damage", ["", "shorter", "changed", "something else"])
-def test_a_damaged_file_is_replaced(install, compiler, compiled, tmp_path, damage):
-    install("sm_80")
-    image = images.image("float32", (6, 0))
+def test_a_damaged_file_is_replaced(install, compiler, tmp_path, damage):
+    here = install("sm_80", compiler=compiler)
+    image = here.image("float32", (6, 0))
     (kept,) = (tmp_path / "cache").iterdir()
     stored = kept.read_bytes()
     changed = {"": b"", "shorter": stored[:-1], "changed": stored[:-1] + b"\xff", "something else": b"x" * 100}
     kept.write_bytes(changed[damage])
-    assert images.image("float32", (6, 0)) == image and len(compiled) == 2
+    assert here.image("float32", (6, 0)) == image and len(compiler.compiled) == 2
     assert kept.read_bytes() == stored
-    assert images.image("float32", (6, 0)) == image and len(compiled) == 2
+    assert here.image("float32", (6, 0)) == image and len(compiler.compiled) == 2
 
 
-def test_without_a_writable_cache_it_is_compiled_each_time(install, monkeypatch, compiler, compiled, tmp_path):
-    install("sm_80")
+def test_without_a_writable_cache_it_is_compiled_each_time(install, monkeypatch, compiler, tmp_path):
+    here = install("sm_80", compiler=compiler)
     (tmp_path / "file").touch()
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert images.image("float32", (6, 0)) == images.image("float32", (6, 0))
-    assert len(compiled) == 2
+    assert here.image("float32", (6, 0)) == here.image("float32", (6, 0))
+    assert len(compiler.compiled) == 2
 
 
-def test_what_is_kept_belongs_to_sources_options_and_compiler(install, monkeypatch, compiler, compiled):
-    install("sm_80")
-    images.image("float32", (6, 0))
-    with monkeypatch.context() as changed:
-        changed.setattr(images, "sources", lambda: KernelSources({"attention.cu": "// changed\n"}))
-        images.image("float32", (6, 0))
-    assert len(compiled) == 2
-    with monkeypatch.context() as changed:
-        changed.setattr(images, "options", lambda arch: ("--std=c++17", "-default-device"))
-        images.image("float32", (6, 0))
-    assert len(compiled) == 3
-    other = nvrtc.Nvrtc(compiler.library, compiler.include)
+def test_what_is_kept_belongs_to_sources_and_compiler(install, compiler):
+    here = install("sm_80", compiler=compiler)
+    here.image("float32", (6, 0))
+    (here.kernels / "src" / "attention.cu").write_text("// changed\n")
+    here.image("float32", (6, 0))
+    assert len(compiler.compiled) == 2
+    other = Recorder(compiler.library, compiler.include)
     other.version = "12.99"
-    with monkeypatch.context() as changed:
-        changed.setattr(nvrtc, "find", lambda capability=None: other)
-        images.image("float32", (6, 0))
-    assert len(compiled) == 4
-    images.image("float32", (6, 0))
-    assert len(compiled) == 4
+    replace(here, find=only(other)).image("float32", (6, 0))
+    assert len(other.compiled) == 1
+    (here.kernels / "src" / "attention.cu").write_text(KERNEL)
+    here.image("float32", (6, 0))
+    assert len(compiler.compiled) == 2
 
 
-def _image_in_a_process(kernels: Path, start) -> bytes:
-    images._KERNELS = kernels
+def test_the_name_of_what_is_kept(install, compiler, tmp_path):
+    arch = Arch("sm", 60)
+    all_of_it = (SOURCES.digest, compiler.version, options(arch), "float32", arch)
+    install("sm_80", compiler=compiler).image("float32", (6, 0))
+    assert list((tmp_path / "cache").iterdir()) == [images.cached_file(*all_of_it)]
+    others = ("other", "12.99", ("--std=c++17", "-default-device"), "float16", Arch("sm", 61))
+    changed = [(*all_of_it[:i], other, *all_of_it[i + 1 :]) for i, other in enumerate(others)]
+    hashes = {images.cached_file(*each).name.partition(".")[0] for each in (all_of_it, *changed)}
+    assert len(hashes) == 6
+
+
+def _image_in_a_process(here: Installation, start) -> bytes:
     start.wait()
-    return images.image("float32", (6, 0))
+    return here.image("float32", (6, 0))
 
 
 def test_processes_may_compile_the_same_image_at_once(install, compiler, tmp_path):
-    install("sm_80")
+    here = install("sm_80")
     context = multiprocessing.get_context("fork")
     with context.Manager() as manager, context.Pool(4) as pool:
-        arguments = [(images._KERNELS, manager.Barrier(4))] * 4
+        arguments = [(here, manager.Barrier(4))] * 4
         results = pool.starmap(_image_in_a_process, arguments, chunksize=1)
     assert len(set(results)) == 1 and architecture(results[0]) == 60
     assert len(list((tmp_path / "cache").iterdir())) == 1  # and nothing half written

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fastattn import info
-from fastattn.cuda_kernels import images
+from fastattn.cuda_kernels import images, nvrtc
 from fastattn.cuda_kernels.sources import Arch
 from fastattn.machine import VisibleGpu, detect
 
@@ -23,22 +24,31 @@ def test_detects_what_torch_says():
 
 
 def test_detects_what_was_built(monkeypatch, tmp_path):
-    monkeypatch.setattr(images, "_KERNELS", tmp_path)
-    sources = images.sources().digest
+    (tmp_path / "attention.cu").write_text("// not this tree's")
+    installation = images.Installation(kernels=tmp_path, csrc=tmp_path)
+    sources = installation.sources().digest
     manifest = {"architectures": ["sm_60", "compute_90"], "nvrtc": "12.9", "sources": sources, "commit": None}
     (tmp_path / "build.json").write_text(json.dumps(manifest))
     monkeypatch.setenv("FASTATTN_CACHE_DIR", "/cache")
-    system = detect()
+    system = detect(installation)
     assert system.kernels.archs == (Arch("sm", 60), Arch("compute", 90))
     assert (system.kernels_problem, system.cache_dir) == (None, "/cache")
     (tmp_path / "build.json").write_text(json.dumps(manifest | {"sources": "others"}))
-    assert "csrc has changed" in detect().kernels_problem
+    assert "csrc has changed" in detect(installation).kernels_problem
 
 
 def test_detects_the_compiler_for_run_time(monkeypatch):
     monkeypatch.setenv("FASTATTN_NVRTC_LIB", "/nonexistent")
     system = detect()
     assert system.nvrtc is None and "FASTATTN_NVRTC_LIB: must be a file" in system.nvrtc_problem
+
+
+def test_detects_the_compiler_of_the_installation():
+    def find(capability):
+        raise nvrtc.NotFound("no compiler")
+
+    system = detect(replace(images.HERE, find=find))
+    assert (system.nvrtc, system.nvrtc_problem) == (None, "no compiler")
 
 
 @pytest.mark.parametrize("launcher", [None, types.ModuleType("fastattn._launcher")])
