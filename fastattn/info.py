@@ -243,8 +243,8 @@ def support_table() -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Prints the report on this machine; returns the exit status."""
+def main(arguments: list[str] | None = None, system: System | None = None) -> int:
+    """Prints the report on a machine, by default this one; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastattn.info", description="What fastattn finds on this machine.")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.support:
         print(support_table())
         return 0
-    report = gather(detect())
+    report = gather(system or detect())
     print(json.dumps(report, indent=2) if options.json else render(report))
     return 0 if report["ok"] else 1
 

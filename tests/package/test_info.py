@@ -275,9 +275,9 @@ def test_text_names_versions_devices_and_refusals(fused):
 
 
 @pytest.mark.parametrize("working", [True, False])
-def test_exit_status(monkeypatch, capsys, fused, working):
-    monkeypatch.setattr(info, "detect", lambda: machine(P100, torch_archs=CUDA_12 if working else CUDA_13))
-    assert info.main(["--json"]) == (0 if working else 1)
+def test_exit_status(capsys, fused, working):
+    described = machine(P100, torch_archs=CUDA_12 if working else CUDA_13)
+    assert info.main(["--json"], described) == (0 if working else 1)
     assert json.loads(capsys.readouterr().out)["ok"] is working
 
 
