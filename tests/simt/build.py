@@ -81,54 +81,60 @@ def with_headers(source: Path) -> list[Path]:
     return found
 
 
-def cached(name: str, files: Iterable[Path], flags: Iterable[str], make: Callable[[Path], None]) -> Path:
-    """CACHE/name under a hash of files and flags; make(path) writes it once, whatever the number of processes."""
+def cached(
+    name: str, files: Iterable[Path], flags: Iterable[str], make: Callable[[Path], None], cache: Path = CACHE
+) -> Path:
+    """The file `name` of the cache, under a hash of files and flags; make(path) writes it once, whatever the number of
+    processes.
+    """
     digest = hashlib.sha256("\0".join([*compiler(), *flags]).encode())
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     stem, dot, suffix = name.partition(".")
-    target = CACHE / f"{stem}-{digest.hexdigest()[:16]}{dot}{suffix}"
+    target = cache / f"{stem}-{digest.hexdigest()[:16]}{dot}{suffix}"
     if target.exists():
         return target
-    CACHE.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
                 unfinished = Path(folder) / target.name
                 make(unfinished)
                 unfinished.rename(target)
     return target
 
 
-def compile_object(source: Path, flags: tuple[str, ...]) -> Path:
+def compile_object(source: Path, flags: tuple[str, ...], cache: Path = CACHE) -> Path:
     options = [*COMMON, *processor_flags(), *flags, *(f"-I{folder}" for folder in INCLUDE)]
 
     def make(target: Path) -> None:
         run([compiler()[0], *options, "-x", "c++", "-c", str(source), "-o", str(target)])
 
-    return cached(f"{source.stem}.o", with_headers(source), options, make)
+    return cached(f"{source.stem}.o", with_headers(source), options, make, cache)
 
 
-def build(source: Path | str, *, checked: bool = False, defines: tuple[str, ...] = ()) -> Path:
+def build(source: Path | str, *, checked: bool = False, defines: tuple[str, ...] = (), cache: Path = CACHE) -> Path:
     """The shared library with the kernels of `source` and the executor.
 
     Args:
         source: a C++ or CUDA file that exports its kernels by SIMT_EXPORT.
         checked: instrument every memory access.
         defines: preprocessor definitions, such as ("TILE=16",).
+        cache: the folder in which builds are kept.
 
     Raises:
         BuildError: no compiler, or it refuses the file; holds the command and what the compiler said.
     """
-    return build_library(Path(source), (*(CHECKED if checked else FAST), *(f"-D{define}" for define in defines)))
+    flags = (*(CHECKED if checked else FAST), *(f"-D{define}" for define in defines))
+    return build_library(Path(source), flags, cache)
 
 
-def build_library(source: Path, flags: tuple[str, ...]) -> Path:
+def build_library(source: Path, flags: tuple[str, ...], cache: Path = CACHE) -> Path:
     """The shared library of the file, compiled with these flags, and of the executor."""
-    objects = [compile_object(source, flags), *(compile_object(file, ("-O2",)) for file in RUNTIME)]
+    objects = [compile_object(source, flags, cache), *(compile_object(file, ("-O2",), cache) for file in RUNTIME)]
 
     def make(target: Path) -> None:
         run([compiler()[0], "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *map(str, objects), "-o", str(target)])
 
-    return cached(f"{source.stem}.so", objects, ["link"], make)
+    return cached(f"{source.stem}.so", objects, ["link"], make, cache)

@@ -83,20 +83,21 @@ def test_launch_after_a_defect_is_clean():
 # ---- building and launching
 
 
-def test_build_is_kept_until_a_header_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(build_module, "CACHE", tmp_path / "cache")
+def test_build_is_kept_until_a_header_changes(tmp_path):
+    def made() -> set[tuple[str, int]]:
+        files = (file for file in cache.iterdir() if file.suffix in (".o", ".so"))
+        return {(file.name, file.stat().st_mtime_ns) for file in files}
+
+    cache = tmp_path / "cache"
     header, source = tmp_path / "size.h", tmp_path / "kernel.cu"
     header.write_text("constexpr int kSize = 1;\n")
     source.write_text('#include "platform.h"\n#include "size.h"\nint size() { return kSize; }\n')
-    objects = []
-    monkeypatch.setattr(
-        build_module, "run", lambda command, run=build_module.run: objects.append(command) or run(command)
-    )
-    first = build(source)
-    assert len(objects) == 6 and build(source) == first and len(objects) == 6
+    first = build(source, cache=cache)
+    before = made()
+    assert len(before) == 6 and build(source, cache=cache) == first and made() == before
     header.write_text("constexpr int kSize = 2;\n")
-    assert build(source) != first and len(objects) == 8
-    assert build(source, defines=("OTHER",)) not in (first, build(source))
+    assert build(source, cache=cache) != first and len(made() - before) == 2 and made() > before
+    assert build(source, defines=("OTHER",), cache=cache) not in (first, build(source, cache=cache))
 
 
 def test_builds_at_the_same_time_give_one_library(tmp_path):
