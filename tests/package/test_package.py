@@ -165,7 +165,8 @@ def test_wheel_with_kernels_works_away_from_the_sources(native_wheel, tmp_path):
     )
     program = """
 import json
-from fastattn import images, info
+from fastattn import info
+from fastattn.cuda_kernels import images
 report = info.gather(info.detect())
 image = images.image("float16", (8, 6))
 assert image[:4] == b"\\x7fELF" and image[48] == 80
