@@ -24,7 +24,7 @@ from .machine.trace import BlockTrace, WarpTrace
 from .passes import Pass, launches
 from .pipeline import WarpStream
 
-INSTALLED = Path(images.__file__).parents[1] / "_kernels"  # the folder of the cubins of this build
+INSTALLED = images.HERE.kernels
 WHOLE_TILES = 64  # lengths that are a multiple of it have no partial tile
 BROADCAST = ("mask", "bias")  # buffers that several (batch, head) may read
 READ_BY_ALL_TILES = {  # buffers that every tile of a (batch, head) reads, by pass
