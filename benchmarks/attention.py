@@ -5,7 +5,7 @@
 Each provider is first compared with the float64 reference; one that is wrong or unavailable gets a row with the reason
 and no numbers. What limits attention at the lengths of sentences is bandwidth: beside the times stand the bytes that
 any attention has to move, their share of the rate of a plain copy, and the share of what that rate and the rate of a
-matrix product together allow, both measured first. Writes attention.csv and attention.json; prints who wins at last.
+matrix product together allow, both measured first. Writes attention.csv and attention.json; finally prints who wins.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import published, roofline
-from benchmarks.cases import DTYPES, Case, every_case, quick_cases, short, smoke_cases
+from benchmarks.cases import DTYPES, AttentionCase, every_case, quick_cases, short, smoke_cases
 from benchmarks.command import Command, parse
 from benchmarks.comparison import comparisons, print_comparisons
 from benchmarks.gate import Gate, Wrong
 from benchmarks.provenance import device_name
 from benchmarks.providers import Provider, Unavailable, all_providers
-from benchmarks.report import Table
+from benchmarks.result_table import ResultTable
 from benchmarks.roofline import Roofline
-from benchmarks.timing import Timing, peak_memory_mib, time_for
+from benchmarks.timing import PassTime, peak_memory_mib, time_for
 from fastattn.peaks import peak_tflops
 
 CASE_COLUMNS = ("suite", "workload", "layout", "batch", "nheads", "seqlen_q", "seqlen_k", "head_dim", "mask", "dtype")
@@ -40,70 +41,83 @@ COLUMNS = (
 
 
 def measure(
-    case: Case, provider: Provider, gate: Gate, device: torch.device, roof: Roofline, seconds: float
+    case: AttentionCase, provider: Provider, gate: Gate, device: torch.device, roof: Roofline, seconds: float
 ) -> list[dict[str, Any]]:
-    """The columns that are not the case's: one row per pass, or one with the reason why there are no numbers."""
+    """The columns that are not the case's: a row for each pass, or one with the reason why there are no numbers."""
     try:
         call = gate.admit(provider)
     except Unavailable as error:
         return [{"no_numbers_because": f"unavailable: {error}"}]
     except Wrong as error:
         return [{"no_numbers_because": f"wrong: {error}"}]
-    problem = gate.problem
-    leaves = list(problem.leaves().values())
+    inputs = gate.inputs
+    leaves = list(inputs.leaves().values())
 
     def backward(out: torch.Tensor) -> None:
-        torch.autograd.grad(out, leaves, problem.dout)
+        torch.autograd.grad(out, leaves, inputs.dout)
 
     with provider.context():
-        timings = time_for(call, backward, device, seconds)
+        times = time_for(call, backward, device, seconds)
         memory = peak_memory_mib(lambda: backward(call()), device)
-    note = provider.describe(problem)
+    note, peak = provider.describe(inputs), peak_tflops(device_name(device), case.dtype)
     return [
         {"pass": which, "peak_memory_mib": memory, "note": note}
-        | numbers(case, problem.bytes(which), device, which, timing, roof)
-        for which, timing in timings.items()
+        | numbers(case, inputs.bytes(which), which, time, roof, peak)
+        for which, time in times.items()
     ]
 
 
-def numbers(case: Case, moved: int, device: torch.device, which: str, timing: Timing, roof: Roofline) -> dict[str, Any]:
-    """The columns of one pass; none but the reason if it seems faster than the device can be."""
+def numbers(
+    case: AttentionCase, moved: int, which: str, time: PassTime, roof: Roofline, peak: float | None
+) -> dict[str, Any]:
+    """The columns of one pass; none but the reason if it seems faster than the device can be.
+
+    Args:
+        case: what was timed.
+        moved: bytes.
+        which: the pass.
+        time: that it took.
+        roof: the device's measured rates.
+        peak: TFLOP/s that nothing on the device can exceed; None where they are not known.
+    """
     flops = case.flops(which)
-    tflops = flops / timing.p50_ms * 1e-9
-    peak = peak_tflops(device_name(device), case.dtype)
+    tflops = flops / time.p50_ms * 1e-9
     if peak is not None and tflops > peak:
         return {"no_numbers_because": f"wrong: {tflops:.1f} TFLOP/s, the device's peak is {peak}"}
-    gb_s = moved / timing.p50_ms * 1e-6
+    gb_s = moved / time.p50_ms * 1e-6
     theirs = published.times(which, (case.batch, case.nheads, case.seqlen_q, case.head_dim), case.dtype)
-    is_published = theirs is not None and case.suite == "published"
+    published_ms = {} if theirs is None or case.suite != "published" else theirs._asdict()
     return {
-        **{name: f"{milliseconds:.4f}" for name, milliseconds in timing._asdict().items()},
+        **{name: f"{milliseconds:.4f}" for name, milliseconds in time._asdict().items()},
         "tflops": f"{tflops:.3f}",
         "percent_of_peak": None if peak is None else f"{100 * tflops / peak:.1f}",
         "gb_s": f"{gb_s:.1f}",
         "percent_of_copy": f"{100 * gb_s / roof.copy_gb_s:.1f}",
-        "percent_of_roofline": f"{100 * roof.share(flops, moved, case.dtype, timing.p50_ms):.1f}",
-        **({f"published_{name}": value for name, value in theirs._asdict().items()} if is_published else {}),
+        "percent_of_roofline": f"{100 * roof.share(flops, moved, case.dtype, time.p50_ms):.1f}",
+        **{f"published_{name}": milliseconds for name, milliseconds in published_ms.items()},
     }
 
 
-def rows(command: Command, chosen: list[tuple[Case, Provider]], roof: Roofline) -> Iterator[dict[str, Any]]:
-    """Every row, as it is measured; a line per case and provider goes to the terminal."""
+def rows(command: Command, chosen: list[tuple[AttentionCase, Provider]], roof: Roofline) -> Iterator[dict[str, Any]]:
+    """Every row, as it is measured; a line for each case and provider goes to the terminal."""
+    from tqdm import tqdm  # parse() says what to install where it is missing
+
     seconds = command.sized(0.0, 0.08, 0.5)
-    gate = last = None
-    with tqdm(chosen, unit="row", disable=None) as bar:
-        for case, provider in bar:
-            if case is not last:
-                gate = None  # before the next one's tensors are made
-                gate, last = Gate(case, command.device), case
-                bar.write(f"\n{case}")
-            is_quick = command.size == "quick" and provider.compiles
-            if is_quick and (case.dtype != torch.bfloat16 or case.layout == "packed"):
-                measured = [{"no_numbers_because": "left out: in the quick form it compiles for padded bfloat16 only"}]
-            else:
-                measured = measure(case, provider, gate, command.device, roof, seconds)
-            bar.write(f"  {provider.name:<16} {_line(measured)}")
-            yield from (case.columns() | {"provider": provider.name} | row for row in measured)
+    with tqdm(total=len(chosen), unit="row", disable=None) as bar:
+        for case, providers in groupby(chosen, key=itemgetter(0)):
+            bar.write(f"\n{case}")
+            gate = Gate(case, command.device)
+            for _, provider in providers:
+                is_quick = command.size == "quick" and provider.compiles
+                if is_quick and (case.dtype != torch.bfloat16 or case.layout == "packed"):
+                    reason = "left out: in the quick form it compiles for padded bfloat16 only"
+                    measured = [{"no_numbers_because": reason}]
+                else:
+                    measured = measure(case, provider, gate, command.device, roof, seconds)
+                bar.write(f"  {provider.name:<16} {_line(measured)}")
+                yield from (case.columns() | {"provider": provider.name} | row for row in measured)
+                bar.update()
+            del gate  # before the next one's tensors are made
 
 
 def _line(measured: list[dict[str, Any]]) -> str:
@@ -115,10 +129,10 @@ def _line(measured: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints and writes; returns the exit status."""
-    command = parse("attention", "Time attention.", arguments)
+    command = parse("attention", "Time attention.", arguments, packages=["tqdm"])
     if command is None:
         return 1
-    warnings.filterwarnings("ignore", category=UserWarning)  # of kernels that refuse; the rows say it
+    warnings.filterwarnings("ignore", category=UserWarning)  # kernels that refuse warn of it; the rows say it
     cases = command.sized(smoke_cases, quick_cases, every_case)()
     chosen = [(case, provider) for case in cases for provider in all_providers() if command.wants(case, provider.name)]
     dtypes = tuple(dtype for dtype in DTYPES if any(case.dtype == dtype for case, _ in chosen))
@@ -126,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     rates = {short(dtype): round(rate, 3) for dtype, rate in roof.product_tflops.items()}
     print(f"a copy moves {roof.copy_gb_s:.0f} GB/s, matrix products do {rates} TFLOP/s; shares below are of these")
     measured = {"copy_gb_s": round(roof.copy_gb_s, 1), "product_tflops": rates}
-    with Table(command, "attention", COLUMNS, **measured) as table:
+    with ResultTable(command, "attention", COLUMNS, **measured) as table:
         for row in rows(command, chosen, roof):
             table.add(**row)
     print_comparisons(comparisons(table.rows))

@@ -1,4 +1,4 @@
-"""The attention problems that are timed, as data, and their tensors."""
+"""The attention calls that are timed, as data, and their tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MASKS: dict[str, frozenset[str]] = {
 
 
 @dataclass
-class Problem:
+class AttentionInputs:
     """The tensors of one call and its other arguments."""
 
     q: Tensor  # (batch, nheads, seqlen_q, head_dim)    packed: (total_q, nheads, head_dim)
@@ -49,16 +49,16 @@ class Problem:
     max_seqlen_k: int = 0
 
     def leaves(self) -> dict[str, Tensor]:
-        """What gets a gradient, by the name of that gradient."""
+        """The tensors that get a gradient, by the name of that gradient."""
         named = {"dq": self.q, "dk": self.k, "dv": self.v, "dbias": self.bias}
         return {name: x for name, x in named.items() if x is not None and x.requires_grad}
 
     def is_packed(self) -> bool:
-        """Whether sequences lie end to end, without padding."""
+        """True if sequences lie end to end, without padding."""
         return self.cu_seqlens_q is not None
 
     def bytes(self, which: str) -> int:
-        """That any attention moves: its arguments, out and lse; backward dout and the gradients as well."""
+        """Bytes that any attention moves: its arguments, out and lse; backward dout and the gradients as well."""
         lse = 4 * self.q.numel() // self.q.shape[-1]
         read = [x for x in (self.q, self.k, self.v, self.mask, self.bias) if x is not None]
         forward = sum(x.nbytes for x in read) + self.q.nbytes + lse
@@ -67,8 +67,8 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One problem: dense, or the sentences of an update, padded or packed."""
+class AttentionCase:
+    """The sizes and features of one call: dense, or the sentences of an update, padded or packed."""
 
     suite: str
     workload: str
@@ -88,16 +88,16 @@ class Case:
         return f"{self.suite} {self.workload} {sizes} {self.layout} {self.mask} {short(self.dtype)}"
 
     def columns(self) -> dict[str, object]:
-        """What describes the case in a table."""
+        """The columns that describe the case in a table."""
         named = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("lengths")}
         return named | {"dtype": short(self.dtype)}
 
     def batch_of(self) -> tuple[str, str, torch.dtype]:
-        """The same for the padded and the packed batch of the same sentences."""
+        """A key that the padded and the packed batch of the same sentences have in common."""
         return self.suite, self.workload, self.dtype
 
-    def make(self, device: torch.device) -> Problem:
-        """The same values every time, and masks with a key in every row."""
+    def make(self, device: torch.device) -> AttentionInputs:
+        """The tensors, with the same values every time, and masks with a key in every row."""
         generator = torch.Generator(device).manual_seed(0)
         query, key = self._shapes()
 
@@ -106,24 +106,24 @@ class Case:
 
         q, k, v = (normal(shape).requires_grad_() for shape in (query, key, key))
         features = MASKS[self.mask]
-        problem = Problem(q, k, v, normal(query), is_causal="causal" in features)
-        problem.dropout_p = DROPOUT_P if "dropout" in features else 0.0
+        inputs = AttentionInputs(q, k, v, normal(query), is_causal="causal" in features)
+        inputs.dropout_p = DROPOUT_P if "dropout" in features else 0.0
         if "padding" in features:
-            problem.mask = self._padding(generator)
+            inputs.mask = self._padding(generator)
         if "bool" in features:
             shape = (self.batch, 1, self.seqlen_q, self.seqlen_k)
-            problem.mask = torch.rand(shape, generator=generator, device=device) < 0.7
-            problem.mask[..., 0] = True
+            inputs.mask = torch.rand(shape, generator=generator, device=device) < 0.7
+            inputs.mask[..., 0] = True
         if "bias" in features:
-            problem.bias = normal((1, self.nheads, self.seqlen_q, self.seqlen_k))
-            problem.bias.requires_grad_("gradient" in features)
+            inputs.bias = normal((1, self.nheads, self.seqlen_q, self.seqlen_k))
+            inputs.bias.requires_grad_("gradient" in features)
         if self.layout == "packed":
-            problem.cu_seqlens_q, problem.cu_seqlens_k = (
+            inputs.cu_seqlens_q, inputs.cu_seqlens_k = (
                 F.pad(torch.tensor(sizes, device=device).cumsum(0), (1, 0)).int()
                 for sizes in (self.lengths_q, self.lengths_k)
             )
-            problem.max_seqlen_q, problem.max_seqlen_k = self.seqlen_q, self.seqlen_k
-        return problem
+            inputs.max_seqlen_q, inputs.max_seqlen_k = self.seqlen_q, self.seqlen_k
+        return inputs
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if self.layout == "packed":
@@ -133,7 +133,7 @@ class Case:
         return (*start, self.seqlen_q, self.head_dim), (*start, self.seqlen_k, self.head_dim)
 
     def _padding(self, generator: torch.Generator) -> Tensor:
-        """(batch, 1, 1, seqlen_k) by the sentences' lengths, or by random ones from half the longest on."""
+        """A mask (batch, 1, 1, seqlen_k) by the sentences' lengths, or by random ones from half the longest on."""
         device = generator.device
         if self.lengths_k:
             filled = torch.tensor(self.lengths_k, device=device)
@@ -142,7 +142,7 @@ class Case:
         return torch.arange(self.seqlen_k, device=device) < filled[:, None, None, None]
 
     def flops(self, which: str) -> float:
-        """Of two matrix products forward (half of them if causal) and five backward; of a dense batch with padding."""
+        """Operations of two matrix products forward (half if causal) and five backward; a dense batch has padding."""
         pairs = zip(self.lengths_q, self.lengths_k, strict=True)
         scores = sum(q * k for q, k in pairs) if self.layout == "packed" else self.batch * self.seqlen_q * self.seqlen_k
         forward = 4.0 * scores * self.nheads * self.head_dim / (2 if "causal" in MASKS[self.mask] else 1)
@@ -150,21 +150,23 @@ class Case:
 
 
 def precisions(device: torch.device) -> list[torch.dtype]:
-    """float32 and, of a GPU, the half precision that it is good at."""
+    """float32 and, on a GPU, the half precision that it is good at."""
     if device.type == "cpu":
         return [torch.float32]
     return [torch.float32, torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16]
 
 
 def short(dtype: torch.dtype) -> str:
-    """Its name without "torch."."""
+    """The dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 # ---- suites ----
 
 
-def of_updates(chosen: Sequence[lengths.Lengths], dtypes: Iterable[torch.dtype], nheads: int = 8) -> Iterator[Case]:
+def of_updates(
+    chosen: Sequence[lengths.Lengths], dtypes: Iterable[torch.dtype], nheads: int = 8
+) -> Iterator[AttentionCase]:
     """The three attentions of a Transformer on updates of sentence pairs, padded and packed."""
     for dtype, update, layout in product(dtypes, chosen, ("padded", "packed")):
         source, target = update
@@ -173,18 +175,20 @@ def of_updates(chosen: Sequence[lengths.Lengths], dtypes: Iterable[torch.dtype],
             ("decoder", target, target, "causal"),
             ("cross", target, source, "padding"),
         ):
-            yield Case(
+            yield AttentionCase(
                 "wmt", f"{kind} {max(queries)}", len(queries), nheads, max(queries), max(keys), 64,
                 "none" if layout == "packed" and mask == "padding" else mask, dtype, layout, queries, keys,
             )  # fmt: skip
 
 
-def square(suite: str, batch: int, nheads: int, seqlen: int, head_dim: int, mask: str, dtype: torch.dtype) -> Case:
+def square(
+    suite: str, batch: int, nheads: int, seqlen: int, head_dim: int, mask: str, dtype: torch.dtype
+) -> AttentionCase:
     """Self-attention of sequences of one length."""
-    return Case(suite, "self", batch, nheads, seqlen, seqlen, head_dim, mask, dtype)
+    return AttentionCase(suite, "self", batch, nheads, seqlen, seqlen, head_dim, mask, dtype)
 
 
-def every_case() -> list[Case]:
+def every_case() -> list[AttentionCase]:
     """All suites: WMT updates, short sequences, masks, long sequences (16k tokens, width 2048), the published table."""
     cases = list(of_updates(lengths.updates(3), DTYPES))
     for dtype, mask, n in product(DTYPES, ("none", "padding", "causal"), (16, 32, 64, 82, 128)):
@@ -199,16 +203,16 @@ def every_case() -> list[Case]:
     return cases
 
 
-def quick_cases() -> list[Case]:
-    """Few of every suite, yet each length up to 8192, width, mask, workload and dtype in one of them.
+def quick_cases() -> list[AttentionCase]:
+    """Few cases of every suite, yet each length up to 8192, width, mask, workload and dtype in one of them.
 
-    Of a batch of sentences both layouts.
+    A batch of sentences comes in both layouts.
     """
     every = [case for case in every_case() if case.seqlen_k <= 8192]
-    kept: list[Case] = []
-    times_seen: Counter[tuple] = Counter()
+    kept: list[AttentionCase] = []
+    times_seen: Counter[tuple[object, ...]] = Counter()
 
-    def gain(case: Case) -> tuple[int, int]:
+    def gain(case: AttentionCase) -> tuple[int, int]:
         counts = [times_seen[value] for value in _shown(case)]
         return counts.count(0), -sum(counts)
 
@@ -218,7 +222,7 @@ def quick_cases() -> list[Case]:
     return kept
 
 
-def _shown(case: Case) -> set[tuple]:
+def _shown(case: AttentionCase) -> set[tuple[object, ...]]:
     """The values by which a case differs from others of its suite."""
     described = case.columns()
     return {
@@ -227,8 +231,8 @@ def _shown(case: Case) -> set[tuple]:
     }
 
 
-def smoke_cases() -> list[Case]:
-    """Tiny ones, with every mask and layout."""
+def smoke_cases() -> list[AttentionCase]:
+    """Tiny cases, with every mask and layout."""
     tiny = [lengths.Lengths((3, 9, 5), (4, 2, 7))]
     cases = [square("masks", 2, 2, 9, 16, mask, torch.float32) for mask in MASKS]
     return [*of_updates(tiny, [torch.float32], nheads=2), *cases]

@@ -1,10 +1,12 @@
-"""What every benchmark's command line has: the device, how much is measured, what is left out, where it is written."""
+"""The command line that all benchmarks share: device, size, what is left out, where results are written."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -13,6 +15,8 @@ import torch
 from benchmarks.provenance import folder_name
 
 RESULTS = Path(__file__).parent / "results"
+INSTALL = 'pip install "fastattn[bench]", or from a clone pip install -e ".[bench]"'
+SIZES = {"quick": "few cases, in about two minutes", "smoke": "tiny cases, on any machine, in seconds"}
 T = TypeVar("T")
 
 
@@ -21,33 +25,63 @@ class Command(NamedTuple):
 
     device: torch.device
     size: str  # "smoke", "quick" or "full"
-    pattern: re.Pattern[str]
+    patterns: tuple[re.Pattern[str], ...]
     folder: Path  # for results
 
     def sized(self, smoke: T, quick: T, full: T) -> T:
-        """What belongs to the size."""
+        """The argument that belongs to the size."""
         return {"smoke": smoke, "quick": quick, "full": full}[self.size]
 
     def wants(self, *names: object) -> bool:
-        """Whether what these describe is to be measured."""
-        return self.pattern.search(" ".join(map(str, names))) is not None
+        """True if the text of these names has all patterns, and is to be measured."""
+        text = " ".join(map(str, names))
+        return all(pattern.search(text) for pattern in self.patterns)
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, device: torch.device) -> Command:
+        """The call that these options of `parser` mean on a device."""
+        folder = options.out or RESULTS / folder_name(device)
+        return cls(device, options.size, tuple(options.filter), folder)
 
 
-def parse(name: str, description: str, arguments: list[str] | None) -> Command | None:
-    """The command line of benchmarks.<name>; None, with a word on stderr, if there is nothing to measure on."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="few cases, in about two minutes")
-    size.add_argument("--smoke", action="store_true", help="tiny cases, on any machine, in seconds")
-    parser.add_argument("--filter", type=re.compile, default="", metavar="REGEX", help="measure only what it finds")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU; --smoke takes what is there")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: benchmarks/results/<device>)")
-    options = parser.parse_args(arguments)
+def parser(name: str, description: str, sizes: Iterable[str] = SIZES) -> argparse.ArgumentParser:
+    """The options of benchmarks.<name> that do not name a device; the benchmark may add its own."""
+    options = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    size = options.add_mutually_exclusive_group()
+    for flag in sizes:
+        size.add_argument(f"--{flag}", dest="size", action="store_const", const=flag, default="full", help=SIZES[flag])
+    options.add_argument(
+        "--filter", nargs="+", type=re.compile, default=[], metavar="REGEX", help="measure only what all of them find"
+    )
+    options.add_argument("--out", type=Path, help="folder to write to (default: benchmarks/results/<device>)")
+    return options
+
+
+def has_packages(*names: str) -> bool:
+    """False, with a line on stderr that names the extra to install, if one of the packages is missing."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"not installed: {', '.join(missing)}; {INSTALL}", file=sys.stderr)
+    return not missing
+
+
+def parse(name: str, description: str, arguments: list[str] | None, packages: Iterable[str] = ()) -> Command | None:
+    """The command line of benchmarks.<name>; None, with a line on stderr, if nothing can be measured.
+
+    Args:
+        name: of the module.
+        description: for --help.
+        arguments: of the command line; None for those of this process.
+        packages: what the benchmark imports, when it runs, besides torch, numpy and the standard library.
+    """
+    line = parser(name, description)
+    line.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU; --smoke takes what is there")
+    options = line.parse_args(arguments)
+    if not has_packages("numpy", *packages):
+        return None
     has_gpu = torch.cuda.is_available()
-    if not has_gpu and options.device != "cpu" and not (options.smoke and options.device is None):
+    if not has_gpu and options.device != "cpu" and not (options.size == "smoke" and options.device is None):
         hint = "see python -m fastattn.info, or give --device cpu"
         print(f"no CUDA device that torch can use: {hint}; nothing was measured", file=sys.stderr)
         return None
-    device = torch.device(options.device or ("cuda" if has_gpu else "cpu"))
-    chosen = "smoke" if options.smoke else "quick" if options.quick else "full"
-    return Command(device, chosen, re.compile(options.filter), options.out or RESULTS / folder_name(device))
+    return Command.of(options, torch.device(options.device or ("cuda" if has_gpu else "cpu")))

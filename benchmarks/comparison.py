@@ -1,4 +1,4 @@
-"""Who wins: fastattn's fastest backend against the fastest of all others, case by case."""
+"""fastattn's fastest backend against the fastest of all others, case by case: who wins."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CASE = ("suite", "workload", "layout", "batch", "nheads", "seqlen_q", "seqlen_k"
 
 
 class Comparison(NamedTuple):
-    """Of one case and pass."""
+    """Both sides' times of one case and pass."""
 
     suite: str
     case: str
@@ -21,17 +21,17 @@ class Comparison(NamedTuple):
     peer_ms: float
 
     def speedup(self) -> float:
-        """Above 1 where fastattn is the faster one."""
+        """The peer's time over fastattn's: above 1 where fastattn is the faster one."""
         return self.peer_ms / self.ours_ms
 
 
 def is_ours(name: str) -> bool:
-    """Whether a provider is fastattn's own; fastattn-torch is torch's kernel."""
+    """True for the providers that are fastattn's own; fastattn-torch is torch's kernel."""
     return name.startswith("fastattn") and name != "fastattn-torch"
 
 
 def comparisons(rows: list[Row]) -> list[Comparison]:
-    """Of every case and pass in which both sides have a time.
+    """The comparison of every case and pass in which both sides have a time.
 
     fastattn-torch, which is torch's own kernel, is on neither side. Who has no packed attention has to pad: the
     padded batch of the same sentences is a peer of the packed one.
@@ -64,7 +64,7 @@ def _described(row: Row) -> str:
 
 
 def medians(found: list[Comparison]) -> dict[str, tuple[float, int, int]]:
-    """Of each suite, for forward and backward together: the median speedup, how many cases, how many lost."""
+    """The median speedup, cases and lost cases of each suite, for forward and backward together."""
     both: dict[str, list[float]] = {}
     for c in found:
         if c.which == "both":
@@ -73,7 +73,7 @@ def medians(found: list[Comparison]) -> dict[str, tuple[float, int, int]]:
 
 
 def print_comparisons(found: list[Comparison]) -> None:
-    """Every case, then the medians of the suites."""
+    """Prints every case, then the medians of the suites."""
     if not found:
         print("\nno case has times of both fastattn's kernels and another's: nothing to compare")
         return

@@ -23,7 +23,7 @@ from torch import Tensor
 import fastattn
 from benchmarks.cases import precisions, short
 from benchmarks.command import Command, parse
-from benchmarks.report import Table
+from benchmarks.result_table import ResultTable
 from benchmarks.torch_model import TorchTransformer
 from benchmarks.transformer_step import models, padded_ids
 from fastattn import Transformer, TransformerConfig
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = models(command)
     if command.device.type == "cpu" or command.size == "quick":
         chosen.pop("big", None)
-    with Table(command, "decode", COLUMNS, source_length=SOURCE_LENGTH) as table:
+    with ResultTable(command, "decode", COLUMNS, source_length=SOURCE_LENGTH) as table:
         for name, config in chosen.items():
             for row in rows(command, name, config):
                 table.add(**row)

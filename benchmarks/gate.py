@@ -11,74 +11,79 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from benchmarks.cases import Case, Problem
-from benchmarks.providers import Call, Provider, Unavailable
+from benchmarks.cases import AttentionCase, AttentionInputs
+from benchmarks.providers import Call, Provider, Unavailable, fastattn_call
 
 # This only has to tell a wrong result (a mask or a scale missing) from a right one; the tests judge the last digits. A
 # correct backend is off by 1-4 roundings in the root of the mean square, a wrong one by a good part of the norm.
 MAX_ROUNDINGS = 16
-MAX_SUM_OFF = 1e-5  # more, of modules in float32, whose gradients are sums over thousands of tokens
-MAX_SCORES = 2**27  # of the float64 reference at a time: 1 GB
+MAX_SUM_OFF = 1e-5  # allowed on top in modules, whose float32 gradients are sums over thousands of tokens
+MAX_SCORES = 2**27  # that the float64 reference computes at a time: 1 GB
 
 Results = dict[str, Tensor]  # out, dq, dk, dv and, where the bias has a gradient, dbias
 
 
 class Wrong(Exception):
-    """A provider's results are not those of the reference; the message says how far off they are."""
+    """Results are not those of the reference; the message says how far off they are."""
 
 
 def off_by(actual: Tensor, exact: Tensor) -> float:
-    """The norm of the difference as a part of the norm."""
+    """The norm of the difference as a part of the exact tensor's norm."""
     return float((actual.double() - exact).norm() / exact.norm())
 
 
-def results(call: Call, problem: Problem) -> Results:
-    """Of one call and its backward pass."""
-    torch.manual_seed(0)  # of the seed of dropout
+def results(call: Call, inputs: AttentionInputs) -> Results:
+    """The results of one call and its backward pass."""
+    torch.manual_seed(0)  # which dropout draws its seed from
     out = call()
-    leaves = problem.leaves()
-    return {"out": out.detach()} | dict(
-        zip(leaves, torch.autograd.grad(out, leaves.values(), problem.dout), strict=True)
-    )
+    leaves = inputs.leaves()
+    gradients = torch.autograd.grad(out, tuple(leaves.values()), inputs.dout)
+    return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
 
 
 class Gate:
     """The reference's results on one case, in float64, and the judgement of others by them.
 
-    Of a dense problem too large for that, the last heads of the last batch entries stand for all: each attends by
-    itself, and the offsets into the tensors are the largest there.
+    Of a dense case too large for that, the last heads of the last batch entries stand for all: each attends by itself,
+    and the offsets into the tensors are the largest there.
+
+    Args:
+        case: what is computed.
+        device: on which.
+        max_scores: that the reference computes at a time.
     """
 
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.problem = case.make(device)
-        p = self.problem
+    def __init__(self, case: AttentionCase, device: torch.device, max_scores: int = MAX_SCORES) -> None:
+        self.inputs = case.make(device)
+        self.max_scores = max_scores
+        p = self.inputs
         self.is_plain = not p.is_packed() and p.mask is None and p.bias is None and not p.dropout_p
         self.batch, self.heads = 0, 0  # all
         if self.is_plain:
             per_head = p.q.shape[2] * p.k.shape[2]
-            self.heads = max(1, min(p.q.shape[1], MAX_SCORES // per_head))
-            self.batch = max(1, min(p.q.shape[0], MAX_SCORES // (self.heads * per_head)))
+            self.heads = max(1, min(p.q.shape[1], max_scores // per_head))
+            self.batch = max(1, min(p.q.shape[0], max_scores // (self.heads * per_head)))
 
     def admit(self, provider: Provider) -> Call:
         """The call to be timed.
 
         Raises:
-            Unavailable: the provider does not take the problem.
+            Unavailable: the provider does not take the case.
             Wrong: it does, and computes something else.
         """
-        has_own_bits = provider.has_own_dropout and self.problem.dropout_p > 0
-        problem = self._without_dropout if has_own_bits else self.problem
+        has_own_bits = provider.has_own_dropout and self.inputs.dropout_p > 0
+        inputs = self._without_dropout if has_own_bits else self.inputs
         expected = self._expected_without_dropout if has_own_bits else self._expected
         with warnings.catch_warnings(record=True) as caught, provider.context():
             warnings.simplefilter("always")
             try:
-                call = provider.prepare(problem)
-                actual = results(call, problem)
+                call = provider.prepare(inputs)
+                actual = results(call, inputs)
                 if has_own_bits:
-                    call = provider.prepare(self.problem)
+                    call = provider.prepare(self.inputs)
                     call()
             except Exception as error:
-                if self.problem.q.is_cuda:
+                if self.inputs.q.is_cuda:
                     torch.cuda.synchronize()  # raises if the device itself is lost: then nothing later can be measured
                     torch.cuda.empty_cache()
                 raise Unavailable(_reason(error, [str(w.message) for w in caught])) from error
@@ -86,7 +91,7 @@ class Gate:
         return call
 
     def _compare(self, actual: Results, expected: Results) -> None:
-        allowed = MAX_ROUNDINGS * torch.finfo(self.problem.q.dtype).eps
+        allowed = MAX_ROUNDINGS * torch.finfo(self.inputs.q.dtype).eps
         for name, exact in expected.items():
             off = off_by(self._sample(actual[name]), exact)
             if not off <= allowed:
@@ -97,35 +102,32 @@ class Gate:
 
     @cached_property
     def _expected(self) -> Results:
-        return self._exact_results(self.problem)
+        return self._exact_results(self.inputs)
 
     @cached_property
-    def _without_dropout(self) -> Problem:
-        return replace(self.problem, dropout_p=0.0)
+    def _without_dropout(self) -> AttentionInputs:
+        return replace(self.inputs, dropout_p=0.0)
 
     @cached_property
     def _expected_without_dropout(self) -> Results:
         return self._exact_results(self._without_dropout)
 
-    def _exact_results(self, p: Problem) -> Results:
-        def exact(x: Tensor | None) -> Tensor | None:
-            return None if x is None else self._sample(x.detach()).double().requires_grad_(x.requires_grad)
+    def _exact_results(self, p: AttentionInputs) -> Results:
+        def exact(x: Tensor) -> Tensor:
+            return self._sample(x.detach()).double().requires_grad_(x.requires_grad)
 
-        p = replace(p, q=exact(p.q), k=exact(p.k), v=exact(p.v), dout=exact(p.dout), bias=exact(p.bias))
-        return results(lambda: _in_parts(p) if self.is_plain else _reference(p), p)
+        bias = None if p.bias is None else exact(p.bias)
+        p = replace(p, q=exact(p.q), k=exact(p.k), v=exact(p.v), dout=exact(p.dout), bias=bias)
+        return results(lambda: _in_parts(p, self.max_scores) if self.is_plain else _reference(p), p)
 
 
-def _reference(p: Problem) -> Tensor:
-    options = {"attn_mask": p.mask, "attn_bias": p.bias, "dropout_p": p.dropout_p, "is_causal": p.is_causal}
+def _reference(p: AttentionInputs) -> Tensor:
     with fastattn.use_backend("reference"):
-        if not p.is_packed():
-            return fastattn.scaled_dot_product_attention(p.q, p.k, p.v, **options)
-        lengths = (p.cu_seqlens_q, p.cu_seqlens_k, p.max_seqlen_q, p.max_seqlen_k)
-        return fastattn.varlen_attention(p.q, p.k, p.v, *lengths, **options)
+        return fastattn_call(p)()
 
 
-def _in_parts(p: Problem) -> Tensor:
-    """The reference of a problem without mask, bias and dropout, some rows at a time, whose scores are not kept."""
+def _in_parts(p: AttentionInputs, max_scores: int) -> Tensor:
+    """The reference of a call without mask, bias and dropout, some rows at a time, whose scores are not kept."""
     batch, heads, seqlen_k, _ = p.k.shape
 
     def attend(q: Tensor, first: int) -> Tensor:
@@ -135,13 +137,13 @@ def _in_parts(p: Problem) -> Tensor:
             mask = torch.arange(seqlen_k, device=q.device) <= rows[:, None]
         return _reference(replace(p, q=q, mask=mask, is_causal=False))
 
-    size = max(1, MAX_SCORES // (batch * heads * seqlen_k))
+    size = max(1, max_scores // (batch * heads * seqlen_k))
     parts = [checkpoint(attend, q, i * size, use_reentrant=False) for i, q in enumerate(p.q.split(size, dim=2))]
     return torch.cat(parts, dim=2)
 
 
 def _reason(error: Exception, warned: list[str]) -> str:
-    """One line; where torch says only that there is no kernel, its warnings say why."""
+    """The error in one line; where torch says only that there is no kernel, its warnings say why."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     text = str(error) or type(error).__name__

@@ -21,7 +21,7 @@ import fastattn
 from benchmarks.cases import precisions, short
 from benchmarks.command import Command, parse
 from benchmarks.gate import MAX_ROUNDINGS, MAX_SUM_OFF, off_by
-from benchmarks.report import Table
+from benchmarks.result_table import ResultTable
 from benchmarks.timing import peak_memory_mib, time_for
 
 COLUMNS = (
@@ -32,25 +32,24 @@ HEAD_DIM = 64
 KERNEL_WIDTH = 3  # k
 WINDOW = 128  # r: each position sees half of it on either side
 
-Layer = Callable[[Tensor], Tensor]  # (batch, seqlen, width) -> the same
 
-
-def self_attention(width: int) -> nn.Module:
-    """The paper's layer."""
+def self_attention(width: int) -> fastattn.MultiHeadAttention:
+    """The paper's self-attention."""
     return fastattn.MultiHeadAttention(width, max(1, width // HEAD_DIM), batch_first=True)
 
 
 def restricted(attention: fastattn.MultiHeadAttention, x: Tensor) -> Tensor:
-    """The same within a window."""
+    """Self-attention within a window."""
     q, k, v = (
         project(x).transpose(1, 2)
         for project in (attention.project_query, attention.project_key, attention.project_value)
     )
-    out = fastattn.scaled_dot_product_attention(q, k, v, window=(WINDOW // 2, WINDOW // 2))
-    return attention.project_output(out.transpose(1, 2))
+    attend: Callable[..., Any] = fastattn.scaled_dot_product_attention
+    return attention.project_output(attend(q, k, v, window=(WINDOW // 2, WINDOW // 2)).transpose(1, 2))
 
 
-LAYERS: dict[str, tuple[Callable[[int], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
+# How each is made of its width, and run on (batch, seqlen, width), which gives the same shape.
+LAYERS: dict[str, tuple[Callable[[int], nn.Module], Callable[[Any, Tensor], Tensor]]] = {
     "self-attention": (self_attention, lambda layer, x: layer(x, x, x, need_weights=False)[0]),
     "recurrent": (lambda width: nn.LSTM(width, width, batch_first=True), lambda layer, x: layer(x)[0]),
     "convolutional": (
@@ -85,12 +84,12 @@ def measure(name: str, x: Tensor, command: Command) -> dict[str, Any]:
 
     timing = time_for(lambda: run(layer, x), backward, x.device, command.sized(0.0, 0.2, 0.5))["both"]
     memory = peak_memory_mib(lambda: backward(run(layer, x)), x.device)
-    note = _backend(layer, x) if "attention" in name else ""
+    note = _backend(layer, x) if isinstance(layer, fastattn.MultiHeadAttention) else ""
     return {name: f"{ms:.4f}" for name, ms in timing._asdict().items()} | {"peak_memory_mib": memory, "note": note}
 
 
-def _backend(layer: nn.Module, x: Tensor) -> str:
-    """What the attention ran on."""
+def _backend(layer: fastattn.MultiHeadAttention, x: Tensor) -> str:
+    """The backend that the attention ran on."""
     q = layer.project_query(x[:, :1]).transpose(1, 2)
     return fastattn.explain(q, q, q).backend
 
@@ -100,11 +99,11 @@ def main(arguments: list[str] | None = None) -> int:
     command = parse("layers", "Time one layer of each kind.", arguments)
     if command is None:
         return 1
-    torch.backends.cudnn.allow_tf32 = False  # of the recurrent and the convolutional layer: float32 means float32
+    torch.backends.cudnn.allow_tf32 = False  # in the recurrent and the convolutional layer, too, float32 means float32
     on_gpu = command.device.type == "cuda"
     tokens, width = command.sized((64, 16), *[(16_384, 512) if on_gpu else (2_048, 512)] * 2)
     lengths = [n for n in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384) if n <= tokens]
-    with Table(command, "layers", COLUMNS, kernel_width=KERNEL_WIDTH, window=WINDOW) as table:
+    with ResultTable(command, "layers", COLUMNS, kernel_width=KERNEL_WIDTH, window=WINDOW) as table:
         for dtype in precisions(command.device):
             wrong = {name: why_wrong(name, width, dtype, command.device) for name in LAYERS}
             for seqlen, name in product(lengths[:: command.sized(1, 2, 1)], LAYERS):

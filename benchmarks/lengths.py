@@ -6,10 +6,6 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from fastattn.nmt.batches import TokenBatches
-
 FILE = Path(__file__).parent / "data" / "sentence_pairs.csv"
 
 
@@ -20,17 +16,21 @@ class Lengths(NamedTuple):
     target: tuple[int, ...]
 
     def tokens(self) -> int:
-        """Of both sides."""
+        """The ids of both sides."""
         return sum(self.source) + sum(self.target)
 
 
 def updates(count: int, tokens_per_update: int = 25_000) -> list[Lengths]:
-    """That many updates, from one of short sentences to one of long ones, at equal steps through an epoch's tokens.
+    """Some updates, from one of short sentences to one of long ones, at equal steps through an epoch's tokens.
 
     Args:
         count: how many.
         tokens_per_update: most ids of a side.
     """
+    import numpy as np  # the benchmarks' parse() says what to install where it is missing
+
+    from fastattn.nmt.batches import TokenBatches
+
     with FILE.open() as file:
         rows = [tuple(map(int, row.values())) for row in csv.DictReader(file)]
     source, target = (np.repeat([row[side] for row in rows], [row[2] for row in rows]) for side in (0, 1))

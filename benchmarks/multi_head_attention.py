@@ -2,9 +2,9 @@
 
     python -m benchmarks.multi_head_attention          on a GPU; --smoke for tiny cases on any machine
 
-With the same parameters, projections included, forward and backward as in training, without weights; fastattn's also
-without padding, by forward_packed. Output and gradients are first compared with torch's module in float64. Writes
-multi_head_attention.csv and .json.
+Both have the same parameters, projections included, and run forward and backward as in training, without weights;
+fastattn's also without padding, by forward_packed. Output and gradients are first compared with torch's module in
+float64. Writes multi_head_attention.csv and multi_head_attention.json.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, of_updates, precisions, short
+from benchmarks.cases import AttentionCase, of_updates, precisions, short
 from benchmarks.command import Command, parse
 from benchmarks.gate import MAX_ROUNDINGS, MAX_SUM_OFF, off_by
 from benchmarks.lengths import Lengths, updates
-from benchmarks.report import Table
+from benchmarks.result_table import ResultTable
 from benchmarks.timing import peak_memory_mib, time_for
 from fastattn import MultiHeadAttention
 
@@ -32,8 +32,8 @@ COLUMNS = (
 PROVIDERS = ("torch", "fastattn", "fastattn-packed")
 
 
-class Batch(NamedTuple):
-    """Padded inputs of a module."""
+class ModuleInputs(NamedTuple):
+    """The padded inputs of a module."""
 
     query: Tensor  # (batch, seqlen_q, width)
     key: Tensor  # the same one for self-attention
@@ -42,8 +42,8 @@ class Batch(NamedTuple):
     dout: Tensor  # (tokens of the queries, width)
 
 
-def make_batch(case: Case, device: torch.device) -> Batch:
-    """The same values every time."""
+def make_inputs(case: AttentionCase, device: torch.device) -> ModuleInputs:
+    """The inputs of a case, with the same values every time."""
     generator = torch.Generator(device).manual_seed(0)
     width = case.nheads * case.head_dim
 
@@ -56,11 +56,11 @@ def make_batch(case: Case, device: torch.device) -> Batch:
     )
     query = normal(*is_query.shape, width).requires_grad_()
     key = normal(*is_key.shape, width).requires_grad_() if case.workload.startswith("cross") else query
-    return Batch(query, key, is_query, is_key, normal(sum(case.lengths_q), width))
+    return ModuleInputs(query, key, is_query, is_key, normal(sum(case.lengths_q), width))
 
 
-def make_module(provider: str, case: Case, device: torch.device) -> nn.Module:
-    """In training mode; every provider with the same parameters."""
+def make_module(provider: str, case: AttentionCase, device: torch.device) -> nn.Module:
+    """The provider's module, in training mode; all have the same parameters."""
     kind = nn.MultiheadAttention if provider == "torch" else MultiHeadAttention
     torch.manual_seed(0)
     return kind(case.nheads * case.head_dim, case.nheads, batch_first=True).to(device, case.dtype)
@@ -74,17 +74,19 @@ class Prepared(NamedTuple):
     dout: Tensor  # like the output; 0 at padding
 
 
-def prepare(provider: str, case: Case, module: nn.Module, batch: Batch) -> Prepared:
-    """What is timed."""
+def prepare(provider: str, case: AttentionCase, module: nn.Module, batch: ModuleInputs) -> Prepared:
+    """The provider's call on the batch, as it is timed."""
     parameters = list(module.parameters())
     is_causal, device = case.mask == "causal", batch.query.device
     if provider == "fastattn-packed":
-        problem = replace(case, layout="packed").make(device)
-        sizes = (problem.cu_seqlens_q, problem.cu_seqlens_k, problem.max_seqlen_q, problem.max_seqlen_k)
+        assert isinstance(module, MultiHeadAttention)
+        packed = replace(case, layout="packed").make(device)
+        sizes = (packed.cu_seqlens_q, packed.cu_seqlens_k, packed.max_seqlen_q, packed.max_seqlen_k)
+        forward: Callable[..., Tensor] = module.forward_packed
         query = batch.query.detach()[batch.is_query].requires_grad_()
         key = query if batch.key is batch.query else batch.key.detach()[batch.is_key].requires_grad_()
         leaves = [query, *([] if key is query else [key]), *parameters]
-        return Prepared(lambda: module.forward_packed(query, key, key, *sizes, is_causal=is_causal), leaves, batch.dout)
+        return Prepared(lambda: forward(query, key, key, *sizes, is_causal=is_causal), leaves, batch.dout)
     options: dict[str, Any] = {"need_weights": False, "is_causal": is_causal, "key_padding_mask": ~batch.is_key}
     if is_causal:  # padding is on the right, where no query of a token looks
         band = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool, device=device).triu(1)
@@ -94,9 +96,9 @@ def prepare(provider: str, case: Case, module: nn.Module, batch: Batch) -> Prepa
     return Prepared(lambda: module(batch.query, batch.key, batch.key, **options)[0], leaves, dout)
 
 
-def results(provider: str, case: Case, device: torch.device) -> dict[str, Tensor]:
+def results(provider: str, case: AttentionCase, device: torch.device) -> dict[str, Tensor]:
     """The output at tokens and the gradients of the parameters."""
-    module, batch = make_module(provider, case, device), make_batch(case, device)
+    module, batch = make_module(provider, case, device), make_inputs(case, device)
     prepared = prepare(provider, case, module, batch)
     out = prepared.call()
     named = dict(module.named_parameters())
@@ -106,7 +108,7 @@ def results(provider: str, case: Case, device: torch.device) -> dict[str, Tensor
 
 
 def why_wrong(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str | None:
-    """What is further from the expected than rounding brings it."""
+    """The first result that is further from the expected than rounding brings it; None if all are right."""
     allowed = MAX_ROUNDINGS * torch.finfo(dtype).eps + MAX_SUM_OFF
     for name, exact in expected.items():
         off = off_by(actual[name], exact)
@@ -115,12 +117,12 @@ def why_wrong(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: tor
     return None
 
 
-def measure(case: Case, provider: str, expected: dict[str, Tensor], command: Command) -> list[dict[str, Any]]:
-    """One row per pass, or one with the reason why there are no numbers."""
+def measure(case: AttentionCase, provider: str, expected: dict[str, Tensor], command: Command) -> list[dict[str, Any]]:
+    """A row for each pass, or one with the reason why there are no numbers."""
     device = command.device
     if reason := why_wrong(results(provider, case, device), expected, case.dtype):
         return [{"no_numbers_because": reason}]
-    module, batch = make_module(provider, case, device), make_batch(case, device)
+    module, batch = make_module(provider, case, device), make_inputs(case, device)
     prepared = prepare(provider, case, module, batch)
 
     def backward(out: Tensor) -> None:
@@ -134,7 +136,7 @@ def measure(case: Case, provider: str, expected: dict[str, Tensor], command: Com
     ]
 
 
-def cases(command: Command) -> list[Case]:
+def cases(command: Command) -> list[AttentionCase]:
     """Padded batches; the packed form is made of the same sentences."""
     if command.size == "smoke":
         every = of_updates([Lengths((3, 9, 5), (4, 2, 7))], [torch.float32], nheads=2)
@@ -149,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = parse("multi_head_attention", "Time the module.", arguments)
     if command is None:
         return 1
-    with Table(command, "multi_head_attention", COLUMNS) as table:
+    with ResultTable(command, "multi_head_attention", COLUMNS) as table:
         for case in cases(command):
             chosen = [provider for provider in PROVIDERS if command.wants(case, provider)]
             if chosen:

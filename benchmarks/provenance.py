@@ -1,4 +1,4 @@
-"""Where numbers come from: the device, the versions and the commit."""
+"""The origin of numbers: the device, the versions and the commit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastattn import info
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, such as "Tesla P100-SXM2-16GB"; of a CPU the architecture."""
+    """The GPU's name, such as "Tesla P100-SXM2-16GB", or the CPU's architecture."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
 
 
@@ -26,7 +26,7 @@ def folder_name(device: torch.device) -> str:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What to store beside the numbers of a run, in types that JSON knows."""
+    """The origin of the numbers of a run, in types that JSON knows."""
     report = info.gather(info.detect())
     return {
         "device": device_name(device),
@@ -44,7 +44,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """git's answer; None outside a repository or without git."""
+    """The answer of git; None outside a repository or without git."""
     if shutil.which("git") is None:
         return None
     answer = subprocess.run(["git", *arguments], capture_output=True, text=True)

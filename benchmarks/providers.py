@@ -1,4 +1,4 @@
-"""The ways to compute attention that are compared, by name: each makes a call out of a problem, or says why it cannot.
+"""The ways to compute attention that are compared, by name: each makes a call of its inputs, or says why it cannot.
 
 What may be made once for many calls is made outside of the timing: merged masks, FlexAttention's block mask and its
 compilation, and other libraries' order of dimensions as views.
@@ -19,30 +19,30 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
-from benchmarks.cases import HALF, Problem
+from benchmarks.cases import HALF, AttentionInputs
 
 Call = Callable[[], Tensor]
 
 
 class Unavailable(Exception):
-    """A provider cannot take a problem; the message is the reason."""
+    """A provider cannot take the inputs; the message is the reason."""
 
 
 class Provider(NamedTuple):
     """One way to compute attention."""
 
     name: str
-    prepare: Callable[[Problem], Call]  # raises Unavailable
+    prepare: Callable[[AttentionInputs], Call]  # raises Unavailable
     context: Callable[[], AbstractContextManager[Any]] = nullcontext  # in which the call is prepared and made
-    has_own_dropout: bool = True  # its dropout bits are not those of `reference.dropout_mask`
-    compiles: bool = False  # for seconds, for every problem
-    describe: Callable[[Problem], str] = lambda problem: ""
+    has_own_dropout: bool = True  # bits that are not those of `reference.dropout_mask`
+    compiles: bool = False  # for seconds, for every case
+    describe: Callable[[AttentionInputs], str] = lambda inputs: ""
 
 
 def all_providers() -> list[Provider]:
-    """Ours, then torch's, then other libraries'."""
+    """All ways: ours, then torch's, then other libraries'."""
     backends = ("cuda", "triton", "torch")
-    ours = [Provider(f"fastattn-{b}", _fastattn, partial(fastattn.use_backend, b), False) for b in backends]
+    ours = [Provider(f"fastattn-{b}", fastattn_call, partial(fastattn.use_backend, b), False) for b in backends]
     kernels = {
         "torch-math": SDPBackend.MATH,
         "torch-efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -66,19 +66,22 @@ def all_providers() -> list[Provider]:
 # ---- ours ----
 
 
-def _fastattn(p: Problem) -> Call:
+def fastattn_call(p: AttentionInputs) -> Call:
+    """fastattn's public function for these inputs."""
     options = {"attn_mask": p.mask, "attn_bias": p.bias, "dropout_p": p.dropout_p, "is_causal": p.is_causal}
+    dense: Callable[..., Any] = fastattn.scaled_dot_product_attention
+    packed: Callable[..., Any] = fastattn.varlen_attention
     if not p.is_packed():
-        return partial(fastattn.scaled_dot_product_attention, p.q, p.k, p.v, **options)
+        return partial(dense, p.q, p.k, p.v, **options)
     lengths = (p.cu_seqlens_q, p.cu_seqlens_k, p.max_seqlen_q, p.max_seqlen_k)
-    return partial(fastattn.varlen_attention, p.q, p.k, p.v, *lengths, **options)
+    return partial(packed, p.q, p.k, p.v, *lengths, **options)
 
 
 # ---- torch's ----
 
 
-def _refuse(p: Problem, *features: str) -> None:
-    """Raises Unavailable if the problem has one of the features."""
+def _refuse(p: AttentionInputs, *features: str) -> None:
+    """Raises Unavailable if the inputs have one of the features."""
     has = {
         "packed sequences": p.is_packed(),
         "mask": p.mask is not None,
@@ -91,7 +94,7 @@ def _refuse(p: Problem, *features: str) -> None:
             raise Unavailable(f"takes no {feature}")
 
 
-def _merged(p: Problem) -> Tensor | None:
+def _merged(p: AttentionInputs) -> Tensor | None:
     """Mask, causal band and bias as the one argument that torch has for them; None where is_causal says it all."""
     mask = p.mask
     if p.is_causal and (mask is not None or p.bias is not None):
@@ -102,22 +105,23 @@ def _merged(p: Problem) -> Tensor | None:
     return p.bias if mask is None else torch.where(mask, p.bias, -torch.inf)
 
 
-def _torch(p: Problem) -> Call:
+def _torch(p: AttentionInputs) -> Call:
     _refuse(p, "packed sequences")
-    options = {"dropout_p": p.dropout_p, "is_causal": p.is_causal and p.mask is None and p.bias is None}
+    is_causal = p.is_causal and p.mask is None and p.bias is None
+    attend = partial(F.scaled_dot_product_attention, p.q, p.k, p.v, dropout_p=p.dropout_p, is_causal=is_causal)
     if p.bias is not None and p.bias.requires_grad:  # what is merged has a graph, and that serves one call only
-        return lambda: F.scaled_dot_product_attention(p.q, p.k, p.v, _merged(p), **options)
-    return partial(F.scaled_dot_product_attention, p.q, p.k, p.v, _merged(p), **options)
+        return lambda: attend(attn_mask=_merged(p))
+    return partial(attend, attn_mask=_merged(p))
 
 
-def _choice_of_torch(p: Problem) -> str:
+def _choice_of_torch(p: AttentionInputs) -> str:
     """The kernel that torch takes by itself: with a mask often the slowest, without a word."""
     mask = _merged(p)
     choice = torch._fused_sdp_choice(p.q, p.k, p.v, mask, p.dropout_p, p.is_causal and mask is None)
     return f"runs {SDPBackend(choice).name}"
 
 
-def _torch_varlen(p: Problem) -> Call:
+def _torch_varlen(p: AttentionInputs) -> Call:
     varlen = _module("torch.nn.attention.varlen")
     if not p.is_packed():
         raise Unavailable("takes packed sequences only")
@@ -126,7 +130,7 @@ def _torch_varlen(p: Problem) -> Call:
     return partial(varlen.varlen_attn, p.q, p.k, p.v, *lengths, window_size=(-1, 0 if p.is_causal else -1))
 
 
-def _products_and_softmax(p: Problem) -> Call:
+def _products_and_softmax(p: AttentionInputs) -> Call:
     _refuse(p, "packed sequences")
     blocked = _blocked(p)
 
@@ -141,8 +145,8 @@ def _products_and_softmax(p: Problem) -> Call:
     return attend
 
 
-def _blocked(p: Problem) -> Tensor | None:
-    """What mask and causal band forbid."""
+def _blocked(p: AttentionInputs) -> Tensor | None:
+    """The pairs that mask and causal band forbid."""
     blocked = None if p.mask is None else ~p.mask
     if not p.is_causal:
         return blocked
@@ -153,13 +157,13 @@ def _blocked(p: Problem) -> Tensor | None:
 # ---- FlexAttention ----
 
 
-def _flex(p: Problem) -> Call:
+def _flex(p: AttentionInputs) -> Call:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not p.q.is_cuda:
         raise Unavailable("has no backward pass on the CPU")
     _refuse(p, "dropout")
-    torch._dynamo.reset()  # else a limit of recompilations makes later problems run uncompiled
+    torch._dynamo.reset()  # else a limit of recompilations makes later cases run uncompiled
     q, k, v = (x.transpose(0, 1)[None] if p.is_packed() else x for x in (p.q, p.k, p.v))
     block_mask = None
     if allowed := _mask_mod(p):
@@ -169,14 +173,14 @@ def _flex(p: Problem) -> Call:
     return (lambda: attend()[0].transpose(0, 1)) if p.is_packed() else attend
 
 
-def _score_mod(p: Problem) -> Callable[..., Tensor] | None:
+def _score_mod(p: AttentionInputs) -> Callable[..., Tensor] | None:
     if p.bias is None:
         return None
     bias = p.bias[0]
     return lambda score, b, h, i, j: score + bias[h, i, j]
 
 
-def _mask_mod(p: Problem) -> Callable[..., Tensor] | None:
+def _mask_mod(p: AttentionInputs) -> Callable[..., Tensor] | None:
     """The rule of (batch, head, query, key) that FlexAttention makes its blocks of."""
     rules: list[Callable[..., Tensor]] = []
     if p.is_packed():
@@ -197,7 +201,7 @@ def _mask_mod(p: Problem) -> Callable[..., Tensor] | None:
 
 
 def _sentences(cu_seqlens: Tensor | None) -> Tensor:
-    """Which sentence each token belongs to."""
+    """The sentence that each token belongs to."""
     assert cu_seqlens is not None
     lengths = cu_seqlens.diff()
     return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
@@ -213,7 +217,7 @@ def _module(name: str) -> ModuleType:
         raise Unavailable(f"{name} is not installed") from None
 
 
-def _flash_attn(module: str, p: Problem) -> Call:
+def _flash_attn(module: str, p: AttentionInputs) -> Call:
     library = _module(module)
     _refuse(p, "mask", "bias", "float32", *(() if module == "flash_attn" else ("dropout",)))
     options: dict[str, Any] = {"causal": p.is_causal} | ({"dropout_p": p.dropout_p} if p.dropout_p else {})
@@ -225,11 +229,11 @@ def _flash_attn(module: str, p: Problem) -> Call:
 
 
 def _first(result: Any) -> Tensor:
-    """Some versions return the log-sum-exp as well."""
+    """The output alone: some versions return the log-sum-exp as well."""
     return result[0] if isinstance(result, tuple) else result
 
 
-def _xformers(p: Problem) -> Call:
+def _xformers(p: AttentionInputs) -> Call:
     ops = _module("xformers.ops")
     _refuse(p, "packed sequences", "mask", "bias")
     q, k, v = (x.transpose(1, 2) for x in (p.q, p.k, p.v))

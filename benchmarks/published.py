@@ -24,13 +24,12 @@ class Published(NamedTuple):
 def _table() -> dict[tuple[str, Shape, torch.dtype], Published]:
     with FILE.open() as file:
         rows = list(csv.DictReader(file))
-    sizes = ("batch", "nheads", "seqlen", "head_dim")
-    return {
-        (row["pass"], tuple(int(row[size]) for size in sizes), getattr(torch, row["dtype"])): Published(
-            float(row["fused_us"]) / 1e3, float(row["vanilla_us"]) / 1e3
-        )
-        for row in rows
-    }
+    found = {}
+    for row in rows:
+        shape = int(row["batch"]), int(row["nheads"]), int(row["seqlen"]), int(row["head_dim"])
+        milliseconds = Published(float(row["fused_us"]) / 1e3, float(row["vanilla_us"]) / 1e3)
+        found[row["pass"], shape, getattr(torch, row["dtype"])] = milliseconds
+    return found
 
 
 def shapes() -> list[tuple[Shape, torch.dtype]]:
@@ -39,5 +38,5 @@ def shapes() -> list[tuple[Shape, torch.dtype]]:
 
 
 def times(which: str, shape: Shape, dtype: torch.dtype) -> Published | None:
-    """Of a pass; None where nothing was published."""
+    """The published times of a pass; None where there are none."""
     return _table().get((which, shape, dtype))

@@ -1,4 +1,4 @@
-"""What the device can do, measured before anything else: how fast it copies, and how fast it multiplies matrices."""
+"""The device's own limits, measured before anything else: how fast it copies, and how fast it multiplies matrices."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Roofline(NamedTuple):
     product_tflops: dict[torch.dtype, float]  # without dtypes that the device cannot multiply
 
     def share(self, flops: float, moved_bytes: float, dtype: torch.dtype, milliseconds: float) -> float:
-        """Of the speed that the slower one of the two rates allows, reached in that time."""
+        """The share of the speed allowed by the slower one of the two rates that was reached in that time."""
         copying_ms = moved_bytes / self.copy_gb_s * 1e-6
         products_ms = flops / self.product_tflops[dtype] * 1e-9 if dtype in self.product_tflops else 0.0
         return max(copying_ms, products_ms) / milliseconds
 
 
 def measure(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Roofline:
-    """Of that device; products of these dtypes."""
+    """The rates of a device, for products of these dtypes."""
     rates = {dtype: product_rate(device, dtype) for dtype in dtypes}
     return Roofline(copy_rate(device), {dtype: rate for dtype, rate in rates.items() if rate is not None})
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.command import RESULTS
 from benchmarks.comparison import Comparison, Row, comparisons, is_ours, medians, print_comparisons
-from benchmarks.report import read
+from benchmarks.result_table import read
 
 HEAD = """# Results
 

@@ -1,4 +1,4 @@
-"""How long a forward and a backward pass take on a device."""
+"""Times of a forward and a backward pass on a device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 
 
-class Timing(NamedTuple):
-    """Of one pass, over the repetitions."""
+class PassTime(NamedTuple):
+    """The milliseconds of one pass: median and fifths of the repetitions."""
 
     p50_ms: float
     p20_ms: float
@@ -22,7 +22,7 @@ class Timing(NamedTuple):
 
 def time_passes(
     forward: Callable[[], Any], backward: Callable[[Any], Any], device: torch.device, repetitions: int
-) -> dict[str, Timing]:
+) -> dict[str, PassTime]:
     """Times `out = forward(); backward(out)`, by events on the stream on a GPU and by the clock on the CPU.
 
     Before each repetition the caches are overwritten, which also gives the host time to queue the kernels; backward
@@ -61,16 +61,16 @@ def time_passes(
 
 def time_for(
     forward: Callable[[], Any], backward: Callable[[Any], Any], device: torch.device, seconds: float
-) -> dict[str, Timing]:
-    """Warms up, then times as `time_passes` does, as often as fits into about that time: 3 to 100 times."""
+) -> dict[str, PassTime]:
+    """Warms up, then times like `time_passes`, as often as fits into about that time: 3 to 100 times."""
     once = time_passes(forward, backward, device, 2)["both"].p20_ms
     if once < 1e3 * seconds:
         once = time_passes(forward, backward, device, 2)["both"].p20_ms
     return time_passes(forward, backward, device, max(3, min(100, int(1e3 * seconds / once))))
 
 
-def time_once(run: Callable[[], Any], device: torch.device, repetitions: int) -> Timing:
-    """Times `run()` by itself; as `time_passes` otherwise."""
+def time_once(run: Callable[[], Any], device: torch.device, repetitions: int) -> PassTime:
+    """Times `run()` by itself, otherwise like `time_passes`."""
     return time_passes(run, lambda _: None, device, repetitions)["forward"]
 
 
@@ -98,6 +98,6 @@ def _between_times(start: float, end: float) -> float:
     return (end - start) * 1e3
 
 
-def _summary(times_ms: list[float]) -> Timing:
+def _summary(times_ms: list[float]) -> PassTime:
     fifths = statistics.quantiles(times_ms, n=5, method="inclusive")
-    return Timing(statistics.median(times_ms), fifths[0], fifths[3])
+    return PassTime(statistics.median(times_ms), fifths[0], fifths[3])

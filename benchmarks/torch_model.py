@@ -1,4 +1,4 @@
-"""The paper's model out of torch's own layers: what whoever uses torch.nn.Transformer has."""
+"""The paper's model made of torch's own layers, as users of torch.nn.Transformer have it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class TorchTransformer(nn.Module):
         self.positions = Positions(config)
         self.dropout = nn.Dropout(config.dropout)
         sizes = config.d_model, config.num_heads, config.d_ff, config.dropout
-        options = {"layer_norm_eps": config.layer_norm_eps, "batch_first": True}
-        encoder = nn.TransformerEncoderLayer(*sizes, **options)
-        decoder = nn.TransformerDecoderLayer(*sizes, **options)
+        eps = config.layer_norm_eps
+        encoder = nn.TransformerEncoderLayer(*sizes, layer_norm_eps=eps, batch_first=True)
+        decoder = nn.TransformerDecoderLayer(*sizes, layer_norm_eps=eps, batch_first=True)
         for layer in (encoder, decoder):
-            layer.dropout = nn.Identity()
+            layer.add_module("dropout", nn.Identity())
             layer.self_attn.dropout = 0.0
         decoder.multihead_attn.dropout = 0.0
         self.encoder = nn.TransformerEncoder(encoder, config.num_encoder_layers)
@@ -53,7 +53,7 @@ class TorchTransformer(nn.Module):
         return self.decoder(x, memory, mask, memory_key_padding_mask=padding, tgt_is_causal=True)
 
     def output_weight(self) -> Tensor:
-        """(vocab_size, d_model), the shared matrix."""
+        """The shared matrix (vocab_size, d_model)."""
         return self.embedding.weight
 
     def _embed(self, tokens: Tensor) -> Tensor:

@@ -21,15 +21,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import fastattn
 from benchmarks.cases import precisions, short
 from benchmarks.command import Command, parse
-from benchmarks.gate import MAX_SUM_OFF, off_by
+from benchmarks.gate import MAX_SUM_OFF, Wrong, off_by
 from benchmarks.lengths import Lengths, updates
-from benchmarks.report import Table
+from benchmarks.result_table import ResultTable
 from benchmarks.timing import peak_memory_mib, time_once
 from benchmarks.torch_model import TorchTransformer
 from fastattn import Transformer, TransformerConfig
@@ -54,17 +54,18 @@ MAX_ROUNDINGS = 4
 MAX_LOSS_OFF = 0.01
 CHECKED_SENTENCES = 64
 
-Batch = tuple[Any, Any, Tensor]  # source and target as the model takes them, and the ids that the loss wants
+TrainedModel = Transformer | TorchTransformer
+TrainingBatch = tuple[Any, Any, Tensor]  # source and target as the model takes them, and the ids that the loss wants
 
 
-def whole_logits(model: nn.Module, hidden: Tensor, target: Tensor) -> Tensor:
-    """The loss as torch has it, of logits that are all there at once."""
+def whole_logits(model: TrainedModel, hidden: Tensor, target: Tensor) -> Tensor:
+    """torch's loss, of logits that are all there at once."""
     logits = F.linear(hidden, model.output_weight()).float().flatten(0, -2)
     smoothing = model.config.label_smoothing
     return F.cross_entropy(logits, target.flatten(), ignore_index=model.config.pad_id, label_smoothing=smoothing)
 
 
-def chunked_logits(model: nn.Module, hidden: Tensor, target: Tensor) -> Tensor:
+def chunked_logits(model: TrainedModel, hidden: Tensor, target: Tensor) -> Tensor:
     """fastattn's loss."""
     sums = label_smoothed_cross_entropy(hidden, model.output_weight(), target, model.config.label_smoothing)
     return sums.loss / sums.num_tokens
@@ -74,10 +75,10 @@ class Rung(NamedTuple):
     """One way to train."""
 
     name: str
-    make: Callable[[TransformerConfig], nn.Module]
+    make: Callable[[TransformerConfig], TrainedModel]
     attention: Callable[[], AbstractContextManager[Any]]
     is_packed: bool
-    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    loss: Callable[[TrainedModel, Tensor, Tensor], Tensor]
 
 
 LADDER = (
@@ -90,23 +91,19 @@ LADDER = (
 
 
 def padded_ids(lengths: Sequence[int], vocab_size: int, device: torch.device) -> Tensor:
-    """(batch, longest) random ids in sentences of these lengths, each ended by id 1; the same every time."""
+    """Random ids (batch, longest) in sentences of these lengths, each ended by id 1; the same every time."""
     generator = torch.Generator("cpu").manual_seed(0)
     words = [torch.randint(FIRST_ID, vocab_size, (n - 1,), generator=generator, device="cpu") for n in lengths]
     return pad_sequence([F.pad(sentence, (0, 1), value=1) for sentence in words], batch_first=True).to(device)
 
 
-def batch_of(lengths: Lengths, vocab_size: int, is_packed: bool, device: torch.device) -> Batch:
+def batch_of(lengths: Lengths, vocab_size: int, is_packed: bool, device: torch.device) -> TrainingBatch:
     """Random sentences of these lengths."""
     source, target = (padded_ids(side, vocab_size, device) for side in lengths)
     if not is_packed:
         return source, target, target
     packed = pack(source), pack(target)
     return *packed, packed[1].tokens
-
-
-class Wrong(Exception):
-    """A rung does not compute what the reference does; the message says what is off."""
 
 
 def check(
@@ -153,7 +150,7 @@ def measure(
         model = rung.make(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, betas=(0.9, 0.98), eps=1e-9)
 
-    def step(batch: Batch) -> None:
+    def step(batch: TrainingBatch) -> None:
         source, target, wanted = batch
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             loss = rung.loss(model, model.hidden(source, target), wanted)
@@ -174,7 +171,7 @@ def measure(
 
 
 def models(command: Command) -> dict[str, TransformerConfig]:
-    """The paper's, without the table of target languages, which torch's model does not have."""
+    """The paper's models, without the table of target languages, which torch's model does not have."""
     if command.size == "smoke":
         tiny = TransformerConfig(50, 16, 32, 2, num_encoder_layers=1, num_decoder_layers=1, num_target_spaces=0)
         return {"tiny": tiny}
@@ -191,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     tokens = 300 if command.size == "smoke" else 500 if device.type == "cpu" else 25_000
     chosen = updates(command.sized(1, 2, 6), tokens)
     print(f"{'model':<6}{'precision':<10}{'':<24}{'tokens/s':>10}{'ms/step':>10}{'MiB':>10}{'days':>8}")
-    with Table(command, "transformer_step", COLUMNS, tokens_per_side=tokens) as table:
+    with ResultTable(command, "transformer_step", COLUMNS, tokens_per_side=tokens) as table:
         for name, config in models(command).items():
             for precision in precisions(device):
                 for rung in LADDER:
@@ -215,13 +212,20 @@ def numbers(
     gc.collect()
     if command.device.type == "cuda":
         torch.cuda.empty_cache()
-    if name in PAPER_UPDATES and "tokens_per_s" in row:
-        row["paper_days"] = f"{PAPER_UPDATES[name] * PAPER_TOKENS / row['tokens_per_s'] / 86_400:.2f}"
+    if "tokens_per_s" in row:
+        row["paper_days"] = paper_days(name, row["tokens_per_s"])
     return row
 
 
+def paper_days(model: str, tokens_per_s: float) -> str | None:
+    """The days of the paper's updates at this speed; None if the model is not one of the paper's."""
+    if model not in PAPER_UPDATES:
+        return None
+    return f"{PAPER_UPDATES[model] * PAPER_TOKENS / tokens_per_s / 86_400:.2f}"
+
+
 def print_row(row: dict[str, str]) -> None:
-    """One line of the table."""
+    """Prints one line of the table."""
     print(f"{row['model']:<6}{row['precision']:<10}{row['rung']:<24}", end="")
     print(f"{row['tokens_per_s']:>10}{row['step_ms']:>10}{row['peak_memory_mib']:>10}{row['paper_days']:>8}", end="")
     print(f"  {row['no_numbers_because']}", flush=True)

@@ -12,17 +12,13 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from tests.support.benchmark_case import case, module, packed
+from benchmarks import attention, cases, comparison, gate, lengths, providers, published, roofline
+from benchmarks.roofline import Roofline
+from benchmarks.timing import PassTime
+from tests.support.benchmark_case import case, packed
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 ON_THE_CPU = {"torch-math", "torch-flash", "torch-default", "cublas-softmax", "fastattn-torch"}
-
-
-@pytest.fixture(autouse=True)
-def root_on_the_path(monkeypatch):
-    """Benchmarks are run from the repository's root and not installed."""
-    monkeypatch.syspath_prepend(ROOT)
 
 
 @pytest.fixture
@@ -35,7 +31,7 @@ def no_gpu(monkeypatch):
 
 def smoke(folder: Path, *options: str) -> list[dict[str, str]]:
     """The rows of the tiny cases, read back."""
-    assert module("attention").main(["--smoke", "--out", str(folder), *options]) == 0
+    assert attention.main(["--smoke", "--out", str(folder), *options]) == 0
     with (folder / "attention.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -49,7 +45,7 @@ def check(rows: list[dict[str, str]]) -> set[str]:
             assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
             assert float(row["gb_s"]) >= 0 and 0 <= float(row["percent_of_roofline"]) <= 100
     timed = [row for row in rows if row["p50_ms"]]
-    assert {row["mask"] for row in timed} == set(module("cases").MASKS)
+    assert {row["mask"] for row in timed} == set(cases.MASKS)
     assert {row["pass"] for row in timed} == {"forward", "backward", "both"}
     return {row["provider"] for row in timed}
 
@@ -57,7 +53,7 @@ def check(rows: list[dict[str, str]]) -> set[str]:
 def test_smoke_on_the_cpu(no_gpu, tmp_path, capsys):
     rows = smoke(tmp_path)
     assert check(rows) == ON_THE_CPU
-    assert {row["provider"] for row in rows} == {provider.name for provider in module("providers").all_providers()}
+    assert {row["provider"] for row in rows} == {provider.name for provider in providers.all_providers()}
     assert {row["provider"] for row in rows if row["layout"] == "packed" and row["p50_ms"]} == {"fastattn-torch"}
     notes = {row["mask"]: row["note"] for row in rows if row["provider"] == "torch-default" and row["note"]}
     assert notes["none"] == "runs FLASH_ATTENTION" and notes["dropout"] == "runs MATH"
@@ -81,9 +77,9 @@ def test_filter(no_gpu, tmp_path):
 
 @pytest.mark.parametrize("options", [[], ["--quick"], ["--smoke", "--device", "cuda"]], ids=" ".join)
 def test_without_a_gpu_nothing_is_measured(no_gpu, monkeypatch, tmp_path, capsys, options):
-    for cases in ("every_case", "quick_cases", "smoke_cases"):  # which would take hours here
-        monkeypatch.setattr(module("attention"), cases, list)
-    assert module("attention").main([*options, "--out", str(tmp_path / "results")]) == 1
+    for suites in ("every_case", "quick_cases", "smoke_cases"):  # which would take hours here
+        monkeypatch.setattr(attention, suites, list)
+    assert attention.main([*options, "--out", str(tmp_path / "results")]) == 1
     assert "no CUDA device" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
@@ -116,10 +112,9 @@ def causal(q, k, v):
     ids=["right", "no-mask", "no-gradient", "wrong-gradient"],
 )
 def test_what_is_wrong_gets_no_numbers(attend, reason):
-    attention, gate = module("attention"), module("gate").Gate(case("causal"), CPU)
-    provider = module("providers").Provider("mine", lambda p: lambda: attend(p.q, p.k, p.v))
-    roof = module("roofline").Roofline(1e9, {torch.float32: 1e9})
-    rows = attention.measure(case("causal"), provider, gate, CPU, roof, 0.0)
+    provider = providers.Provider("mine", lambda p: lambda: attend(p.q, p.k, p.v))
+    roof = Roofline(1e9, {torch.float32: 1e9})
+    rows = attention.measure(case("causal"), provider, gate.Gate(case("causal"), CPU), CPU, roof, 0.0)
     if reason is None:
         assert len(rows) == 3 and all("p50_ms" in row for row in rows)
     else:
@@ -128,7 +123,6 @@ def test_what_is_wrong_gets_no_numbers(attend, reason):
 
 def test_every_bit_of_our_dropout_is_checked():
     """Other libraries draw their own bits, so that they are compared without dropout; ours with it."""
-    providers, gate = module("providers"), module("gate")
     ours = next(p for p in providers.all_providers() if p.name == "fastattn-torch")
     judge = gate.Gate(case("dropout"), CPU)
     judge.admit(ours)
@@ -139,7 +133,6 @@ def test_every_bit_of_our_dropout_is_checked():
 
 
 def test_a_packed_batch_that_is_not_masked_is_wrong():
-    providers, gate = module("providers"), module("gate")
     judge = gate.Gate(packed(), CPU)
 
     def whole(p):
@@ -151,11 +144,10 @@ def test_a_packed_batch_that_is_not_masked_is_wrong():
 
 @pytest.mark.parametrize("mask", ["none", "causal"])
 @pytest.mark.parametrize("scores", [7, 100, 200], ids=lambda n: f"{n}-scores")
-def test_a_large_problem_is_judged_by_its_last_heads(monkeypatch, mask, scores):
+def test_a_large_case_is_judged_by_its_last_heads(mask, scores):
     """9 * 9 scores a head: some rows of one head, one head, or both heads of one entry at a time."""
-    gate, ours = module("gate"), module("providers").all_providers()[2]
-    monkeypatch.setattr(gate, "MAX_SCORES", scores)
-    judge = gate.Gate(case(mask), CPU)
+    ours = providers.all_providers()[2]
+    judge = gate.Gate(case(mask), CPU, max_scores=scores)
     judge.admit(ours)
     assert judge._expected["out"].shape[:2] == (1, 2 if scores == 200 else 1)
 
@@ -167,17 +159,15 @@ def test_a_large_problem_is_judged_by_its_last_heads(monkeypatch, mask, scores):
         judge.admit(ours._replace(prepare=wrong_at_the_end))
 
 
-def test_what_beats_the_device_gets_no_numbers(monkeypatch):
-    attention, timing = module("attention"), module("timing").Timing(1.0, 0.9, 1.1)
+def test_what_beats_the_device_gets_no_numbers():
+    time = PassTime(1.0, 0.9, 1.1)
     large = dataclasses.replace(case(), batch=512, nheads=8, seqlen_q=128, seqlen_k=128, head_dim=64)
     tflops = 4 * 512 * 8 * 128**2 * 64 / 1e-3 / 1e12
-    roof = module("roofline").Roofline(1e9, {torch.float32: 4 * tflops})
-    monkeypatch.setattr(attention, "peak_tflops", lambda device, dtype: 2 * tflops)
-    numbers = attention.numbers(large, 1, CPU, "forward", timing, roof)
+    roof = Roofline(1e9, {torch.float32: 4 * tflops})
+    numbers = attention.numbers(large, 1, "forward", time, roof, peak=2 * tflops)
     assert (numbers["tflops"], numbers["percent_of_peak"]) == (f"{tflops:.3f}", "50.0")
     assert numbers["percent_of_roofline"] == "25.0"
-    monkeypatch.setattr(attention, "peak_tflops", lambda device, dtype: 0.9 * tflops)
-    numbers = attention.numbers(large, 1, CPU, "forward", timing, roof)
+    numbers = attention.numbers(large, 1, "forward", time, roof, peak=0.9 * tflops)
     assert list(numbers) == ["no_numbers_because"] and numbers["no_numbers_because"].startswith("wrong: ")
 
 
@@ -187,17 +177,17 @@ def test_what_beats_the_device_gets_no_numbers(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("mask", ["none", "bool", "bias", "bias-gradient"])
 def test_bytes_are_those_that_every_attention_moves(dtype, mask):
-    problem = case(mask, dtype).make(CPU)
-    q, k, v = problem.q, problem.k, problem.v
+    inputs = case(mask, dtype).make(CPU)
+    q, k, v = inputs.q, inputs.k, inputs.v
     out, lse = fastattn.scaled_dot_product_attention(q, k, v, return_lse=True)
-    masks = [x for x in (problem.mask, problem.bias) if x is not None]
+    masks = [x for x in (inputs.mask, inputs.bias) if x is not None]
     forward = [q, k, v, *masks, out, lse]
     backward = [*forward, out, q, k, v]  # dout, dq, dk, dv are as large as out, q, k, v
     if mask == "bias-gradient":
-        backward.append(problem.bias)
-    assert problem.bytes("forward") == sum(x.nbytes for x in forward)
-    assert problem.bytes("backward") == sum(x.nbytes for x in backward)
-    assert problem.bytes("both") == problem.bytes("forward") + problem.bytes("backward")
+        backward.append(inputs.bias)
+    assert inputs.bytes("forward") == sum(x.nbytes for x in forward)
+    assert inputs.bytes("backward") == sum(x.nbytes for x in backward)
+    assert inputs.bytes("both") == inputs.bytes("forward") + inputs.bytes("backward")
 
 
 def test_flops_of_packed_sentences_have_no_padding():
@@ -207,11 +197,10 @@ def test_flops_of_packed_sentences_have_no_padding():
 
 
 def test_rates_are_bytes_and_operations_per_second(monkeypatch):
-    roofline, timing = module("roofline"), module("timing").Timing(0.5, 0.5, 0.5)
-    monkeypatch.setattr(roofline, "time_once", lambda run, device, repetitions: timing)
+    monkeypatch.setattr(roofline, "time_once", lambda run, device, repetitions: PassTime(0.5, 0.5, 0.5))
     assert roofline.copy_rate(CPU) == pytest.approx(2 * roofline.CPU_BYTES / 0.5e-3 / 1e9)
     assert roofline.product_rate(CPU, torch.float32) == pytest.approx(2 * roofline.CPU_MATRIX**3 / 0.5e-3 / 1e12)
-    measured = roofline.Roofline(copy_gb_s=2.0, product_tflops={torch.float32: 3.0})
+    measured = Roofline(copy_gb_s=2.0, product_tflops={torch.float32: 3.0})
     assert measured.share(1.0, 2e9, torch.float32, 2000.0) == pytest.approx(0.5)  # a second of copying
     assert measured.share(3e12, 1.0, torch.float32, 4000.0) == pytest.approx(0.25)  # a second of products
     assert measured.share(3e12, 2e9, torch.bfloat16, 2000.0) == pytest.approx(0.5)  # which it cannot multiply
@@ -221,7 +210,7 @@ def test_rates_are_bytes_and_operations_per_second(monkeypatch):
 
 
 def test_updates_hold_sentences_of_similar_length():
-    updates = module("lengths").updates(3, 25_000)
+    updates = lengths.updates(3, 25_000)
     for source, target in updates:
         assert 23_000 < max(sum(source), sum(target)) <= 25_000 and len(source) == len(target)
         assert sum(source) > 0.6 * len(source) * max(source)
@@ -230,17 +219,15 @@ def test_updates_hold_sentences_of_similar_length():
 
 
 def test_padded_and_packed_hold_the_same_sentences():
-    cases = module("cases")
-    update = module("lengths").Lengths((3, 9, 5), (4, 2, 7))
+    update = lengths.Lengths((3, 9, 5), (4, 2, 7))
     found = {(c.workload.split()[0], c.layout): c for c in cases.of_updates([update], [torch.float32], nheads=2)}
-    problem = found["cross", "packed"].make(CPU)
-    assert problem.cu_seqlens_q.tolist() == [0, 4, 6, 13] and problem.cu_seqlens_k.tolist() == [0, 3, 12, 17]
+    inputs = found["cross", "packed"].make(CPU)
+    assert inputs.cu_seqlens_q.tolist() == [0, 4, 6, 13] and inputs.cu_seqlens_k.tolist() == [0, 3, 12, 17]
     assert found["encoder", "padded"].make(CPU).mask.sum(-1).flatten().tolist() == [3, 9, 5]
     assert found["decoder", "padded"].make(CPU).is_causal and found["decoder", "packed"].make(CPU).is_causal
 
 
 def test_the_quick_form_is_small_and_shows_everything_once():
-    cases = module("cases")
     every, quick = cases.every_case(), cases.quick_cases()
     assert len(quick) <= 50 and len(set(quick)) == len(quick) and set(quick) <= set(every)
     for suite in {c.suite for c in every}:
@@ -252,18 +239,17 @@ def test_the_quick_form_is_small_and_shows_everything_once():
 
 
 def test_published_times_stand_beside_the_case_they_were_measured_on():
-    published, attention = module("published"), module("attention")
     assert published.times("forward", (8192, 1, 82, 64), torch.float32) == (5.265, 6.893)
     assert published.times("backward", (1024, 8, 82, 64), torch.float16) == (21.573, 9.059)
     assert published.times("backward", (8192, 1, 82, 64), torch.float32) is None
-    found = [c for c in module("cases").every_case() if c.suite == "published"]
+    found = [c for c in cases.every_case() if c.suite == "published"]
     assert len(found) == 30 and all(c.mask == "none" for c in found)
     shape = next(c for c in found if (c.batch, c.seqlen_k, c.dtype) == (8192, 82, torch.float32))
-    roof = module("roofline").Roofline(1.0, {torch.float32: 1.0})
-    row = attention.numbers(shape, 1, CPU, "forward", module("timing").Timing(9.0, 9.0, 9.0), roof)
+    roof = Roofline(1.0, {torch.float32: 1.0})
+    row = attention.numbers(shape, 1, "forward", PassTime(9.0, 9.0, 9.0), roof, peak=None)
     assert (row["published_fused_ms"], row["published_vanilla_ms"]) == (5.265, 6.893)
     short = dataclasses.replace(shape, suite="short")
-    row = attention.numbers(short, 1, CPU, "forward", module("timing").Timing(9.0, 9.0, 9.0), roof)
+    row = attention.numbers(short, 1, "forward", PassTime(9.0, 9.0, 9.0), roof, peak=None)
     assert "published_fused_ms" not in row
 
 
@@ -271,14 +257,13 @@ def test_published_times_stand_beside_the_case_they_were_measured_on():
 
 
 def row(provider: str, ms: float, layout: str = "padded", **changes: str) -> dict[str, str]:
-    """Of a table of attention."""
-    described = {name: getattr(case(), name) for name in module("comparison").CASE}
+    """A row of a table of attention."""
+    described = {name: getattr(case(), name) for name in comparison.CASE}
     rest = {"layout": layout, "mask": layout, "provider": provider, "pass": "both", "p50_ms": str(ms)}
     return {name: str(value) for name, value in (described | rest | changes).items()}
 
 
 def test_the_fastest_of_ours_meets_the_fastest_of_the_others():
-    comparison = module("comparison")
     rows = [row("fastattn-cuda", 3.0), row("fastattn-triton", 2.0), row("torch-math", 9.0), row("torch-flash", 5.0)]
     rows += [row("fastattn-torch", 1.0), row("torch-cudnn", 0.1) | {"p50_ms": ""}]
     (found,) = comparison.comparisons(rows)
@@ -286,7 +271,6 @@ def test_the_fastest_of_ours_meets_the_fastest_of_the_others():
 
 
 def test_a_packed_batch_meets_the_padded_one_of_the_same_sentences():
-    comparison = module("comparison")
     rows = [row("fastattn-cuda", 4.0, "packed"), row("torch-flex", 8.0, "packed"), row("torch-math", 2.0)]
     rows += [
         row("fastattn-cuda", 1.0),

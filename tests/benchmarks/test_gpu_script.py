@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ["tune", "attention", "transformer_step", "multi_head_attention", "layers", "decode", "overhead"]
+BENCHMARKS += ["launch_latency"]
 PYTHON = 'echo "${FASTATTN_CUDA_IMAGE-} $*" >>$LOG\nif [[ "$*" == *${FAILS:-nothing}* ]]; then exit 7; fi'
 SANITIZER = '[[ "$*" == *"${SANITIZER_FAILS:-nothing}"* ]] && exit 1\nshift 4\nexec "$@"'
 

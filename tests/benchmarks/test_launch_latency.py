@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_smoke(tmp_path):
-    """In a process of its own, whose driver is the stub."""
+    """A process of its own, whose driver is the stub."""
     command = [sys.executable, "-m", "benchmarks.launch_latency", "--smoke", "--out", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -24,4 +24,5 @@ def test_smoke(tmp_path):
     assert all(0 < row["min_us"] <= row["p50_us"] <= row["p80_us"] for row in rows.values())
     for inner, outer in (("pack", "launch"), ("launch", "operator"), ("operator", "forward, fastattn")):
         assert rows[inner]["min_us"] < 2 * rows[outer]["min_us"], (inner, outer)
-    assert json.loads((tmp_path / "launch_latency.json").read_text())["versions"]["torch"]
+    origin = json.loads((tmp_path / "launch_latency.json").read_text())
+    assert origin["versions"]["torch"] and origin["size"] == "smoke"

@@ -5,37 +5,38 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
 import fastattn
+from benchmarks import (
+    attention,
+    cases,
+    decode,
+    gate,
+    layers,
+    lengths,
+    multi_head_attention,
+    overhead,
+    plot,
+    summary,
+    torch_model,
+    transformer_step,
+)
+from benchmarks.host_timing import HostTime
 from fastattn import Transformer, TransformerConfig
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 TINY = TransformerConfig(50, 16, 32, 2, num_encoder_layers=2, num_decoder_layers=2, num_target_spaces=0)
 
 
-@pytest.fixture(autouse=True)
-def root_on_the_path(monkeypatch):
-    """Benchmarks are run from the repository's root and not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-
-
-def module(name: str) -> ModuleType:
-    return importlib.import_module(f"benchmarks.{name}")
-
-
 def smoke(name: str, folder: Path) -> list[dict[str, str]]:
     """The rows of the tiny form, every one of them with numbers."""
-    assert module(name).main(["--smoke", "--device", "cpu", "--out", str(folder)]) == 0
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    assert benchmark.main(["--smoke", "--device", "cpu", "--out", str(folder)]) == 0
     with (folder / f"{name}.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert rows and not any(row.get("no_numbers_because") for row in rows)
@@ -55,41 +56,33 @@ def test_multi_head_attention(tmp_path):
 
 def test_transformer_step(tmp_path):
     rows = smoke("transformer_step", tmp_path)
-    assert [row["rung"] for row in rows] == [rung.name for rung in module("transformer_step").LADDER]
+    assert [row["rung"] for row in rows] == [rung.name for rung in transformer_step.LADDER]
     assert all(int(row["tokens_per_s"]) > 0 for row in rows)
 
 
-def test_days_of_the_paper_are_its_updates_at_our_speed(monkeypatch):
-    steps, command = module("transformer_step"), module("command").parse("x", "", ["--smoke", "--device", "cpu"])
-    monkeypatch.setattr(steps, "measure", lambda *arguments: {"tokens_per_s": 1000})
-    numbers = steps.numbers("big", steps.LADDER[0], TINY, torch.float32, [], command)
-    assert numbers["paper_days"] == f"{300_000 * 50 / 86_400:.2f}"
-    assert "paper_days" not in steps.numbers("tiny", steps.LADDER[0], TINY, torch.float32, [], command)
+def test_days_of_the_paper_are_its_updates_at_our_speed():
+    assert transformer_step.paper_days("big", 1000) == f"{300_000 * 50 / 86_400:.2f}"
+    assert transformer_step.paper_days("tiny", 1000) is None
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_decode(tmp_path):
     rows = smoke("decode", tmp_path)
-    assert [row["way"] for row in rows] == [way.name for way in module("decode").WAYS]
+    assert [row["way"] for row in rows] == [way.name for way in decode.WAYS]
     assert len({row["tokens"] for row in rows}) == 1
 
 
 def test_layers(tmp_path):
     rows = smoke("layers", tmp_path)
-    assert {row["layer"] for row in rows} == set(module("layers").LAYERS)
+    assert {row["layer"] for row in rows} == set(layers.LAYERS)
     assert {row["note"] for row in rows if "attention" in row["layer"]} == {"torch"}
     assert all(int(row["batch"]) * int(row["seqlen"]) == 64 for row in rows)
 
 
 def test_overhead(tmp_path):
-    """In a process of its own: it runs pytest-benchmark, which measures nothing in a worker of xdist."""
-    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
-    command = [sys.executable, "-m", "benchmarks.overhead", "--smoke", "--device", "cpu", "--out", str(tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with (tmp_path / "overhead.csv").open() as file:
-        rows = {row["op"]: row for row in csv.DictReader(file)}
+    threads = torch.get_num_threads()
+    rows = {row["op"]: row for row in smoke("overhead", tmp_path)}
+    assert torch.get_num_threads() == threads
     assert {"varlen_attention", "explain", "import fastattn, after torch", "MultiHeadAttention, evaluation"} <= set(
         rows
     )
@@ -99,11 +92,10 @@ def test_overhead(tmp_path):
 
 
 def test_overhead_is_judged_by_the_minimum():
-    overhead = module("overhead")
-
     def verdict(ours: float, theirs: float, **limit: float) -> str:
-        op = overhead.Op("f", print, "g", print, **limit)
-        return overhead.row(op, {("f", "ours"): (ours, 99.0), ("f", "theirs"): (theirs, 1.0)})["verdict"]
+        call = overhead.ComparedCall("f", print, "g", print, **limit)
+        times = {("f", "ours"): HostTime(ours, 99.0, 99.0), ("f", "theirs"): HostTime(theirs, 1.0, 1.0)}
+        return overhead.row(call, times)["verdict"]
 
     assert (verdict(19.9, 5.0, extra_us=15.0), verdict(20.1, 5.0, extra_us=15.0)) == ("ok", "over")
     assert (verdict(7.4, 5.0, factor=1.5), verdict(7.6, 5.0, factor=1.5)) == ("ok", "over")
@@ -114,7 +106,7 @@ def test_overhead_is_judged_by_the_minimum():
 
 def test_torchs_layers_are_the_same_model():
     model = Transformer(TINY).eval()
-    twin = module("torch_model").TorchTransformer(TINY).copy_from(model).train()
+    twin = torch_model.TorchTransformer(TINY).copy_from(model).train()
     for dropout in (m for m in twin.modules() if isinstance(m, nn.Dropout)):
         dropout.p = 0.0
     source, target = torch.tensor([[3, 4, 5, 1], [7, 1, 0, 0]]), torch.tensor([[5, 6, 1], [4, 1, 0]])
@@ -123,7 +115,7 @@ def test_torchs_layers_are_the_same_model():
 
 
 class Unmasked(Transformer):
-    """Forgets the padding of the source."""
+    """A model that forgets the padding of the source."""
 
     def hidden(self, source, target, target_space=0):
         return super().hidden(source.where(source != self.config.pad_id, 3), target, target_space)
@@ -131,57 +123,58 @@ class Unmasked(Transformer):
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_a_training_step_without_a_mask_is_wrong(precision):
-    steps, lengths = module("transformer_step"), module("lengths").Lengths((3, 9), (6, 8))
-    rung = steps.LADDER[2]
-    for right in steps.LADDER:
-        steps.check(right, TINY, precision, lengths, CPU)
-    with pytest.raises(steps.Wrong, match="states off by"):
-        steps.check(rung._replace(make=Unmasked), TINY, precision, lengths, CPU)
-    doubled = rung._replace(loss=lambda *arguments: 2 * steps.whole_logits(*arguments))
-    with pytest.raises(steps.Wrong, match="loss off by"):
-        steps.check(doubled, TINY, precision, lengths, CPU)
+    update = lengths.Lengths((3, 9), (6, 8))
+    rung = transformer_step.LADDER[2]
+    for right in transformer_step.LADDER:
+        transformer_step.check(right, TINY, precision, update, CPU)
+    with pytest.raises(gate.Wrong, match="states off by"):
+        transformer_step.check(rung._replace(make=Unmasked), TINY, precision, update, CPU)
+    doubled = rung._replace(loss=lambda *arguments: 2 * transformer_step.whole_logits(*arguments))
+    with pytest.raises(gate.Wrong, match="loss off by"):
+        transformer_step.check(doubled, TINY, precision, update, CPU)
 
 
 def test_ids_are_the_same_whatever_the_default_device():
-    ids = module("transformer_step").padded_ids((3, 2), 50, CPU)
+    ids = transformer_step.padded_ids((3, 2), 50, CPU)
     assert ids[0, 2] == ids[1, 1] == 1 and ids[1, 2] == 0 and ids[:, 0].min() >= 3
     with torch.device("meta"):
-        assert torch.equal(module("transformer_step").padded_ids((3, 2), 50, CPU), ids)
+        assert torch.equal(transformer_step.padded_ids((3, 2), 50, CPU), ids)
 
 
 def test_a_module_without_a_mask_is_wrong(monkeypatch):
-    bench, cases = module("multi_head_attention"), module("cases")
-    update = module("lengths").Lengths((3, 9, 5), (4, 2, 7))
+    update = lengths.Lengths((3, 9, 5), (4, 2, 7))
     case = next(cases.of_updates([update], [torch.float32], nheads=2))
-    expected = bench.results("torch", case, CPU)
-    assert bench.why_wrong(bench.results("fastattn", case, CPU), expected, torch.float32) is None
+    expected = multi_head_attention.results("torch", case, CPU)
+    assert (
+        multi_head_attention.why_wrong(multi_head_attention.results("fastattn", case, CPU), expected, torch.float32)
+        is None
+    )
     forward = nn.MultiheadAttention.forward
 
     def forget(self, *arguments, key_padding_mask, **options):
         return forward(self, *arguments, **options)
 
     monkeypatch.setattr(nn.MultiheadAttention, "forward", forget)
-    wrong = bench.why_wrong(bench.results("torch", case, CPU), expected, torch.float32)
+    wrong = multi_head_attention.why_wrong(multi_head_attention.results("torch", case, CPU), expected, torch.float32)
     assert wrong is not None and wrong.startswith("wrong: out is off by")
 
 
 def test_a_layer_without_its_window_is_wrong(monkeypatch):
-    layers, attention = module("layers"), fastattn.scaled_dot_product_attention
+    attend = fastattn.scaled_dot_product_attention
     name = "restricted self-attention"
     assert layers.why_wrong(name, 16, torch.float32, CPU) is None
 
     def forget(q, k, v, window):
-        return attention(q, k, v, window=window if q.dtype == torch.float64 else None)
+        return attend(q, k, v, window=window if q.dtype == torch.float64 else None)
 
     monkeypatch.setattr(fastattn, "scaled_dot_product_attention", forget)
     assert layers.why_wrong(name, 16, torch.float32, CPU).startswith("wrong: off by")
 
 
 def test_other_translations_are_wrong():
-    decode = module("decode")
     torch.manual_seed(0)
     model, other = Transformer(TINY).eval(), Transformer(TINY).eval()
-    source = module("transformer_step").padded_ids((3, 9, 6, 5), TINY.vocab_size, CPU)  # complete one by one
+    source = transformer_step.padded_ids((3, 9, 6, 5), TINY.vocab_size, CPU)  # complete one by one
     for way in decode.WAYS:
         assert decode.share_of_others(way, model, source, 5) == 0
     wrong = decode.WAYS[2]._replace(cache=lambda model: lambda _, *rest: decode.recompute(other, *rest))
@@ -193,8 +186,7 @@ def test_other_translations_are_wrong():
 
 @pytest.fixture
 def results(tmp_path) -> Path:
-    """Of two devices: one with times of fastattn's kernels, made up, and one with the tables of a smoke run."""
-    attention, cases = module("attention"), module("cases")
+    """Tables of two devices: one with times of fastattn's kernels, made up, and one with those of a smoke run."""
     origin = {
         "device": "A GPU",
         "versions": {"torch": "2.7.1"},
@@ -219,7 +211,6 @@ def results(tmp_path) -> Path:
 
 
 def test_pictures(results):
-    plot = module("plot")
     assert plot.main([str(results / "a-gpu"), str(results / "cpu")]) == 0
     drawn = {file.stem for file in results.glob("*/*.png")}
     assert {"attention_float16", "attention_batches_float16", "attention_speedup_wmt", "layers"} <= drawn
@@ -228,9 +219,9 @@ def test_pictures(results):
 
 def test_summary_lists_every_loss(results, capsys):
     (results / "cpu" / "layers.png").touch()
-    assert module("summary").main(["--results", str(results)]) == 0
+    assert summary.main(["--results", str(results)]) == 0
     page = (results / "README.md").read_text()
-    long = sum((case.suite, case.dtype) == ("long", torch.float16) for case in module("cases").every_case())
+    long = sum((case.suite, case.dtype) == ("long", torch.float16) for case in cases.every_case())
     assert f"| long | 0.50x | {long} | {long} |" in page and "| wmt | 1.50x |" in page
     assert page.count("| fastattn-cuda | 2.0 | torch-math | 1.0 | 0.50x |") == long
     assert "4.25" in page and "commit 0123456789 with changes" in page

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,20 +12,16 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_mask
 
 import fastattn
-from tests.support.benchmark_case import case, module, packed
+from benchmarks import cases, providers
+from benchmarks.gate import Gate
+from tests.support.benchmark_case import case, packed
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def root_on_the_path(monkeypatch):
-    """Benchmarks are run from the repository's root and not installed."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])
-
-
 @pytest.fixture
 def fake(monkeypatch):
-    """Stand-ins for libraries that are not here; what their functions are called with."""
+    """The calls of stand-ins for libraries that are not here."""
     calls = []
 
     def flash_attn_func(q, k, v, dropout_p=0.0, causal=False):
@@ -48,36 +43,35 @@ def fake(monkeypatch):
 
 
 def provider(name: str):
-    return next(p for p in module("providers").all_providers() if p.name == name)
+    return next(p for p in providers.all_providers() if p.name == name)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal"])
 @pytest.mark.parametrize("name", ["flash-attn-2", "xformers"])
 def test_other_libraries_get_their_own_order_of_dimensions(fake, name, mask):
-    module("gate").Gate(case(mask, torch.float16, seqlen_k=9), CPU).admit(provider(name))
+    Gate(case(mask, torch.float16, seqlen_k=9), CPU).admit(provider(name))
     assert fake[0] == ((2, 9, 2, 16), 0.0)
-    module("gate").Gate(case("dropout", torch.float16), CPU).admit(provider(name))
-    assert fake[-1] == ((2, 9, 2, 16), module("cases").DROPOUT_P)
+    Gate(case("dropout", torch.float16), CPU).admit(provider(name))
+    assert fake[-1] == ((2, 9, 2, 16), cases.DROPOUT_P)
 
 
 def test_flash_attn_takes_packed_sequences_but_no_mask_and_no_float32(fake):
-    gate, providers = module("gate"), module("providers")
-    gate.Gate(dataclasses.replace(packed("causal"), dtype=torch.float16), CPU).admit(provider("flash-attn-2"))
+    Gate(dataclasses.replace(packed("causal"), dtype=torch.float16), CPU).admit(provider("flash-attn-2"))
     for refused, reason in ((case("bool", torch.float16), "takes no mask"), (case(), "takes no float32")):
         with pytest.raises(providers.Unavailable, match=reason):
-            gate.Gate(refused, CPU).admit(provider("flash-attn-2"))
+            Gate(refused, CPU).admit(provider("flash-attn-2"))
 
 
 @pytest.mark.parametrize("mask", ["causal", "padding", "bool", "packed", "packed-causal"])
 def test_flex_attention_gets_the_same_mask(mask):
-    problem = (packed("causal" if "causal" in mask else "none") if "packed" in mask else case(mask)).make(CPU)
+    inputs = (packed("causal" if "causal" in mask else "none") if "packed" in mask else case(mask)).make(CPU)
     batch, queries, keys = (1, 17, 17) if "packed" in mask else (2, 9, 9)
-    actual = create_mask(module("providers")._mask_mod(problem), batch, 1, queries, keys, device="cpu")
+    actual = create_mask(providers._mask_mod(inputs), batch, 1, queries, keys, device="cpu")
     expected = torch.ones(queries, keys, dtype=torch.bool)
     if "packed" in mask:
         expected = torch.block_diag(*(torch.ones(n, n) for n in (3, 9, 5))).bool()
     if "causal" in mask:
         expected = expected.tril()
-    if problem.mask is not None:
-        expected = expected & problem.mask
+    if inputs.mask is not None:
+        expected = expected & inputs.mask
     assert torch.equal(actual, expected.expand_as(actual))

@@ -1,4 +1,4 @@
-"""A libcuda without a GPU, and what the launcher called it with.
+"""A libcuda without a GPU, and the calls that the launcher made of it.
 
 launcher, stub = load(folder)      # a launcher and a driver of their own, as in a new process
 launcher.launch(...)
@@ -12,26 +12,24 @@ import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from tests.simt.build import ROOT, BuildError, cached, compiler, run
+from benchmarks import stub_cuda
+from tests.simt.build import BuildError, cached
 
-SOURCE = ROOT / "benchmarks" / "stub_cuda.cpp"
 CAPABILITY_MAJOR, CAPABILITY_MINOR, MULTIPROCESSORS, MAX_SMEM = 75, 76, 16, 97  # attributes of a device
 
 
 def build(*defines: str) -> Path:
     """The library; skips the test where there is no compiler. `-DcuInit=renamed` makes one that lacks cuInit."""
-    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-pthread", *defines]
-
-    def make(target: Path) -> None:
-        run([compiler()[0], *flags, str(SOURCE), "-o", str(target)])
-
     try:
-        return cached("stub_cuda.so", [SOURCE], flags, make)
+        return cached(
+            "stub_cuda.so", [stub_cuda.SOURCE], [*stub_cuda.FLAGS, *defines], partial(stub_cuda.build, defines=defines)
+        )
     except BuildError as error:
         if shutil.which(os.environ.get("CXX", "g++")) is None:
             pytest.skip(str(error))
@@ -81,7 +79,7 @@ class Launch:
 
 
 class Stub:
-    """The library's own side: what it recorded, and what it shall do."""
+    """The stub's own side: what it recorded, and what it shall do."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))

@@ -1,4 +1,4 @@
-"""Results as they come, into files: a table as CSV, and as JSON where its numbers come from."""
+"""Files of results, written as they come: a table as CSV, and as JSON where its numbers come from."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from benchmarks.command import Command
 from benchmarks.provenance import provenance
 
 
-class Table:
-    """`<name>.csv` and `<name>.json`; an interrupted run keeps the rows that it has.
+class ResultTable:
+    """A benchmark's `<name>.csv` and `<name>.json`; an interrupted run keeps the rows that it has.
 
     Args:
         command: whose folder is written to.
@@ -30,10 +30,11 @@ class Table:
         self.csv.with_suffix(".json").write_text(json.dumps(origin, indent=2) + "\n")
         self.rows: list[dict[str, str]] = []
         self._file = self.csv.open("w", newline="")
-        self._writer = csv.DictWriter(self._file, list(columns), lineterminator="\n")
+        self._columns = list(columns)
+        self._writer = csv.DictWriter(self._file, self._columns, lineterminator="\n")
         self._writer.writeheader()
 
-    def __enter__(self) -> Table:
+    def __enter__(self) -> ResultTable:
         return self
 
     def __exit__(
@@ -46,7 +47,7 @@ class Table:
         """Writes one row."""
         self._writer.writerow(row)
         self._file.flush()
-        self.rows.append({name: "" if row.get(name) is None else str(row[name]) for name in self._writer.fieldnames})
+        self.rows.append({name: "" if row.get(name) is None else str(row[name]) for name in self._columns})
 
 
 def read(file: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
