@@ -4,7 +4,8 @@ from .backends import FastattnFallbackWarning, use_backend
 from .functional import explain, scaled_dot_product_attention, varlen_attention
 from .integrations.torch import replace_attention
 from .modules import MultiHeadAttention
-from .nmt.transformer import Transformer, TransformerConfig
+from .nmt.config import TransformerConfig
+from .nmt.transformer import Transformer
 
 __all__ = [
     "FastattnFallbackWarning",

@@ -43,9 +43,9 @@ _DECODER_LAYER = {
 
 def save_marian(
     model: Transformer,
-    folder: str | PathLike,
+    folder: str | PathLike[str],
     target_space: int = 0,
-    sentencepiece_model: str | PathLike | None = None,
+    sentencepiece_model: str | PathLike[str] | None = None,
 ) -> None:
     """Write a model, and its tokenizer if given, for `MarianMTModel` and `MarianTokenizer`.
 
@@ -71,7 +71,7 @@ def save_marian(
     _write_json(folder / "generation_config.json", _generation_config(model.config))
 
 
-def load_marian(folder: str | PathLike) -> Transformer:
+def load_marian(folder: str | PathLike[str]) -> Transformer:
     """The Transformer of a Marian folder with `model.safetensors`, on the CPU, in training mode.
 
     Raises:

@@ -15,7 +15,7 @@ from ..nmt.transformer import Transformer
 MODEL_TYPE = "fastattn.Transformer"
 
 
-def save_safetensors(model: Transformer, folder: str | PathLike) -> None:
+def save_safetensors(model: Transformer, folder: str | PathLike[str]) -> None:
     """Write `model.safetensors`, the parameters by their names in `state_dict`, and `config.json` into a folder."""
     from safetensors.torch import save_file
 
@@ -27,7 +27,7 @@ def save_safetensors(model: Transformer, folder: str | PathLike) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_safetensors(folder: str | PathLike) -> Transformer:
+def load_safetensors(folder: str | PathLike[str]) -> Transformer:
     """The model that `save_safetensors` wrote, on the CPU, in training mode.
 
     Raises:

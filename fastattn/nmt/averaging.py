@@ -14,7 +14,7 @@ from torch import Tensor
 from .transformer import Transformer
 
 
-def average_models(paths: Sequence[str | PathLike]) -> Transformer:
+def average_models(paths: Sequence[str | PathLike[str]]) -> Transformer:
     """The model whose every parameter is the plain mean of that parameter in the given files.
 
     The sums are taken in float64; one file at a time is in memory.
@@ -37,7 +37,7 @@ def average_models(paths: Sequence[str | PathLike]) -> Transformer:
         if file in files[:index]:
             raise ValueError(f"paths: {paths[index]} is named twice")
     sums: dict[str, Any] = {}
-    path_of: dict[bytes, str | PathLike] = {}
+    path_of: dict[bytes, str | PathLike[str]] = {}
     first = None
     for path in paths:
         model = Transformer.load(path)

@@ -7,7 +7,7 @@ changes nothing but who computes which of its pairs, and (epoch, index) is the w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -83,7 +83,7 @@ class TokenBatches:
                 return cuts
             cuts.append(start)
 
-    def _sides(self) -> tuple[NDArray, NDArray]:
+    def _sides(self) -> tuple[NDArray[Any], NDArray[Any]]:
         return self.source_lengths, self.target_lengths
 
     def stream(self, epoch: int = 0, index: int = 0) -> Iterator[tuple[int, int, NDArray[np.int64]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class TransformerConfig:
         sizes = ["vocab_size", "d_model", "d_ff", "num_heads", "head_dim", "v_head_dim"]
         sizes += ["num_encoder_layers", "num_decoder_layers", "max_len"]
         ids, probabilities = ("pad_id", "bos_id", "eos_id"), ("dropout", "label_smoothing")
-        rules: dict[str, tuple[Callable, str]] = {
+        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
             **dict.fromkeys(sizes, (lambda size: size is None or size >= 1, "must be at least 1")),
             **dict.fromkeys(ids, (lambda id: 0 <= id < self.vocab_size, f"must lie in [0, {self.vocab_size})")),
             **dict.fromkeys(probabilities, (lambda p: 0.0 <= p < 1.0, "must be in [0, 1)")),
@@ -93,7 +94,7 @@ class TransformerConfig:
         return {"base": base, **rows, "big": cls.big(vocab_size)}
 
 
-_TABLE_3_CHANGES: dict[str, dict] = {
+_TABLE_3_CHANGES: dict[str, dict[str, Any]] = {
     "A h=1": {"num_heads": 1},
     "A h=4": {"num_heads": 4},
     "A h=16": {"num_heads": 16},

@@ -13,6 +13,7 @@ from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ _HEADER_BYTES = 128
 _SIDES = ("source", "target")
 
 
-def _files(folder: str | PathLike, split: str, side: str) -> tuple[Path, Path]:
+def _files(folder: str | PathLike[str], split: str, side: str) -> tuple[Path, Path]:
     folder = Path(folder)
     return folder / f"{split}.{side}.tokens.npy", folder / f"{split}.{side}.offsets.npy"
 
@@ -42,7 +43,7 @@ class _GrowingArray:
         self._file = path.open("wb")
         self._file.write(bytes(_HEADER_BYTES))
 
-    def append(self, values: NDArray) -> None:
+    def append(self, values: NDArray[Any]) -> None:
         self._file.write(values.astype(self.dtype, copy=False).tobytes())
         self.length += values.size
 
@@ -69,7 +70,7 @@ class TokenWriter:
         vocab_size: ids lie in [0, vocab_size).
     """
 
-    def __init__(self, folder: str | PathLike, split: str, side: str, vocab_size: int) -> None:
+    def __init__(self, folder: str | PathLike[str], split: str, side: str, vocab_size: int) -> None:
         if side not in _SIDES:
             raise ValueError(f"side: must be 'source' or 'target', got {side!r}")
         self.vocab_size = vocab_size
@@ -78,7 +79,7 @@ class TokenWriter:
         self._offsets = _GrowingArray(offsets, np.int64)
         self._offsets.append(np.zeros(1, np.int64))
 
-    def write(self, ids: NDArray, lengths: NDArray) -> None:
+    def write(self, ids: NDArray[Any], lengths: NDArray[Any]) -> None:
         """Append sentences.
 
         Args:
@@ -110,7 +111,7 @@ class TokenWriter:
 class _Side:
     """The sentences of one side of a split."""
 
-    def __init__(self, folder: str | PathLike, split: str, side: str) -> None:
+    def __init__(self, folder: str | PathLike[str], split: str, side: str) -> None:
         files = _files(folder, split, side)
         self.tokens, self.offsets = (_read(file) for file in files)
         if self.offsets.size == 0 or self.offsets[-1] != self.tokens.size:
@@ -121,7 +122,7 @@ class _Side:
         lengths = np.empty(self.offsets.size - 1, np.int32)
         return np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="same_kind")
 
-    def sentence(self, index: int) -> NDArray:
+    def sentence(self, index: int) -> NDArray[Any]:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def gather(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -133,7 +134,7 @@ class _Side:
         return torch.from_numpy(self.tokens[places].astype(np.int64)), torch.from_numpy(np.append(0, ends))
 
 
-def _read(file: Path) -> NDArray:
+def _read(file: Path) -> NDArray[Any]:
     """A memory map as a plain array, whose slices are cheap."""
     try:
         return np.asarray(np.load(file, mmap_mode="r"))
@@ -157,7 +158,7 @@ class ParallelTokens:
         ValueError: a file that was not written to its end, or sides of different numbers of sentences.
     """
 
-    def __init__(self, folder: str | PathLike, split: str) -> None:
+    def __init__(self, folder: str | PathLike[str], split: str) -> None:
         self._source, self._target = (_Side(folder, split, side) for side in _SIDES)
         sizes = [side.offsets.size - 1 for side in (self._source, self._target)]
         if sizes[0] != sizes[1]:
@@ -177,7 +178,7 @@ class ParallelTokens:
         """Lengths (pairs,) int32 of the target sentences in ids, their ends included."""
         return self._target.lengths
 
-    def pair(self, index: int) -> tuple[NDArray, NDArray]:
+    def pair(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """The ids of source and target sentence `index`, read-only views of the files."""
         if not 0 <= index < self._size:
             raise IndexError(f"index: must lie in [0, {self._size}), got {index}")

@@ -286,7 +286,7 @@ def translate(
 def _search(
     model: Transformer,
     source: Tensor,
-    rules: tuple[int, int, int, Callable],
+    rules: tuple[int, int, int, Callable[[int], float]],
     max_extra_tokens: int,
     target_space: int,
     cache: MakeDecoder,

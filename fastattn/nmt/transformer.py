@@ -245,12 +245,12 @@ class Transformer(nn.Module):
             return weight
         return weight.select_scatter(weight.new_zeros(weight.shape[1]), 0, self.config.pad_id)
 
-    def save(self, path: str | PathLike) -> None:
+    def save(self, path: str | PathLike[str]) -> None:
         """Write configuration and parameters to one file, for `load`."""
         torch.save({"config": asdict(self.config), "state_dict": self.state_dict()}, path)
 
     @classmethod
-    def load(cls, path: str | PathLike, device: torch.device | str = "cpu") -> Transformer:
+    def load(cls, path: str | PathLike[str], device: torch.device | str = "cpu") -> Transformer:
         """The model that `save` wrote, in training mode; reads tensors and numbers only, never code.
 
         Raises:
