@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from fastattn import info
+from fastattn.info import gather
+from fastattn.machine import detect
 
 
 def device_name(device: torch.device) -> str:
@@ -27,7 +28,7 @@ def folder_name(device: torch.device) -> str:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """The origin of the numbers of a run, in types that JSON knows."""
-    report = info.gather(info.detect())
+    report = gather(detect())
     return {
         "device": device_name(device),
         "driver": report["driver"],

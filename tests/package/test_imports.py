@@ -190,6 +190,31 @@ def test_every_row_bites(file, line):
     assert len(strangers(Path(file), line)) == 1
 
 
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; none if there is no circle."""
+    done: set[str] = set()
+
+    def visit(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return way[way.index(module) :]
+        if module in done or module not in imports:
+            return []
+        for other in sorted(imports[module]):
+            if found := visit(other, [*way, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in imports if (found := visit(module, []))), [])
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    files = {**sources("fastattn"), **sources("examples"), **sources("benchmarks"), **sources("tests")}
+    imports = {".".join(where.with_suffix("").parts): imports_of(where, text) for where, text in files.items()}
+    assert circle(imports) == []
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d"]
+
+
 # ---- C++ ----
 
 TORCH_INCLUDE = re.compile(r'^\s*#\s*include\s*[<"](torch|ATen|c10)/', re.MULTILINE)
