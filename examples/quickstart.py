@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -190,13 +191,13 @@ def train(
             sums = label_smoothed_cross_entropy(hidden, model.output_weight(), target, smoothing, vocabulary.pad_id)
             optimizer.zero_grad()
             (sums.loss / sums.num_tokens).backward()
-            history.learning_rate.append(schedule.get_last_lr()[0])
+            history.learning_rate.append(float(schedule.get_last_lr()[0]))
             optimizer.step()
             schedule.step()
             if step > (1 - AVERAGED_SHARE) * args.steps:
                 averaged.update_parameters(model)
             history.nll.append(sums.nll.item() / sums.num_tokens.item())
-            tokens += sums.num_tokens.item()
+            tokens += int(sums.num_tokens)
             speed = tokens / (time.perf_counter() - start)
             bar.set_postfix_str(
                 f"{speed:,.0f} tokens/s, loss {history.nll[-1]:.3f}, lr {history.learning_rate[-1]:.1e}", refresh=False
@@ -205,12 +206,18 @@ def train(
             if stop.is_set():
                 history.interrupted = True
                 break
-    return (averaged.module if averaged.n_averaged else model), history
+    trained = averaged.module if averaged.n_averaged else model
+    assert isinstance(trained, fastattn.Transformer)  # the average is a copy of the model
+    return trained, history
 
 
 def encode_pairs(pairs: list[tuple[str, str]], vocabulary: Vocabulary) -> list[tuple[Tensor, Tensor]]:
     """The ids of both sides of every pair, each side ended by `</s>`."""
-    return [tuple(torch.tensor([*vocabulary.encode(text), vocabulary.eos_id]) for text in pair) for pair in pairs]
+
+    def ids(text: str) -> Tensor:
+        return torch.tensor([*vocabulary.encode(text), vocabulary.eos_id])
+
+    return [(ids(english), ids(german)) for english, german in pairs]
 
 
 def endless_batches(encoded: list[tuple[Tensor, Tensor]], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -223,7 +230,8 @@ def endless_batches(encoded: list[tuple[Tensor, Tensor]], seed: int) -> Iterator
         batches = token_batches(sorted(encoded, key=lambda pair: len(pair[0]) + len(pair[1]) + 6 * rng.random()))
         rng.shuffle(batches)
         for batch in batches:
-            yield tuple(pad_sequence(side, batch_first=True) for side in zip(*batch, strict=True))
+            source, target = (pad_sequence(list(side), batch_first=True) for side in zip(*batch, strict=True))
+            yield source, target
 
 
 def token_batches(pairs: list[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
@@ -266,7 +274,7 @@ def translate_texts(model: fastattn.Transformer, vocabulary: Vocabulary, texts: 
 
 def report(translations: list[str], test: list[tuple[str, str]]) -> None:
     """BLEU with its signature, exact match, and the first five sentences."""
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     references = [german for _, german in test]
     metric = BLEU()
@@ -302,12 +310,13 @@ def draw_attention(
 ) -> None:
     """Cross-attention of the last layer, one panel per head, for the longest test sentence of at most 22 pieces."""
     lengths = {english: len(vocabulary.encode(english)) for english, _ in test}
-    english = max((text for text in lengths if lengths[text] <= 22), key=lengths.get, default=test[0][0])
+    english = max((text for text in lengths if lengths[text] <= 22), key=lengths.__getitem__, default=test[0][0])
     source = [*vocabulary.encode(english), vocabulary.eos_id]
     target = [*translate(model, [source])[0][0].tokens, vocabulary.eos_id]
     with torch.inference_mode():
-        ids = (torch.tensor([side], device=model.embedding.weight.device) for side in (source, target))
-        weights = cross_attention_weights(model, *ids)[0, -1].cpu()  # (heads, target, source)
+        device = model.embedding.weight.device
+        source_ids, target_ids = (torch.tensor([side], device=device) for side in (source, target))
+        weights = cross_attention_weights(model, source_ids, target_ids)[0, -1].cpu()  # (heads, target, source)
     size = 0.3 * max(len(source), len(target)) + 1.2
     figure, axes = pyplot().subplots(2, 2, figsize=(2 * size, 2 * size), layout="constrained")
     for head, axis in enumerate(axes.flat):
@@ -323,7 +332,7 @@ def draw_attention(
     pyplot().close(figure)
 
 
-def pyplot():
+def pyplot() -> ModuleType:
     """matplotlib.pyplot, drawing into files only."""
     import matplotlib
 

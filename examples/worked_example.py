@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ import fastattn
 from fastattn.arguments import attention_params
 from fastattn.functional import attention_weights
 from fastattn.nmt.transformer import sinusoidal_positions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 X = torch.tensor([[1.0, 0, 1, 0], [0, 2, 0, 2], [1, 1, 1, 1]])  # (seqlen, d_model)
 W_Q = torch.tensor([[1.0, 0, 1], [1, 0, 0], [0, 0, 1], [0, 1, 1]])  # (d_model, head_dim)
@@ -72,14 +76,14 @@ def two_heads(x: Tensor = X) -> tuple[fastattn.MultiHeadAttention, Tensor, Tenso
     return attention, out, weights
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, **rules) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, is_causal: bool = False) -> Tensor:
     """fastattn.scaled_dot_product_attention of one head: (seqlen, head_dim) in and out."""
-    return fastattn.scaled_dot_product_attention(q[None], k[None], v[None], **rules)[0]
+    return fastattn.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale, is_causal=is_causal)[0]
 
 
-def weights_of(q: Tensor, k: Tensor, **rules) -> Tensor:
+def weights_of(q: Tensor, k: Tensor, scale: float | None = None, is_causal: bool = False) -> Tensor:
     """The softmax weights (seqlen, seqlen) of one head."""
-    return attention_weights(attention_params(q[None], k[None], k[None], **rules))[0, 0]
+    return attention_weights(attention_params(q[None], k[None], k[None], scale=scale, is_causal=is_causal))[0, 0]
 
 
 # ---- the text ----
@@ -148,7 +152,8 @@ def mean_largest_weights(head_dim: int = 512, keys: int = 8, queries: int = 1000
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(queries, head_dim, generator=generator)
     k = torch.randn(keys, head_dim, generator=generator)
-    return tuple(weights_of(q, k, scale=scale).amax(1).mean().item() for scale in (1.0, head_dim**-0.5))
+    without, with_scale = (weights_of(q, k, scale).amax(1).mean().item() for scale in (1.0, head_dim**-0.5))
+    return without, with_scale
 
 
 def multi_head(step: dict[str, Tensor]) -> Iterator[str]:
@@ -226,13 +231,13 @@ def without_future(weights: Tensor) -> Tensor:
     return weights.masked_fill(torch.ones_like(weights, dtype=torch.bool).triu(1), torch.nan)
 
 
-def draw_matrix(axis, matrix: Tensor, is_weights: bool) -> None:
+def draw_matrix(axis: Axes, matrix: Tensor, is_weights: bool) -> None:
     """One matrix: colour by value, every number written into its cell."""
     low, high = (0.0, 1.0) if is_weights else (min(0.0, matrix.min().item()), matrix.max().item())
     axis.imshow(matrix.numpy(), cmap="Blues", vmin=low, vmax=high * 1.25)
-    axis.set_xticks(range(matrix.shape[1]), range(1, matrix.shape[1] + 1))
+    axis.set_xticks(range(matrix.shape[1]), map(str, range(1, matrix.shape[1] + 1)))
     first = 0 if axis.get_ylabel() == "position" else 1
-    axis.set_yticks(range(matrix.shape[0]), range(first, first + matrix.shape[0]))
+    axis.set_yticks(range(matrix.shape[0]), map(str, range(first, first + matrix.shape[0])))
     is_whole = bool((matrix == matrix.round()).all())
     for i, row in enumerate(matrix.tolist()):
         for j, value in enumerate(row):
