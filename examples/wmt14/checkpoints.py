@@ -79,7 +79,9 @@ def seed_random(seed: int) -> None:
 
 def random_state() -> dict[str, Any]:
     """The states of the generators of Python, numpy and torch, as tensors and numbers."""
-    name, keys, *rest = np.random.get_state()
+    numpy_state = np.random.get_state()
+    assert isinstance(numpy_state, tuple)  # a dict only where a program sets another generator than numpy's own
+    name, keys, *rest = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -92,7 +93,7 @@ class CorpusReport:
     kept: int = 0
     dropped: dict[str, Dropped] = field(default_factory=dict)
 
-    def add(self, outcomes: list[tuple[str, str] | str]) -> list[tuple[str, str]]:
+    def add(self, outcomes: Sequence[tuple[str, str] | str]) -> list[tuple[str, str]]:
         """Count the next pairs; returns those that are kept."""
         kept = []
         for line, outcome in enumerate(outcomes, self.pairs + 1):

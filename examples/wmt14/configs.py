@@ -64,6 +64,7 @@ class Config:
     def learning_rate(self, update: int) -> float:
         """The learning rate of an update, counted from 1."""
         if self.schedule == "linear":
+            assert self.peak is not None  # every linear recipe has one
             return linear_learning_rate(update, self.peak, self.warmup, self.updates)
         return noam_learning_rate(update, self.transformer.d_model, self.warmup, self.factor)
 
@@ -80,13 +81,12 @@ def _paper_configs() -> list[Config]:
         keep_last=20,
         averaged=20,
     )
-    french = {"preparation": "wmt14_en_fr", "target": "fr"}
-    french_vocabulary = 32_000
+    french_base, french_big = TransformerConfig.base(32_000), TransformerConfig.big(32_000, dropout=0.1)
     configs = [
         base,
         big,
-        replace(base, name="base_en_fr", transformer=TransformerConfig.base(french_vocabulary), **french),
-        replace(big, name="big_en_fr", transformer=TransformerConfig.big(french_vocabulary, dropout=0.1), **french),
+        replace(base, name="base_en_fr", preparation="wmt14_en_fr", target="fr", transformer=french_base),
+        replace(big, name="big_en_fr", preparation="wmt14_en_fr", target="fr", transformer=french_big),
     ]
     for row, transformer in TransformerConfig.table3().items():
         recipe = big if row == "big" else base
@@ -94,17 +94,20 @@ def _paper_configs() -> list[Config]:
     return configs
 
 
-def _small_transformer(**changes: object) -> TransformerConfig:
-    sizes = {"d_model": 128, "d_ff": 512, "num_heads": 4, "num_encoder_layers": 2, "num_decoder_layers": 2}
-    return TransformerConfig(**{"vocab_size": 4_000, **sizes, "num_target_spaces": 0, **changes})
-
-
 def _small_configs() -> list[Config]:
-    four_layers = {"num_encoder_layers": 4, "num_decoder_layers": 4}
+    transformer = TransformerConfig(
+        vocab_size=4_000,
+        d_model=128,
+        d_ff=512,
+        num_heads=4,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        num_target_spaces=0,
+    )
     fast = Config(
         "multi30k_fast",
         "multi30k_fast",
-        _small_transformer(norm="pre"),
+        replace(transformer, norm="pre"),
         schedule="linear",
         peak=2.5e-3,
         warmup=300,
@@ -117,7 +120,7 @@ def _small_configs() -> list[Config]:
     tiny = Config(
         "multi30k_tiny",
         "multi30k_tiny",
-        _small_transformer(vocab_size=10_000, d_ff=256, dropout=0.3, **four_layers),
+        replace(transformer, vocab_size=10_000, d_ff=256, num_encoder_layers=4, num_decoder_layers=4, dropout=0.3),
         warmup=2_000,
         factor=5e-3 * (128 * 2_000) ** 0.5,  # peaks at 5e-3
         tokens_per_update=2 * 4_096,
@@ -134,8 +137,14 @@ def _small_configs() -> list[Config]:
     small = Config(
         "small_en_de",
         "small_en_de",
-        _small_transformer(
-            vocab_size=10_000, d_model=256, d_ff=1_024, num_encoder_layers=4, num_decoder_layers=4, norm="pre"
+        replace(
+            transformer,
+            vocab_size=10_000,
+            d_model=256,
+            d_ff=1_024,
+            num_encoder_layers=4,
+            num_decoder_layers=4,
+            norm="pre",
         ),
         schedule="linear",
         peak=1.5e-3,
@@ -147,7 +156,7 @@ def _small_configs() -> list[Config]:
     smoke = Config(
         "smoke",
         "smoke",
-        _small_transformer(vocab_size=300, d_model=32, d_ff=64, num_encoder_layers=1, num_decoder_layers=1),
+        replace(transformer, vocab_size=300, d_model=32, d_ff=64, num_encoder_layers=1, num_decoder_layers=1),
         schedule="linear",
         peak=5e-3,
         warmup=4,

@@ -12,9 +12,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 MAX_LINE_BYTES = 2**16  # a longer line is cut here, where it is still too long for every `Cleaner`
+_File = IO[bytes] | gzip.GzipFile
 _SEGMENT = re.compile(rb"<seg[^>]*>(.*)</seg>")
 _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile)
 
@@ -205,19 +206,20 @@ def open_lines(text: Text, path: Path) -> Iterator[Iterator[bytes]]:
 
 
 @contextmanager
-def _open_bytes(text: Text, path: Path) -> Iterator[BinaryIO]:
+def _open_bytes(text: Text, path: Path) -> Iterator[_File]:
     """The text, out of its archive and uncompressed."""
     with ExitStack() as stack:
-        file = stack.enter_context(path.open("rb"))
+        file: IO[bytes] = stack.enter_context(path.open("rb"))
         if text.member is not None:
             file = stack.enter_context(_open_member(file, path, text.member))
         if (text.member or path.name).endswith(".gz"):
-            file = stack.enter_context(gzip.GzipFile(fileobj=file))
-        yield file
+            yield stack.enter_context(gzip.GzipFile(fileobj=file))
+        else:
+            yield file
 
 
 @contextmanager
-def _open_member(file: BinaryIO, path: Path, member: str) -> Iterator[BinaryIO]:
+def _open_member(file: IO[bytes], path: Path, member: str) -> Iterator[IO[bytes]]:
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive, archive.open(member) as opened:
@@ -225,11 +227,12 @@ def _open_member(file: BinaryIO, path: Path, member: str) -> Iterator[BinaryIO]:
         else:
             file.seek(0)
             # A stream, read from front to back: seeking back in a compressed archive would decompress it again.
-            with tarfile.open(fileobj=file, mode="r|*", bufsize=2**20) as archive:
-                entry = next((entry for entry in archive if entry.name.removeprefix("./") == member), None)
-                if entry is None:
+            with tarfile.open(fileobj=file, mode="r|*", bufsize=2**20) as tar:
+                entry = next((entry for entry in tar if entry.name.removeprefix("./") == member), None)
+                content = tar.extractfile(entry) if entry is not None else None  # None also of a folder
+                if content is None:
                     raise KeyError(member)
-                yield archive.extractfile(entry)
+                yield content
     except KeyError:
         raise ValueError(f"{path}: has no member {member}") from None
     except _DAMAGED as error:
@@ -247,7 +250,7 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path}: is damaged ({error}); remove it and run the command again")
 
 
-def _split_lines(file: BinaryIO) -> Iterator[bytes]:
+def _split_lines(file: _File) -> Iterator[bytes]:
     """The lines of a file: they end with \\n or \\r\\n only, for Unicode's other separators stand inside sentences."""
     first = True
     while line := file.readline(MAX_LINE_BYTES):

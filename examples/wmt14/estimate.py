@@ -152,7 +152,9 @@ def estimate(
     _check(gpu, n_gpus, machines, precision)
     model, card = config.model(vocab_size), GPUS[gpu]
     parameters, tokens = count_parameters(model), config.tokens_per_update / n_gpus
-    peak = peak_tflops(card.peaks, DTYPES[precision]) * 1e12 * card.sustained
+    tflops = peak_tflops(card.peaks, DTYPES[precision])
+    assert tflops is not None  # known of every card in GPUS
+    peak = tflops * 1e12 * card.sustained
     on_tensor_cores = card.has_tensor_cores and (precision == "fp16" or (precision == "bf16" and card.has_bf16))
     pairs = config.tokens_per_update / TARGET_LENGTH
     flops = pairs * training_flops(model, np.array([SOURCE_LENGTH]), np.array([TARGET_LENGTH]))
@@ -205,10 +207,10 @@ def print_estimate(config: Config, vocab_size: int) -> None:
                 f"{alone.accumulation:8} {alone.memory / 1e9:6.1f} GB{hours}"
             )
     if config.name in PAPER_HOURS:
-        hours = PAPER_HOURS[config.name]
-        nominal, reached = hours * 3600 * PAPER_GPUS * PAPER_FLOPS, total / (hours * 3600 * PAPER_GPUS)
+        paper_hours = PAPER_HOURS[config.name]
+        nominal, reached = paper_hours * 3600 * PAPER_GPUS * PAPER_FLOPS, total / (paper_hours * 3600 * PAPER_GPUS)
         print(
-            f"\nThe paper: {hours:g} hours on {PAPER_GPUS} P100, counted as {nominal:.1e} FLOPs at "
+            f"\nThe paper: {paper_hours:g} hours on {PAPER_GPUS} P100, counted as {nominal:.1e} FLOPs at "
             f"{PAPER_FLOPS / 1e12:g} TFLOP/s each; the model's\nown are {total:.1e}, {reached / 1e12:.1f} TFLOP/s each."
         )
     print(

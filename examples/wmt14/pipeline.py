@@ -24,7 +24,8 @@ from .subwords import TextForm
 CHUNK_SIZE = 4000  # pairs that a worker is given at a time; the results do not depend on it
 SIDES = ("source", "target")
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Workers:
@@ -160,19 +161,23 @@ def encode_split(split: str, folder: Path, model: Path, vocab_size: int, pairs: 
     """
     totals = []
     for side, file in zip(SIDES, normalized_files(folder, split), strict=True):
-        lines, total = _lines(file), 0
-        chunks = iter(lambda lines=lines: list(islice(lines, CHUNK_SIZE)), [])
+        total = 0
         with (
             TokenWriter(folder, split, side, vocab_size) as writer,
             tqdm(total=pairs, desc=f"encoding {split} {side}", unit=" sentences", disable=None) as bar,
         ):
-            for ids, lengths in workers.map(partial(_encode, str(model)), chunks):
+            for ids, lengths in workers.map(partial(_encode, str(model)), _chunks(_lines(file))):
                 writer.write(ids, lengths)
                 total += ids.size
                 bar.update(lengths.size)
         file.unlink()
         totals.append(total)
     return totals
+
+
+def _chunks(lines: Iterator[str]) -> Iterator[list[str]]:
+    while chunk := list(islice(lines, CHUNK_SIZE)):
+        yield chunk
 
 
 @lru_cache(1)

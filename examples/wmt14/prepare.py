@@ -99,16 +99,16 @@ def prepare(args: argparse.Namespace) -> None:
         return check_is_same(args.out, description)
     with appearing_when_complete(args.out) as folder, Workers(args.workers) as workers:
         languages = preparation.source_language, preparation.target_language
-        forms = tuple(TextForm(language, preparation.lowercase, preparation.moses) for language in languages)
-        train_forms = (replace(form, is_tokenised=args.train_is_tokenised) for form in forms)
-        cleaner = Cleaner(*train_forms, preparation.max_words, preparation.max_ratio)
+        source, target = (TextForm(language, preparation.lowercase, preparation.moses) for language in languages)
+        train_source, train_target = (replace(form, is_tokenised=args.train_is_tokenised) for form in (source, target))
+        cleaner = Cleaner(train_source, train_target, preparation.max_words, preparation.max_ratio)
         reports = {}
         for split, corpora in preparation.corpora.items():
             if split == "train":
                 duplicates = Duplicates() if args.drop_duplicates else None
                 reports[split] = clean_corpora(corpora, paths, folder, cleaner, workers, duplicates)
             else:
-                reports[split] = copy_corpora(split, corpora, paths, folder, forms)
+                reports[split] = copy_corpora(split, corpora, paths, folder, (source, target))
             print_table(split, reports[split])
         learn_subwords(folder, preparation, kept(reports["train"]), args.sample_pairs)
         tokens = {
@@ -231,7 +231,7 @@ def print_table(split: str, reports: list[CorpusReport]) -> None:
 
 def summarize(folder: Path, reports: dict[str, list[CorpusReport]], ids: dict[str, list[int]]) -> dict[str, Any]:
     """The content of `report.json`; prints the part about tokens."""
-    splits = {
+    splits: dict[str, dict[str, Any]] = {
         split: {
             "pairs": kept(corpora),
             **{f"{side}_ids": total for side, total in zip(SIDES, ids[split], strict=True)},

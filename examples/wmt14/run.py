@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -110,7 +111,7 @@ class Run:
             self.best_nll, self.validations_since_best = score.nll, 0
         self.progress.validation(self.update, score.record())
 
-    def _flops(self, pairs: NDArray) -> float:
+    def _flops(self, pairs: NDArray[np.int64]) -> float:
         lengths = self.batches.source_lengths[pairs], self.batches.target_lengths[pairs]
         return training_flops(self.trainer.model.config, *lengths)
 

@@ -25,8 +25,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import sacremoses
-from sacrebleu.metrics import BLEU, CHRF
-from sacrebleu.metrics.bleu import BLEUScore
+from sacrebleu.metrics.bleu import BLEU, BLEUScore
+from sacrebleu.metrics.chrf import CHRF
 
 from .models import errors_as_messages
 

@@ -46,8 +46,8 @@ def smoke(folder: Path) -> None:
     start = time.perf_counter()
     data, run, output = folder / "data", folder / "run", folder / "test.txt"
     call("prepare", "--preparation", "smoke", "--out", data, "--workers", 1, *write_text(folder))
-    options = ("--config", "smoke", "--data", data, "--out", run, "--updates", UPDATES)
-    options += ("--resume", "auto", "--log-every", 10, "--bleu-sentences", 20)
+    options: list[object] = ["--config", "smoke", "--data", data, "--out", run, "--updates", UPDATES]
+    options += ["--resume", "auto", "--log-every", 10, "--bleu-sentences", 20]
     kill_after_a_checkpoint(command("train", *options), run)
     call("train", *options)
     check_log(run)

@@ -26,7 +26,7 @@ PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 MODEL_FILE, PREPARATION_FILE = "subwords.model", "preparation.json"
 
 _SEPARATORS = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"
-_CONTROLS = {code: None for code in [*range(0x20), *range(0x7F, 0xA0), 0x200B, 0x2060, 0xFEFF]}
+_CONTROLS: dict[int, str | None] = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0), 0x200B, 0x2060, 0xFEFF])
 _CONTROLS |= {ord(separator): " " for separator in _SEPARATORS}
 
 

@@ -12,7 +12,9 @@ from fastattn.peaks import peak_tflops
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def training_flops(config: TransformerConfig, source_lengths: NDArray, target_lengths: NDArray) -> float:
+def training_flops(
+    config: TransformerConfig, source_lengths: NDArray[np.integer], target_lengths: NDArray[np.integer]
+) -> float:
     """Floating-point operations of forward and backward for some pairs, a multiply-add counted as two.
 
     Matrix products only, padding and recomputation not counted; the backward is twice the forward.

@@ -102,10 +102,11 @@ class Trainer:
         self.accumulation, self.packed, self.seed = accumulation, packed, seed
         self.parts = world.size * accumulation
         self.loss_of_batch = _LossOfBatch(model)
-        self.shared_loss: nn.Module = self.loss_of_batch
+        self.shared_loss: _LossOfBatch | DistributedDataParallel = self.loss_of_batch
         if world.size > 1:
-            options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-            self.shared_loss = DistributedDataParallel(self.loss_of_batch, **options)
+            self.shared_loss = DistributedDataParallel(
+                self.loss_of_batch, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, betas=config.betas, eps=config.eps, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
@@ -127,7 +128,7 @@ class Trainer:
         self.optimizer.zero_grad()
         sums = self._accumulate(update, pairs, target_tokens)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         sums = self.world.sum_(torch.cat([sums, sums.new_tensor([stop])]))
         loss, nll, stops, gradient_norm = torch.cat([sums, norm[None]]).tolist()
         loss_scale = self.scaler.get_scale()
@@ -163,10 +164,10 @@ class Trainer:
             batch = self.data.batch(share, self.packed, self.model.config.pad_id)
             source, target = (side.to(self.world.device) for side in batch)
             torch.manual_seed(_seed(self.seed, update, part))
-            is_last = i == self.accumulation - 1
-            with nullcontext() if is_last or self.world.size == 1 else self.shared_loss.no_sync():
+            is_last, shared = i == self.accumulation - 1, self.shared_loss
+            with shared.no_sync() if isinstance(shared, DistributedDataParallel) and not is_last else nullcontext():
                 with self.autocast():
-                    loss, nll, _ = self.shared_loss(source, target)
+                    loss, nll, _ = shared(source, target)
                 self.scaler.scale(loss * factor).backward()
             sums += torch.stack([loss.detach(), nll])
         return sums
@@ -181,7 +182,7 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
                 tensors.append(name)
-            if not parameter.grad.isfinite().all():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
                 tensors.append(f"gradient of {name}")
         raise NonFiniteError(update, pairs.tolist(), tensors or ["norm of the gradient"])
 

@@ -209,6 +209,7 @@ def draw(translator: Translator, lines: Sequence[str], path: Path) -> str:
     if len(lines) != 1:
         raise ValueError(f"--attention: draws one sentence, got {len(lines)}")
     best = translator.translate(lines)[0][0]
+    assert best.attention is not None  # `make_translator` asks for it with --attention
     (text,) = translator.texts([best])
     (source,) = translator.encode(lines)
     title = f"{lines[0]}\n→ {text}"

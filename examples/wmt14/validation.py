@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics.bleu import BLEU
 
 from fastattn.nmt.batches import TokenBatches
 from fastattn.nmt.data import ParallelTokens
@@ -19,6 +20,8 @@ from .subwords import Subwords
 from .trainer import Trainer
 
 _TOKENS_PER_BATCH = 8_192
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Score:
 
     def record(self) -> dict[str, Any]:
         """The fields of the log's record."""
-        record = {"nll": self.nll, "perplexity": math.exp(min(self.nll, 700.0))}
+        record: dict[str, Any] = {"nll": self.nll, "perplexity": math.exp(min(self.nll, 700.0))}
         if self.bleu is not None:
             record |= {"bleu": self.bleu, "bleu_signature": self.bleu_signature}
         return record
@@ -50,7 +53,7 @@ class Validation:
     def __init__(self, trainer: Trainer, folder: Path, bleu_sentences: int, beam_size: int) -> None:
         self.trainer = trainer
         recipe = trainer.config
-        self.search = {"beam_size": beam_size, "alpha": recipe.alpha, "penalty": recipe.length_penalty}
+        self.translate = partial(translate, beam_size=beam_size, alpha=recipe.alpha, penalty=recipe.length_penalty)
         self.data = ParallelTokens(folder, "valid")
         longest = max(self.data.source_lengths.max(), self.data.target_lengths.max())
         batches = TokenBatches(self.data.source_lengths, self.data.target_lengths, max(_TOKENS_PER_BATCH, longest))
@@ -86,12 +89,12 @@ class Validation:
         """BLEU of the search's best translations against the raw text."""
         mine = self._mine(range(self.num_sentences))
         sources = [self.data.pair(i)[0].tolist() for i in mine]
-        found = translate(self.trainer.model, sources, **self.search)
+        found = self.translate(self.trainer.model, sources)
         texts = self.subwords.decode([best.tokens for best, *_ in found])
         gathered = self.trainer.world.gather(list(zip(mine, texts, strict=True)))
         ordered = [text for _, text in sorted(pair for share in gathered for pair in share)]
         return self.metric.corpus_score(ordered, [self.references]).score
 
-    def _mine(self, work: Iterable) -> list:
+    def _mine(self, work: Iterable[Item]) -> list[Item]:
         """The part of the work that is this process's share."""
         return list(work)[self.trainer.world.rank :: self.trainer.world.size]

@@ -231,6 +231,15 @@ def test_a_missing_member_is_named(tmp_path, name):
         lines_of(tmp_path / name, "nothing")
 
 
+def test_a_folder_is_no_text(tmp_path):
+    folder = tarfile.TarInfo("text")
+    folder.type = tarfile.DIRTYPE
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as archive:
+        archive.addfile(folder)
+    with pytest.raises(ValueError, match="a.tgz: has no member text"):
+        lines_of(tmp_path / "a.tgz", "text")
+
+
 def test_segments_of_sgm(tmp_path):
     segments = '<refset>\n<doc id="a">\n<seg id="1">Eins &amp; zwei</seg>\n<p>\n  <seg id="2"> Drei <b></seg>\n</doc>\n'
     (tmp_path / "test.sgm").write_text(segments)
