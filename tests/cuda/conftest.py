@@ -1,13 +1,18 @@
-"""The launcher on a libcuda that notes what it is called with, and trees in which the native build has run."""
+"""The launcher on a libcuda that notes what it is called with; installations of the kernels."""
 
 from __future__ import annotations
 
 import ctypes
 import shutil
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 
+from fastattn.cuda_kernels import nvrtc
+from fastattn.cuda_kernels.images import Installation
 from tests.support.attention_struct import Struct
+from tests.support.installation import Recorder, describe
 from tests.support.native_build import Tree
 from tests.support.stub_cuda import load
 
@@ -49,3 +54,29 @@ def tree(finished, tmp_path) -> Tree:
     copy = Tree.__new__(Tree)
     copy.folder, copy.package = tmp_path / "tree", tmp_path / "tree" / "fastattn"
     return copy
+
+
+# ---- installations of the kernels ----
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path) -> None:
+    """An environment without variables of the user's, and a cache of the test's own."""
+    for name in ("FASTATTN_CUDA_IMAGE", "FASTATTN_NVRTC_LIB", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def install(tmp_path) -> Callable[..., Installation]:
+    """`describe` in a folder of the test."""
+    return partial(describe, tmp_path)
+
+
+@pytest.fixture
+def compiler() -> Recorder:
+    try:
+        found = nvrtc.find(60)
+    except nvrtc.NotFound as error:
+        pytest.skip(str(error))
+    return Recorder(found.library, found.include)
