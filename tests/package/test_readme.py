@@ -46,7 +46,7 @@ def test_commands_exist() -> None:
         if program == "make":
             assert arguments[0] in targets, command
         elif program == "pip":
-            assert arguments == ["install", "."], command  # tests/test_package.py runs it
+            assert arguments == ["install", "."], command  # tests/install runs it
         else:
             assert program in ("python", ".venv/bin/python"), command
             is_module = arguments[0] == "-m"
