@@ -15,7 +15,7 @@ from fastattn import functional, reference
 from fastattn.arguments import attention_params, draw_seed, varlen_attention_params
 from fastattn.params import AttentionParams
 from fastattn.triton_kernels import arguments, tiles
-from tests.support.cases import Case, full, pairwise
+from tests.support.cases import AXES, Case, full, hash_of, pairwise
 from tests.support.contract import call, check, run
 from tests.support.triton_attention import DEVICE, check_once, on_triton
 
@@ -25,24 +25,40 @@ VARIED = Case(
 )
 
 
+# The backward of short sequences is one kernel or two, here with one (batch, head) for each program.
+MODES = {"one": {}, "two": {"multiprocessors": 100, "in_one": False}}
+
+
+def modes_of(case: Case, everything: bool) -> list[str]:
+    """The modes in which a case runs: where pairs are enough, the mode is one of the axes that are paired."""
+    if max(case.seqlens) > 128:
+        return ["one"]
+    return list(MODES) if everything else [list(MODES)[hash_of(case) % 2]]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The interpreter takes a second per case, so the full product is sampled."""
     if "triton_case" in metafunc.fixturenames:
-        sample = full()[::29] if metafunc.config.getoption("full") else []
-        metafunc.parametrize("triton_case", sample + pairwise(), ids=str)
+        everything = metafunc.config.getoption("full")
+        cases = (full()[::29] if everything else []) + pairwise()
+        values = [(case, mode) for case in cases for mode in modes_of(case, everything)]
+        metafunc.parametrize(("triton_case", "mode"), values, ids=str)
 
 
 def test_kernels_run_where_the_tests_think() -> None:
     assert (DEVICE == "cpu") == arguments.IS_INTERPRETED
 
 
-def test_contract(triton_case: Case, poisoned: None) -> None:
-    """Short sequences with the backward in one kernel and in two, with one (batch, head) per program and several."""
-    with on_triton():
+def test_contract(triton_case: Case, mode: str, poisoned: None) -> None:
+    with on_triton(**MODES[mode]):
         check_once(triton_case)
-    if max(triton_case.seqlens) <= 128:
-        with on_triton(multiprocessors=100, in_one=False):
-            check_once(triton_case)
+
+
+def test_every_value_of_every_axis_meets_both_modes() -> None:
+    for axis, values in AXES.items():
+        for value in values:
+            some = [case for case in pairwise() if getattr(case, axis) == value and max(case.seqlens) <= 128]
+            assert not some or {mode for case in some for mode in modes_of(case, False)} == {*MODES}, (axis, value)
 
 
 @pytest.mark.parametrize("in_one", [False, True])
