@@ -169,6 +169,7 @@ GRADCHECK_CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("case", GRADCHECK_CASES, ids=str)
 def test_gradcheck(backend: str, case: Case) -> None:

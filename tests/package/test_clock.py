@@ -103,6 +103,7 @@ def test_pytest_ends_with_it(pytester: pytest.Pytester, workers: int, monkeypatc
 
 
 def test_set_up_counts(pytester: pytest.Pytester):
+    pytester.makepyprojecttoml("[tool.pytest.ini_options]\n")  # the root of the names of tests
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(SLOW)
     a_clock = Clock({}, workers=1)

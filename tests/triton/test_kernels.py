@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -72,13 +74,21 @@ def test_two_runs_give_the_same_bits(packed: bool, in_one: bool, poisoned: None)
 # ---- tiles ----
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("band", ["none", "window", "window-bottom-right", "causal-window"])
-def test_contract_in_small_tiles(band: str, packed: bool, poisoned: None) -> None:
+def by_turns(*axes: list[Any]) -> list[Any]:
+    """The product of three axes; every other row is slow, so that make test has every two values of two axes."""
+    products = itertools.product(*(enumerate(axis) for axis in axes))
+    indexed = [(sum(i for i, _ in row) % 2, [value for _, value in row]) for row in products]
+    return [pytest.param(*values, marks=pytest.mark.slow if is_odd else ()) for is_odd, values in indexed]
+
+
+@pytest.mark.parametrize(
+    ("band", "packed", "tile"),
+    by_turns(["none", "window", "window-bottom-right", "causal-window"], [False, True], [(16, 32), (32, 16)]),
+)
+def test_contract_in_small_tiles(band: str, packed: bool, tile: tuple[int, int], poisoned: None) -> None:
     case = replace(VARIED, dtype=torch.float32, band=band, packed=packed, heads=(2, 1), seqlens=(50, 41), batch=1)
-    for block_m, block_n in ((16, 32), (32, 16)):
-        with on_triton(block_m, block_n):
-            check_once(case)
+    with on_triton(*tile):
+        check_once(case)
 
 
 @pytest.mark.parametrize("tile", sorted({row.tile[:2] for row in tiles.table()}))
@@ -94,14 +104,16 @@ def test_short_keys_and_queries_of_several_tiles(band: str, dropout_p: float, po
         check_once(case)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (3, 3), (4, 2), (3, 1)])
-@pytest.mark.parametrize("packed", [False, True])
-def test_any_number_of_pairs_per_program(packed: bool, heads: tuple[int, int], poisoned: None) -> None:
+@pytest.mark.parametrize(
+    ("heads", "packed", "multiprocessors"), by_turns([(4, 4), (3, 3), (4, 2), (3, 1)], [False, True], [1, 4])
+)
+def test_any_number_of_pairs_per_program(
+    heads: tuple[int, int], packed: bool, multiprocessors: int, poisoned: None
+) -> None:
     """2 of 12 and of 6, 1 of 9 and of 3; fewer where that leaves multiprocessors idle."""
     case = replace(VARIED, dtype=torch.float32, packed=packed, heads=heads, seqlens=(18, 20), batch=3)
-    for multiprocessors in (1, 4):
-        with on_triton(multiprocessors=multiprocessors):
-            check_once(case)
+    with on_triton(multiprocessors=multiprocessors):
+        check_once(case)
 
 
 def test_tiles_that_band_or_length_exclude_are_never_loaded() -> None:
@@ -130,6 +142,7 @@ class EveryLength(Case):
         return [(37 * n if longest == self.seqlens[1] else n) % self.batch % (longest + 1) for n in range(self.batch)]
 
 
+@pytest.mark.slow
 def test_every_length(poisoned: None) -> None:
     lengths = {"seqlens": (129, 130), "batch": 130}
     case = EveryLength(packed=True, heads=(1, 1), band="window-bottom-right", dims=(16, 8), **lengths)
