@@ -80,6 +80,7 @@ def test_the_page_has_the_same_budgets():
     assert rows == {tier.name: str(tier.minutes) for tier in clock.STEPS + clock.TIERS}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pytest_ends_with_it(pytester: pytest.Pytester, workers: int, monkeypatch: pytest.MonkeyPatch):
     pytester.makepyprojecttoml("[tool.pytest.ini_options]\n")
