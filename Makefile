@@ -1,6 +1,8 @@
 # Each target sets up .venv first if need be; TORCH="torch==2.7.1" picks another torch, ARGS is passed on.
-.PHONY: demo wmt14-smoke test test-all check kernel-report gpu
+.PHONY: demo wmt14-smoke test quick test-all test-floor check kernel-report gpu
 .NOTPARALLEL:
+
+QUICK = -m "not slow and not long" tests/attention tests/nmt tests/package
 
 demo:      # train a small translator on the CPU or GPU found and score it
 	scripts/demo.sh $(ARGS)
@@ -11,8 +13,14 @@ wmt14-smoke: # every step of examples/wmt14 on self-made text, in a minute
 test:      # every tier that runs here, in minutes
 	scripts/test.sh -m "not slow" $(ARGS)
 
+quick:     # attention, translation and the package, in a minute
+	scripts/test.sh $(QUICK) $(ARGS)
+
 test-all:  # the full products of cases
 	scripts/test.sh --full $(ARGS)
+
+test-floor: # the tests of quick on Python 3.10 and torch 2.7.1, in a .venv-floor of their own
+	scripts/test_floor.sh $(QUICK) $(ARGS)
 
 check:     # style and types
 	scripts/check.sh

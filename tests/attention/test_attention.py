@@ -12,7 +12,7 @@ from tests.support.contract import check
 BACKENDS = ("torch", "reference")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("reference", marks=pytest.mark.long)])
 def test_forward_and_gradients(backend: str, attention_case: Case, poisoned: None) -> None:
     with fastattn.use_backend(backend):
         check(attention_case)
@@ -25,6 +25,7 @@ def test_forward_and_gradients_on_a_gpu(backend: str, attention_case: Case, pois
         check(attention_case, "cuda")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_long_rows(backend: str, packed: bool) -> None:

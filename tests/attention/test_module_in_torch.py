@@ -96,6 +96,7 @@ def test_a_nested_tensor_is_refused_with_the_remedy():
         encoder(torch.randn(BATCH, SEQLEN_Q, EMBED), src_key_padding_mask=padding)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("call", ["padding-no_weights", "mask-float_padding", "causal-padding"])
 def test_compiles_without_graph_breaks(call):
     _, ours = make_pair(batch_first=True)
@@ -109,6 +110,7 @@ def test_compiles_without_graph_breaks(call):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.long
 def test_compiles_with_dropout_and_changing_lengths():
     _, ours = make_pair(batch_first=True, dropout=0.5)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -234,6 +234,7 @@ def test_warns_when_there_is_nothing_to_replace():
         replace_attention(model)
 
 
+@pytest.mark.long
 def test_swapped_layer_compiles():
     layer = replace_attention(randomised(nn.TransformerEncoderLayer(**LAYER, batch_first=True)))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

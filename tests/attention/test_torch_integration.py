@@ -43,6 +43,7 @@ def operator_arguments(case: Case) -> tuple[list[Any], list[Any]]:
     return [*p, "torch"], [*p, *results, "torch"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck(case: Case) -> None:
     forward, backward = operator_arguments(case)
@@ -71,6 +72,7 @@ def grads(function: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (*results, *torch.autograd.grad(results, [x for x in inputs if x is not None], upstream))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize(
     "case", [*CASES, Case(band="causal", return_lse=False), Case(mask="random", return_lse=False)], ids=str
@@ -87,6 +89,7 @@ def test_compile_makes_one_graph(backend: str, case: Case) -> None:
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.long
 def test_compile_takes_one_tensor_in_several_roles() -> None:
     torch._dynamo.reset()
     x, cu_seqlens = torch.randn(7, 2, 8, requires_grad=True), cumulative([3, 4])
@@ -107,6 +110,7 @@ def test_compile_takes_one_tensor_in_several_roles() -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.long
 def test_compile_with_dynamic_sizes_and_another_backend() -> None:
     torch._dynamo.reset()
     function = torch.compile(fastattn.scaled_dot_product_attention, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -119,6 +123,7 @@ def test_compile_with_dynamic_sizes_and_another_backend() -> None:
                 torch.testing.assert_close(function(q, q, q, mask, is_causal=True), expected)
 
 
+@pytest.mark.long
 def test_inductor() -> None:
     torch._dynamo.reset()
     q, k, v = (torch.randn(2, 3, 9, 8, requires_grad=True) for _ in range(3))
@@ -254,6 +259,7 @@ def test_forcing_a_backend_holds_for_one_thread() -> None:
     assert found == ["torch"]
 
 
+@pytest.mark.long
 def test_compiled_packed_attention_with_other_lengths() -> None:
     torch._dynamo.reset()
     function = torch.compile(fastattn.varlen_attention, fullgraph=True, backend="aot_eager", dynamic=True)

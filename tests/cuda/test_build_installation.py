@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.native_build import IMAGES, LAUNCHER_FILE, Tree, edges, needs_tools
+from tests.support.native_build import IMAGES, LAUNCHER_FILE, TABLE, Tree, edges, needs_tools
 
 # ---- images from elsewhere ----
 
@@ -60,6 +60,19 @@ def test_prebuilt_images_of_other_sources_are_refused(tree, prebuilt):
 
 def through_setuptools(tree: Tree, hook: str, **environment: str) -> subprocess.CompletedProcess:
     return tree.run("-c", f"from setuptools import build_meta; build_meta.{hook}('dist')", **environment)
+
+
+@needs_tools
+def test_images_of_every_target_are_kept_whoever_builds(tree):
+    assert edges(tree.build(FASTATTN_CUDA_ARCHS="60;75")) == {"3 NVRTC"}
+    for hook in ("build_editable", "build_wheel"):
+        result = through_setuptools(tree, hook, FASTATTN_CUDA_ARCHS="75;compute_80")
+        assert result.returncode == 0, result.stderr
+        assert edges(result.stdout) == set()
+    tree.write("csrc/table.h", TABLE.replace("3.0f", "4.0f"))
+    assert edges(tree.build(FASTATTN_CUDA_ARCHS="75")) == {"3 NVRTC"}
+    assert edges(tree.build()) == {"6 NVRTC"}  # those kept are of the sources before
+    assert edges(tree.build(FASTATTN_CUDA_ARCHS="60;75;compute_80")) == set()
 
 
 @needs_tools

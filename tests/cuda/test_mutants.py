@@ -20,10 +20,15 @@ from tests.support.cuda_mutants import NUMBERS, PLAIN, SHARED_AND_FORWARD, Mutan
 from tests.support.cuda_mutants_backward import BACKWARD_ALONE
 
 CSRC = ATTENTION.parent
-MUTANTS = SHARED_AND_FORWARD | BACKWARD_ALONE
+GROUPS = SHARED_AND_FORWARD + BACKWARD_ALONE
+MUTANTS = {name: mutant for group in GROUPS for name, mutant in group.items()}
 ELEMENTS = {torch.float32: "float", torch.float16: "__half"}
 BARRIER = "__syncthreads();"
 BARRIERS = [(f.name, n) for f in sorted(CSRC.glob("*.cuh")) for n in range(f.read_text().count(BARRIER))]
+# A mutant is compiled, which takes seconds: make test has one of each kind, by what is broken and what catches it, and
+# one barrier of each file.
+SOME = {(n, mutant.caught_by): name for n, group in enumerate(GROUPS) for name, mutant in group.items()}.values()
+SOME_BARRIERS = dict(BARRIERS).items()
 ROW_OF_TABLE = re.compile(r"    KERNEL\((\w+), +\w+, +(\d+),.*\n")
 
 
@@ -85,14 +90,20 @@ def is_caught(tmp_path: Path, mutant: Mutant, change: Callable[[str], str]) -> b
     return any(mutant.caught_by in kind for kind in kinds)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+def test_what_is_replaced_is_there() -> None:
+    for mutant in MUTANTS.values():
+        assert mutant.old in (CSRC / mutant.file).read_text(), f"{mutant.file} has no {mutant.old!r} any more"
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SOME else pytest.mark.slow) for n in MUTANTS])
 def test_sabotaged_kernels_are_caught(name: str, tmp_path: Path) -> None:
     mutant = MUTANTS[name]
-    assert mutant.old in (CSRC / mutant.file).read_text(), f"{mutant.file} has no {mutant.old!r} any more"
     assert is_caught(tmp_path, mutant, lambda text: text.replace(mutant.old, mutant.new))
 
 
-@pytest.mark.parametrize(("name", "n"), BARRIERS)
+@pytest.mark.parametrize(
+    ("name", "n"), [pytest.param(*x, marks=() if x in SOME_BARRIERS else pytest.mark.slow) for x in BARRIERS]
+)
 def test_every_barrier_is_needed(name: str, n: int, tmp_path: Path) -> None:
     def without(text: str) -> str:
         parts = text.split(BARRIER)

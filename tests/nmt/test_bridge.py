@@ -143,6 +143,7 @@ def curve(model, loss_of, updates=200):
     return losses
 
 
+@pytest.mark.long
 def test_200_updates_of_training_are_those_of_torch():
     ours, theirs = twins("post")
     actual, expected = curve(ours, our_loss), curve(theirs, their_loss)

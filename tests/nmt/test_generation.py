@@ -267,6 +267,7 @@ def test_training_mode_is_an_error():
         beam_search(random_model().train(), sentences(2))
 
 
+@pytest.mark.long
 def test_a_trained_model_reverses_unseen_sentences():
     torch.manual_seed(1)
     config = TransformerConfig(

@@ -63,6 +63,7 @@ def test_checkpointed_activations_are_computed_again_with_the_same_gradients(exe
     assert kept[1] < kept[0] / 2
 
 
+@pytest.mark.long
 def test_compiles_to_one_graph():
     model = Transformer(TINY)
     source, target = sentences([4, 2]), sentences([3, 5], seed=1)

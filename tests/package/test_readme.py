@@ -27,18 +27,21 @@ def commands() -> list[str]:
     return [command for line in lines if (command := line.partition("#")[0].strip())]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("code", blocks("python"), ids=["function", "module"])
 def test_python_blocks_run(code: str) -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_the_first_block_explains_itself() -> None:
     code = blocks("python")[0]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith("torch: ")
 
 
+@pytest.mark.long
 def test_commands_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for command in commands():
@@ -46,7 +49,7 @@ def test_commands_exist() -> None:
         if program == "make":
             assert arguments[0] in targets, command
         elif program == "pip":
-            assert arguments == ["install", "."], command  # tests/test_package.py runs it
+            assert arguments == ["install", "."], command  # tests/install runs it
         else:
             assert program in ("python", ".venv/bin/python"), command
             is_module = arguments[0] == "-m"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import clock
+
 ROOT = Path(__file__).parents[2]
 CU126 = "--index-url https://download.pytorch.org/whl/cu126"
 
@@ -32,7 +34,8 @@ class Machine:
             (self.commands / name).symlink_to(shutil.which(name))
 
     def run(self, *command: object, alone: bool = False, **environment: str) -> subprocess.CompletedProcess:
-        inherited = {k: v for k, v in os.environ.items() if k not in ("TORCH", "PYTHON", "MAKEFLAGS")}
+        given = ("TORCH", "PYTHON", "MAKEFLAGS", "FASTATTN_VENV")  # of the run of these tests itself
+        inherited = {k: v for k, v in os.environ.items() if k not in given}
         path = str(self.commands) if alone else f"{self.commands}:{os.environ['PATH']}"
         environment = inherited | {"PATH": path} | environment
         return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=60)
@@ -140,7 +143,8 @@ STAND_IN = """
 case "$*" in
 *realpath*) echo "$0" ;;
 --version) echo Python 3.11.0 ;;
-"-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+*"version_info[:2]"*) echo 3.10 ;;
+"-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 -c*) ;;
 *" list "*) cat packages ;;
 "scripts/build_native.py") [[ "$1" != "$(cat stop_at)" ]] || exit 1; echo "$1" >>pip.log ;;
@@ -260,7 +264,76 @@ def test_triton_is_added_only_to_the_torch_it_fits(repository, packages):
     assert repository.setup() == [TORCH, TOOLS, KERNELS, EDITABLE]
 
 
+@pytest.mark.parametrize("name", ["/", "..", ".venv/..", ".venv/floor", "venv"])
+def test_setup_makes_no_other_folder_anew(repository, name):
+    assert repository.setup(FASTATTN_VENV=name) == ["failed"]
+    assert (repository.folder / "scripts").exists()
+
+
+def test_setup_notes_what_it_took(repository):
+    def steps() -> dict[str, float]:
+        return clock.read_steps((repository.folder / ".venv" / "seconds").read_text().splitlines())
+
+    repository.setup()
+    first = steps()
+    assert set(first) == {"kernels", "set-up"} and all(0 <= seconds < 60 for seconds in first.values())
+    note = repository.folder / "scripts" / "note_seconds.sh"
+    for seconds in (1234, 1235):
+        assert repository.machine.run(note, "set-up", seconds).returncode == 0
+    assert repository.setup(FASTATTN_CUDA_ARCHS="60") == [KERNELS]
+    assert steps() == first | {"kernels": steps()["kernels"], "set-up": 1235}
+
+
+# ---- the floor ----
+
+
+def floor(repository: Repository, **environment: str) -> tuple[list[str], subprocess.CompletedProcess]:
+    """What pip, the kernels' build and pytest were asked for, and the script's run."""
+    (repository.folder / "pip.log").write_text("")
+    script = repository.folder / "scripts/test_floor.sh"
+    result = repository.machine.run("bash", "-c", f'cd {repository.folder} && "$0" tests/nmt', script, **environment)
+    return (repository.folder / "pip.log").read_text().splitlines(), result
+
+
+def test_floor_has_an_environment_of_its_own(repository):
+    repository.setup()
+    before = {file: file.stat().st_mtime_ns for file in (repository.folder / ".venv").rglob("*")}
+    (repository.folder / "packages").write_text("torch==2.7.1+cpu\n")
+    repository.machine.command("python3.10", STAND_IN)
+    repository.machine.command("pytest", 'echo "pytest $*" >>pip.log; echo "$PATH" >path')
+    torch = "install --quiet torch==2.7.1 --index-url https://download.pytorch.org/whl/cpu"
+    log, result = floor(repository)
+    assert result.returncode == 0, result.stderr
+    assert log[:-1] == [torch, TOOLS, KERNELS, EDITABLE]
+    assert re.fullmatch(r"pytest --numprocesses \d+ --clock \.venv-floor/seconds tests/nmt", log[-1])
+    path = (repository.folder / "path").read_text()
+    assert path.startswith(f"{repository.folder}/.venv-floor/bin:")
+    assert {file: file.stat().st_mtime_ns for file in (repository.folder / ".venv").rglob("*")} == before
+    assert floor(repository)[0] == log[-1:]
+    assert repository.setup() == []
+
+
+@pytest.mark.parametrize(
+    ("python", "message"),
+    [
+        ("exit 127", "needs Python 3.10, and python3.10 is not here or does not start. Name one, for example:"),
+        ("echo 3.12", "needs Python 3.10, the oldest that fastattn takes, but python3.10 is Python 3.12"),
+    ],
+    ids=["missing", "another"],
+)
+def test_floor_says_which_python_it_looks_for(repository, python, message):
+    repository.machine.command("python3.10", python)
+    log, result = floor(repository)
+    assert (log, result.returncode) == ([], 1)
+    assert message in result.stderr
+    assert not (repository.folder / ".venv-floor").exists()
+    log, result = floor(repository, PYTHON="no-such-python")
+    assert (log, result.returncode) == ([], 1) and "no-such-python is not here" in result.stderr
+
+
 # ---- the targets ----
+
+QUICK = '-m "not slow and not long" tests/attention tests/nmt tests/package'
 
 
 @pytest.mark.parametrize(
@@ -268,7 +341,9 @@ def test_triton_is_added_only_to_the_torch_it_fits(repository, packages):
     [
         ("demo", "scripts/demo.sh --steps 5"),
         ("test", 'scripts/test.sh -m "not slow" --steps 5'),
+        ("quick", f"scripts/test.sh {QUICK} --steps 5"),
         ("test-all", "scripts/test.sh --full --steps 5"),
+        ("test-floor", f"scripts/test_floor.sh {QUICK} --steps 5"),
         ("check", "scripts/check.sh"),
         ("gpu", "scripts/gpu.sh --steps 5"),
     ],
@@ -290,6 +365,18 @@ def test_ci_runs_the_checks_and_the_tests():
     commands = (ROOT / ".ci" / "run").read_text().splitlines()
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert [line for line in commands if line.startswith("make")] == ["make check", "make test"]
+
+
+def test_a_release_runs_the_floor_the_checks_and_the_build():
+    workflow = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    assert re.search(r"^on:\n  push:\n    tags:", workflow, re.MULTILINE)
+    assert re.findall(r"^ +- run: (.*)$", workflow, re.MULTILINE) == [
+        ".ci/run",
+        "make test-floor",
+        "python -m pip install build",
+        "python -m build",
+    ]
+    assert "secrets." not in workflow and "needs: [checks, floor]" in workflow
 
 
 def test_gpu_target_without_a_gpu_stops_before_the_setup(repository):

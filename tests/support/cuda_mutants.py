@@ -277,4 +277,4 @@ DROPOUT = {
     "dropout bits of the first tile's keys for all": philox("j0 + lane.template", "lane.template"),
 }
 
-SHARED_AND_FORWARD = SCORES | SEQUENCES | COPIES | PRODUCTS | FORWARD | DROPOUT
+SHARED_AND_FORWARD = (SCORES, SEQUENCES, COPIES, PRODUCTS, FORWARD, DROPOUT)

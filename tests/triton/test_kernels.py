@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from fastattn import functional, reference
 from fastattn.arguments import attention_params, draw_seed, varlen_attention_params
 from fastattn.params import AttentionParams
 from fastattn.triton_kernels import arguments, tiles
-from tests.support.cases import Case, full, pairwise
+from tests.support.cases import AXES, Case, full, hash_of, pairwise
 from tests.support.contract import call, check, run
 from tests.support.triton_attention import DEVICE, check_once, on_triton
 
@@ -25,24 +27,41 @@ VARIED = Case(
 )
 
 
+# The backward of short sequences is one kernel or two, here with one (batch, head) for each program.
+MODES = {"one": {}, "two": {"multiprocessors": 100, "in_one": False}}
+
+
+def modes_of(case: Case, everything: bool) -> list[str]:
+    """The modes in which a case runs: where pairs are enough, the mode is one of the axes that are paired."""
+    if max(case.seqlens) > 128:
+        return ["one"]
+    return list(MODES) if everything else [list(MODES)[hash_of(case) % 2]]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The interpreter takes a second per case, so the full product is sampled."""
     if "triton_case" in metafunc.fixturenames:
-        sample = full()[::29] if metafunc.config.getoption("full") else []
-        metafunc.parametrize("triton_case", sample + pairwise(), ids=str)
+        everything = metafunc.config.getoption("full")
+        cases = (full()[::29] if everything else []) + pairwise()
+        values = [(case, mode) for case in cases for mode in modes_of(case, everything)]
+        metafunc.parametrize(("triton_case", "mode"), values, ids=str)
 
 
 def test_kernels_run_where_the_tests_think() -> None:
     assert (DEVICE == "cpu") == arguments.IS_INTERPRETED
 
 
-def test_contract(triton_case: Case, poisoned: None) -> None:
-    """Short sequences with the backward in one kernel and in two, with one (batch, head) per program and several."""
-    with on_triton():
+def test_contract(triton_case: Case, mode: str, poisoned: None) -> None:
+    with on_triton(**MODES[mode]):
         check_once(triton_case)
-    if max(triton_case.seqlens) <= 128:
-        with on_triton(multiprocessors=100, in_one=False):
-            check_once(triton_case)
+
+
+def test_every_value_of_every_axis_meets_both_modes() -> None:
+    short = [case for case in pairwise() if max(case.seqlens) <= 128]
+    for axis, values in AXES.items():
+        for value in values:
+            some = [case for case in short if getattr(case, axis) == value]
+            assert not some or {mode for case in some for mode in modes_of(case, False)} == {*MODES}, (axis, value)
 
 
 @pytest.mark.parametrize("in_one", [False, True])
@@ -55,13 +74,21 @@ def test_two_runs_give_the_same_bits(packed: bool, in_one: bool, poisoned: None)
 # ---- tiles ----
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("band", ["none", "window", "window-bottom-right", "causal-window"])
-def test_contract_in_small_tiles(band: str, packed: bool, poisoned: None) -> None:
+def by_turns(*axes: list[Any]) -> list[Any]:
+    """The product of three axes; every other row is slow, so that make test has every two values of two axes."""
+    products = itertools.product(*(enumerate(axis) for axis in axes))
+    indexed = [(sum(i for i, _ in row) % 2, [value for _, value in row]) for row in products]
+    return [pytest.param(*values, marks=pytest.mark.slow if is_odd else ()) for is_odd, values in indexed]
+
+
+@pytest.mark.parametrize(
+    ("band", "packed", "tile"),
+    by_turns(["none", "window", "window-bottom-right", "causal-window"], [False, True], [(16, 32), (32, 16)]),
+)
+def test_contract_in_small_tiles(band: str, packed: bool, tile: tuple[int, int], poisoned: None) -> None:
     case = replace(VARIED, dtype=torch.float32, band=band, packed=packed, heads=(2, 1), seqlens=(50, 41), batch=1)
-    for block_m, block_n in ((16, 32), (32, 16)):
-        with on_triton(block_m, block_n):
-            check_once(case)
+    with on_triton(*tile):
+        check_once(case)
 
 
 @pytest.mark.parametrize("tile", sorted({row.tile[:2] for row in tiles.table()}))
@@ -77,14 +104,16 @@ def test_short_keys_and_queries_of_several_tiles(band: str, dropout_p: float, po
         check_once(case)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (3, 3), (4, 2), (3, 1)])
-@pytest.mark.parametrize("packed", [False, True])
-def test_any_number_of_pairs_per_program(packed: bool, heads: tuple[int, int], poisoned: None) -> None:
+@pytest.mark.parametrize(
+    ("heads", "packed", "multiprocessors"), by_turns([(4, 4), (3, 3), (4, 2), (3, 1)], [False, True], [1, 4])
+)
+def test_any_number_of_pairs_per_program(
+    heads: tuple[int, int], packed: bool, multiprocessors: int, poisoned: None
+) -> None:
     """2 of 12 and of 6, 1 of 9 and of 3; fewer where that leaves multiprocessors idle."""
     case = replace(VARIED, dtype=torch.float32, packed=packed, heads=heads, seqlens=(18, 20), batch=3)
-    for multiprocessors in (1, 4):
-        with on_triton(multiprocessors=multiprocessors):
-            check_once(case)
+    with on_triton(multiprocessors=multiprocessors):
+        check_once(case)
 
 
 def test_tiles_that_band_or_length_exclude_are_never_loaded() -> None:
@@ -113,6 +142,7 @@ class EveryLength(Case):
         return [(37 * n if longest == self.seqlens[1] else n) % self.batch % (longest + 1) for n in range(self.batch)]
 
 
+@pytest.mark.slow
 def test_every_length(poisoned: None) -> None:
     lengths = {"seqlens": (129, 130), "batch": 130}
     case = EveryLength(packed=True, heads=(1, 1), band="window-bottom-right", dims=(16, 8), **lengths)

@@ -86,8 +86,14 @@ FLOAT32 = [replace(case, batch=2) for case in pairwise() if case.dtype == torch.
 LARGE_HEADS = [Case(dims=(n, n), seqlens=(33, 40), batch=1, **more) for n in (64, 256) for more in ({}, {"scale": 0.3})]
 
 
-@pytest.mark.parametrize("in_one", [False, True])
-@pytest.mark.parametrize("case", FLOAT32[::4] + LARGE_HEADS, ids=str)
+@pytest.mark.parametrize(
+    ("case", "in_one"),
+    [
+        pytest.param(case, in_one, id=f"{case}-{in_one}", marks=() if in_one == bool(n % 2) else pytest.mark.slow)
+        for n, case in enumerate(FLOAT32[::4] + LARGE_HEADS)
+        for in_one in (False, True)
+    ],
+)
 def test_three_tf32_products_are_within_the_tolerance_of_float32(case: Case, in_one: bool, poisoned: None) -> None:
     with on_triton(in_one=in_one), products(tf32x3) as asked:
         check_once(case)
