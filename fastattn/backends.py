@@ -138,16 +138,17 @@ class Backend:
 
     def takes(self, call: CallTraits) -> bool:
         """Whether it can take the call."""
-        refuses = self._lacks_device(call) or call.dtype not in self.dtypes or self._is_too_wide(call)
+        is_for_it = self._takes_device(call) and not self._is_too_old(call)
+        refuses = not is_for_it or call.dtype not in self.dtypes or self._is_too_wide(call)
         return not refuses and self.why_missing() is None
 
     def why_not(self, call: CallTraits) -> list[str]:
         """Every reason for which it cannot take the call; empty if it can."""
         reasons = []
-        if self.devices is not None and call.device_type not in self.devices:
-            wanted = " or ".join(_DEVICES.get(device, device) for device in self.devices)
+        if not self._takes_device(call):
+            wanted = " or ".join(_DEVICES.get(device, device) for device in self.devices or ())
             reasons.append(f"needs a {wanted} device, got {call.device_type}")
-        elif self.min_capability is not None and call.capability is not None and self._lacks_device(call):
+        elif self._is_too_old(call):
             wanted, got = _dotted(self.min_capability), _dotted(call.capability)
             reasons.append(f"needs compute capability >= {wanted}, got {got}")
         if call.dtype not in self.dtypes:
@@ -158,17 +159,20 @@ class Backend:
             reasons.append(missing)
         return reasons
 
-    def _lacks_device(self, call: CallTraits) -> bool:
-        if self.devices is not None and call.device_type not in self.devices:
-            return True
-        return self.min_capability is not None and call.capability is not None and call.capability < self.min_capability
+    def _takes_device(self, call: CallTraits) -> bool:
+        return self.devices is None or call.device_type in self.devices
+
+    def _is_too_old(self, call: CallTraits) -> bool:
+        if self.min_capability is None or call.capability is None:
+            return False
+        return call.capability < self.min_capability
 
     def _is_too_wide(self, call: CallTraits) -> bool:
         return self.max_head_dim is not None and max(call.head_dim, call.head_dim_v) > self.max_head_dim
 
 
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
+def _dotted(capability: tuple[int, int] | None) -> str:
+    return ".".join(map(str, capability or ()))
 
 
 def _short(dtype: torch.dtype) -> str:
