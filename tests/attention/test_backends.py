@@ -188,7 +188,10 @@ class SdpaCalls(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("case", _claimed(), ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=str(case), marks=pytest.mark.long if n % 4 else ()) for n, case in enumerate(_claimed())],
+)
 def test_torch_says_the_same(case: Case) -> None:
     with SdpaCalls() as calls:
         check(case)

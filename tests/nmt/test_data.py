@@ -90,6 +90,7 @@ def test_split_without_sentences(tmp_path):
     assert len(ParallelTokens(tmp_path, "test")) == 0
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_file(tmp_path):
     script = """
 import resource, sys

@@ -91,6 +91,7 @@ def test_copies_and_files(config, tmp_path):
     assert torch.equal(torch.load(tmp_path / "whole.pt", weights_only=False)(source, target), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_learns_to_copy(norm):
     config = TransformerConfig(
