@@ -28,7 +28,7 @@ def stock_arguments(module, arguments):
     return {**arguments, "is_causal": False} if has_appended and arguments.get("is_causal") else arguments
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.long)], ids=["train", "eval"])
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
 def test_equals_torch(constructor, call, train):

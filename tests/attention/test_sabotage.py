@@ -118,6 +118,7 @@ CASES = [c for c in pairwise() if c.return_lse and c.mask != "all-false"] + [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sabotage", SABOTAGE)
 def test_broken_kernels_are_caught(sabotage: str) -> None:
     caught = 0

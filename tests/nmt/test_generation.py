@@ -56,6 +56,7 @@ def assert_same(hypotheses, expected):
     assert [h.score for h in hypotheses] == pytest.approx([s for s, _ in expected], rel=1e-9)
 
 
+@pytest.mark.long
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 999), alpha=st.sampled_from([0.0, 0.6, 2.0]), max_length=st.integers(2, 4))
 def test_a_wide_beam_finds_all_sentences_in_order(seed, alpha, max_length):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -54,6 +55,7 @@ def sources(folder: str) -> dict[Path, str]:
     return {file.relative_to(ROOT): file.read_text() for file in sorted((ROOT / folder).rglob("*.py"))}
 
 
+@functools.cache
 def imports_of(where: Path, text: str) -> set[str]:
     """Absolute dotted names of all modules that a file imports, wherever in the file."""
     package, names = where.parent.parts, set()

@@ -297,6 +297,7 @@ def test_support_table(capsys):
     assert rows[-1] == "| `reference` (on request) | any | float32, float16, bfloat16, float64 | any |"
 
 
+@pytest.mark.long
 def test_command_line():
     command = [sys.executable, "-m", "fastattn.info", "--json"]
     result = subprocess.run(command, capture_output=True, text=True)
