@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from allpairspy import AllPairs
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -17,7 +18,7 @@ from fastattn import functional, reference
 from fastattn.arguments import attention_params, draw_seed, varlen_attention_params
 from fastattn.params import AttentionParams
 from fastattn.triton_kernels import arguments, tiles
-from tests.support.cases import AXES, Case, full, hash_of, pairwise
+from tests.support.cases import AXES, Case, full, pairwise
 from tests.support.contract import call, check, run
 from tests.support.triton_attention import DEVICE, check_once, on_triton
 
@@ -31,19 +32,34 @@ VARIED = Case(
 MODES = {"one": {}, "two": {"multiprocessors": 100, "in_one": False}}
 
 
-def modes_of(case: Case, everything: bool) -> list[str]:
-    """The modes in which a case runs: where pairs are enough, the mode is one of the axes that are paired."""
-    if max(case.seqlens) > 128:
-        return ["one"]
-    return list(MODES) if everything else [list(MODES)[hash_of(case) % 2]]
+def has_two(case: Case) -> bool:
+    return max(case.seqlens) <= 128
+
+
+def fewer_pairs() -> list[tuple[Case, str]]:
+    """Pairs of all axes but the widest, whose values come by turns: two thirds of all pairs, each in one mode.
+
+    A case gets the mode that more of its values have not met.
+    """
+    axes = {name: values for name, values in AXES.items() if name != "dims"}
+    rows = (dict(zip(axes, row, strict=True)) for row in AllPairs(list(axes.values())))
+    cases = [Case(**row, dims=dims) for row, dims in zip(rows, itertools.cycle(AXES["dims"]), strict=False)]
+    met: set[tuple[str, str, Any]] = set()
+    found = []
+    for n, case in enumerate(cases):
+        meets = {mode: {(mode, *value) for value in vars(case).items()} for mode in sorted(MODES, reverse=n % 2 == 1)}
+        mode = max(meets, key=lambda mode: len(meets[mode] - met)) if has_two(case) else "one"
+        if has_two(case):
+            met |= meets[mode]
+        found.append((case, mode))
+    return found
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The interpreter takes a second per case, so the full product is sampled."""
+    """The interpreter takes seconds per case, so the full product is sampled."""
     if "triton_case" in metafunc.fixturenames:
-        everything = metafunc.config.getoption("full")
-        cases = (full()[::29] if everything else []) + pairwise()
-        values = [(case, mode) for case in cases for mode in modes_of(case, everything)]
+        cases = full()[::29] + pairwise() if metafunc.config.getoption("full") else []
+        values = [(case, mode) for case in cases for mode in MODES if mode == "one" or has_two(case)] or fewer_pairs()
         metafunc.parametrize(("triton_case", "mode"), values, ids=str)
 
 
@@ -57,11 +73,11 @@ def test_contract(triton_case: Case, mode: str, poisoned: None) -> None:
 
 
 def test_every_value_of_every_axis_meets_both_modes() -> None:
-    short = [case for case in pairwise() if max(case.seqlens) <= 128]
+    short = [(case, mode) for case, mode in fewer_pairs() if has_two(case)]
     for axis, values in AXES.items():
         for value in values:
-            some = [case for case in short if getattr(case, axis) == value]
-            assert not some or {mode for case in some for mode in modes_of(case, False)} == {*MODES}, (axis, value)
+            modes = {mode for case, mode in short if getattr(case, axis) == value}
+            assert modes == {*MODES} or (axis == "seqlens" and max(value) > 128), (axis, value)
 
 
 @pytest.mark.parametrize("in_one", [False, True])
