@@ -3,4 +3,4 @@
 source "$(dirname "$0")/env.sh"
 workers=$(env -u OMP_NUM_THREADS nproc)
 export OMP_NUM_THREADS=1
-exec pytest --numprocesses "$workers" --clock "$FASTATTN_VENV/seconds" "$@"
+exec pytest --numprocesses "$workers" --clock="$FASTATTN_VENV/seconds" "$@"
