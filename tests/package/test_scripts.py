@@ -305,7 +305,7 @@ def test_floor_has_an_environment_of_its_own(repository):
     log, result = floor(repository)
     assert result.returncode == 0, result.stderr
     assert log[:-1] == [torch, TOOLS, KERNELS, EDITABLE]
-    assert re.fullmatch(r"pytest --numprocesses \d+ --clock \.venv-floor/seconds tests/nmt", log[-1])
+    assert re.fullmatch(r"pytest --numprocesses \d+ --clock=\.venv-floor/seconds tests/nmt", log[-1])
     path = (repository.folder / "path").read_text()
     assert path.startswith(f"{repository.folder}/.venv-floor/bin:")
     assert {file: file.stat().st_mtime_ns for file in (repository.folder / ".venv").rglob("*")} == before
