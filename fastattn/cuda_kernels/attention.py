@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from .. import _launcher, compat
 from ..blocks import bias_tiles_and_copies, count
 from ..params import AttentionParams, Backward, Forward
+from ..seam import Seam
 from . import images
 
 ELEMENTS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -60,18 +60,12 @@ class Device:
         _launcher.launch(kernel, element, device, compat.current_stream(device), grid, p, b)
 
 
-_device = Device()
+_device = Seam(Device())
 
 
-@contextmanager
-def on(device: Device) -> Iterator[None]:
+def on(device: Device) -> AbstractContextManager[None]:
     """Kernels of calls inside, and of their backward passes in whatever thread, run on this device."""
-    global _device
-    previous, _device = _device, device
-    try:
-        yield
-    finally:
-        _device = previous
+    return _device.replaced(device)
 
 
 # ---- forward ----
@@ -86,8 +80,8 @@ def attention_fwd(forward: Forward, p: AttentionParams) -> None:
         forward.lse.fill_(-torch.inf)
         return
     name, tiles = _forward(shape[-1], p.v.shape[-1], p.max_seqlen_q, p.max_seqlen_k, p.left, p.right, p.bottom_right)
-    grid = (tiles, shape[1], min(batch, _device.max_grid_z))
-    _device.launch(name, ELEMENTS[p.q.dtype], grid, p, Buffers(*forward))
+    grid = (tiles, shape[1], min(batch, _device.value.max_grid_z))
+    _device.value.launch(name, ELEMENTS[p.q.dtype], grid, p, Buffers(*forward))
 
 
 @functools.lru_cache(4096)
@@ -108,20 +102,20 @@ def attention_bwd(backward: Backward, p: AttentionParams) -> None:
     if batch * nheads == 0:
         backward.fill_zero()
         return
-    element, blocks_z = ELEMENTS[p.q.dtype], min(batch, _device.max_grid_z)
+    element, blocks_z = ELEMENTS[p.q.dtype], min(batch, _device.value.max_grid_z)
     out, lse, dout, dlse, dq, dk, dv, dbias = backward
     buffers = Buffers(out, lse, dout, dlse, torch.empty_like(lse), dq, dk, dv)
 
     kernel, kernel_dq = choose_kernel("attention_bwd", *sizes(p)), choose_kernel("attention_bwd_dq", *sizes(p))
     key_tiles = count(p.max_seqlen_k, kernel.block_n)
-    if key_tiles > 1 and batch * nheads_k < BLOCKS_TO_FILL * _device.multiprocessors(p.q.device):
+    if key_tiles > 1 and batch * nheads_k < BLOCKS_TO_FILL * _device.value.multiprocessors(p.q.device):
         query_tiles = count(p.max_seqlen_q, kernel_dq.block_m)
-        _device.launch(kernel_dq.name, element, (query_tiles, nheads, blocks_z), p, buffers)
-        _device.launch(kernel.name, element, (key_tiles, nheads_k, blocks_z), p, buffers)
+        _device.value.launch(kernel_dq.name, element, (query_tiles, nheads, blocks_z), p, buffers)
+        _device.value.launch(kernel.name, element, (key_tiles, nheads_k, blocks_z), p, buffers)
     else:
         if key_tiles > 1 and dq.dtype != torch.float32:
             buffers = buffers._replace(dq_sum=lse.new_empty(*lse.shape, dq.shape[-1]))
-        _device.launch(kernel.name, element, (1, nheads_k, blocks_z), p, buffers)
+        _device.value.launch(kernel.name, element, (1, nheads_k, blocks_z), p, buffers)
     if dbias is not None and dbias.numel():
         _bias_grad(dbias, buffers, p)
 
@@ -129,12 +123,12 @@ def attention_bwd(backward: Backward, p: AttentionParams) -> None:
 def _bias_grad(dbias: Tensor, buffers: Buffers, p: AttentionParams) -> None:
     """Fill dbias: partial sums in copies of the bias, as many as fill the GPU, then their sum."""
     kernel = choose_kernel("attention_bwd_dbias", *sizes(p))
-    busy = BLOCKS_TO_FILL * _device.multiprocessors(p.q.device)
+    busy = BLOCKS_TO_FILL * _device.value.multiprocessors(p.q.device)
     bias_tiles, copies = bias_tiles_and_copies(p, dbias.shape, (kernel.block_m, kernel.block_n), busy)
     buffers = buffers._replace(dbias=dbias, dbias_partial=buffers.lse.new_empty(copies, *dbias.shape))
-    _device.launch(kernel.name, ELEMENTS[p.q.dtype], (bias_tiles, copies, 1), p, buffers)
+    _device.value.launch(kernel.name, ELEMENTS[p.q.dtype], (bias_tiles, copies, 1), p, buffers)
     grid = (count(dbias.numel(), SUM_THREADS), 1, 1)
-    _device.launch("attention_dbias_sum", ELEMENTS[dbias.dtype], grid, p, buffers)
+    _device.value.launch("attention_dbias_sum", ELEMENTS[dbias.dtype], grid, p, buffers)
 
 
 # ---- choice ----

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..blocks import bias_tiles_and_copies, count
 from ..params import AttentionParams, Backward, Forward
+from ..seam import Seam
 from . import tiles
 from .arguments import inputs, per_row, rows
 from .bias_gradient import attention_bwd_dbias_kernel
@@ -50,24 +50,18 @@ class Device:
             return kernel[(programs,)](**arguments, **blocks, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
-_device = Device()
+_device = Seam(Device())
 
 
-@contextmanager
-def on(device: Device) -> Iterator[None]:
+def on(device: Device) -> AbstractContextManager[None]:
     """Kernels of calls inside, and of their backward passes in whatever thread, run on this device."""
-    global _device
-    previous, _device = _device, device
-    try:
-        yield
-    finally:
-        _device = previous
+    return _device.replaced(device)
 
 
 def _tile(kernel: str, p: AttentionParams) -> Any:
     head_dims = block(p.q.size(-1)), block(p.v.size(-1))
     seqlens = block(p.max_seqlen_q), block(p.max_seqlen_k)
-    return tiles.chosen(kernel, _device.gpu(p.q.device), p.q.dtype, head_dims, seqlens)
+    return tiles.chosen(kernel, _device.value.gpu(p.q.device), p.q.dtype, head_dims, seqlens)
 
 
 # ---- forward ----
@@ -82,10 +76,10 @@ def attention_fwd(forward: Forward, p: AttentionParams) -> None:
         lse.fill_(-torch.inf)
         return
     tile = _tile("fwd", p)
-    pairs = _device.gpu(p.q.device).share(heads, tile)
+    pairs = _device.value.gpu(p.q.device).share(heads, tile)
     programs = heads // pairs * count(p.max_seqlen_q, tile.block_m)
     own = {"out": rows(out, p), "lse": per_row(lse, p), "pairs": pairs}
-    _device.launch(KERNELS["fwd"], programs, tile, p, inputs(p) | own)
+    _device.value.launch(KERNELS["fwd"], programs, tile, p, inputs(p) | own)
 
 
 # ---- backward ----
@@ -99,7 +93,7 @@ def attention_bwd(backward: Backward, p: AttentionParams) -> None:
         backward.fill_zero()
         return
     has_bias = dbias is not None and dbias.numel() > 0
-    gpu, short = _device.gpu(p.q.device), _tile("bwd", p)
+    gpu, short = _device.value.gpu(p.q.device), _tile("bwd", p)
     # Query heads that share a key head go one after the other there, which must not leave the GPU idle.
     is_short = short is not None and (group == 1 or heads // group >= gpu.multiprocessors)
     delta = per_row(torch.empty_like(lse) if has_bias or not is_short else None, p)
@@ -108,7 +102,7 @@ def attention_bwd(backward: Backward, p: AttentionParams) -> None:
     if is_short:
         pairs = gpu.share(heads // group, short)
         own = grads | {"scale": p.scale, "pairs": pairs}
-        _device.launch(KERNELS["bwd"], heads // group // pairs, short, p, known | own)
+        _device.value.launch(KERNELS["bwd"], heads // group // pairs, short, p, known | own)
     else:
         _bwd_in_two(known | grads | {"scale": p.scale, "out": rows(out, p)}, heads, group, p)
     if dbias is not None and has_bias:
@@ -119,20 +113,20 @@ def _bwd_in_two(known: dict[str, Any], heads: int, group: int, p: AttentionParam
     """dQ and delta, which dK and dV then read."""
     tile = _tile("dq", p)
     own = {name: known[name] for name in known if name not in ("dk", "dv")}
-    _device.launch(KERNELS["dq"], heads * count(p.max_seqlen_q, tile.block_m), tile, p, own)
+    _device.value.launch(KERNELS["dq"], heads * count(p.max_seqlen_q, tile.block_m), tile, p, own)
     tile = _tile("dkdv", p)
     own = {name: known[name] for name in known if name not in ("dq", "out", "dlse")}
-    _device.launch(KERNELS["dkdv"], heads // group * count(p.max_seqlen_k, tile.block_n), tile, p, own)
+    _device.value.launch(KERNELS["dkdv"], heads // group * count(p.max_seqlen_k, tile.block_n), tile, p, own)
 
 
 def _bias_grad(dbias: Tensor, known: dict[str, Any], p: AttentionParams) -> None:
     """Fill dbias: partial sums in copies of the bias, as many as fill the GPU, then their sum."""
     tile, sizes = _tile("dbias", p), dbias.shape
-    busy = _device.gpu(p.q.device).programs(tile)
+    busy = _device.value.gpu(p.q.device).programs(tile)
     bias_tiles, copies = bias_tiles_and_copies(p, sizes, (tile.block_m, tile.block_n), busy)
     partial = dbias.new_empty(copies, *sizes, dtype=torch.float32)
     names = ("bias_batch", "bias_heads", "bias_rows", "bias_keys")
     own = dict(zip(names, sizes, strict=True)) | {"partial_ptr": partial, "copies": copies}
     broadcast = {"ROWS_BROADCAST": sizes[2] == 1, "KEYS_BROADCAST": sizes[3] == 1}
-    _device.launch(KERNELS["dbias"], bias_tiles * copies, tile, p, known | own | broadcast)
+    _device.value.launch(KERNELS["dbias"], bias_tiles * copies, tile, p, known | own | broadcast)
     dbias.copy_(partial.sum(0))

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import csv
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+
+from ..seam import Seam
 
 TABLE = Path(__file__).with_name("tiles.csv")
 KERNELS = ("fwd", "bwd", "dq", "dkdv", "dbias")
@@ -182,22 +184,16 @@ def choose_from(
     return tile._replace(block_m=min(tile.block_m, seqlens[0]), block_n=min(tile.block_n, seqlens[1]))
 
 
-_choice: Callable[..., Tile | None] = choose
+_choice: Seam[Callable[..., Tile | None]] = Seam(choose)
 
 
 def chosen(
     kernel: str, gpu: Gpu, dtype: torch.dtype, head_dims: tuple[int, int], seqlens: tuple[int, int]
 ) -> Tile | None:
     """The tile that a call takes: `choose`'s, unless another choice is forced."""
-    return _choice(kernel, gpu, dtype, head_dims, seqlens)
+    return _choice.value(kernel, gpu, dtype, head_dims, seqlens)
 
 
-@contextmanager
-def forced(choice: Callable[..., Tile | None]) -> Iterator[None]:
+def forced(choice: Callable[..., Tile | None]) -> AbstractContextManager[None]:
     """Calls inside, and their backward passes in whatever thread, take this choice, called like `choose`."""
-    global _choice
-    previous, _choice = _choice, choice
-    try:
-        yield
-    finally:
-        _choice = previous
+    return _choice.replaced(choice)

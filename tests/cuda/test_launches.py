@@ -246,7 +246,7 @@ def test_devices_nest_and_end() -> None:
             raise RuntimeError
         cuda.attention_fwd(Forward(*launches.empty_results(p)), p)
     assert len(outer) == 1 and not inner
-    assert type(cuda._device) is cuda.Device
+    assert type(cuda._device.value) is cuda.Device
 
 
 def test_sequences_beyond_a_grid_are_taken_in_turn() -> None:

@@ -20,7 +20,7 @@ LAYERS = (
     ("cuda_kernels", "triton_kernels", "nmt", "integrations"),
     ("cuda_kernels.nvrtc",),
     ("cuda_kernels.sources",),
-    ("params", "philox", "peaks", "compat", "_launcher"),
+    ("params", "philox", "peaks", "compat", "seam", "_launcher"),
     ("cuda_kernels.images", "triton_kernels.scores", "triton_kernels.tiles"),
     ("nmt.config", "nmt.losses", "nmt.schedule", "nmt.batches"),
     ("blocks", "arguments", "machine", "triton_kernels.kernels", "triton_kernels.bias_gradient"),
