@@ -89,7 +89,7 @@ def draw_seed(p: AttentionParams) -> AttentionParams:
 
 
 def _scale(scale: float | None, head_dim: int) -> float:
-    return head_dim**-0.5 if scale is None else scale
+    return float(head_dim) ** -0.5 if scale is None else scale  # torch.jit.trace gives a size as an integer tensor
 
 
 def device_type(x: Tensor) -> str:
@@ -208,7 +208,8 @@ def _broadcast_to_4d(argument: str, x: Tensor, shape: tuple[int, ...]) -> Tensor
     missing = len(shape) - x.dim()
     if missing < 0 or not all([size in (1, wanted) for size, wanted in zip(x.shape, shape[missing:], strict=True)]):
         raise ValueError(f"{argument}: shape {tuple(x.shape)} does not broadcast to {tuple(shape)}")
-    x = x[(None,) * (max(4, len(shape)) - x.dim())]
+    for _ in range(max(4, len(shape)) - x.dim()):
+        x = x.unsqueeze(0)
     if x.dim() == 4:
         return x
     if any(size != 1 for size in x.shape[:-3]):
@@ -265,12 +266,28 @@ def _check_cu_seqlens(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, side: str)
         raise ValueError(f"{name}: {rule}, got shape {tuple(cu_seqlens.shape)}")
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen_{side}: must not be negative, got {max_seqlen}")
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_edges(cu_seqlens.tolist(), x.size(0), max_seqlen, side)
+    _check_values(x, cu_seqlens, max_seqlen, side)
 
 
-def _check_edges(edges: list[int], total: int, max_seqlen: int, side: str) -> None:
-    name = f"cu_seqlens_{side}"
+def check_lengths(p: AttentionParams) -> None:
+    """The lengths of a packed call, once more where tensors may have changed since it was made; CPU tensors only.
+
+    Raises:
+        ValueError: they are not what they have to be.
+    """
+    for x, cu_seqlens, max_seqlen, side in (
+        (p.q, p.cu_seqlens_q, p.max_seqlen_q, "q"),
+        (p.k, p.cu_seqlens_k, p.max_seqlen_k, "k"),
+    ):
+        if cu_seqlens is not None:
+            _check_values(x, cu_seqlens, max_seqlen, side)
+
+
+def _check_values(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, side: str) -> None:
+    """The rules for the values of cu_seqlens, where they can be read without waiting for them."""
+    if not cu_seqlens.is_cpu or type(cu_seqlens) is not Tensor or torch.compiler.is_compiling():
+        return
+    name, total, edges = f"cu_seqlens_{side}", x.size(0), cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(edges[:-1], edges[1:], strict=True)]
     smallest, largest = min(lengths, default=0), max(lengths, default=0)
     if edges[0] != 0:
