@@ -3,8 +3,8 @@
 First derivatives, in every way of asking (autograd, torch.func, batched), are those of the backend. Forward mode and
 second derivatives are those of `reference.attention`, which stores the scores: no backend has kernels for them.
 
-The autograd functions stay outside of the operators, which is the cheapest arrangement that torch offers, and
-torch.compile traces through it; the operators have the same derivatives for graphs that hold nothing else.
+The autograd functions stay outside of the operators, which is the cheapest arrangement that torch offers. Graphs hold
+the operators, which have the same derivatives.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def attention(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
     if has_tangent(p):
         return _forward_mode(backend, p)
     p = _operands(p)
-    if compat.is_jit_tracing():  # which records operators, but no autograd function
+    if torch.compiler.is_compiling() or compat.is_jit_tracing():  # a graph holds the operator
         return operators.attention_fwd(p, backend)
     if torch.is_grad_enabled() and (_requires_grad(p) or _is_transformed()):
         return AttentionFunction.apply(*p, backend)
@@ -46,7 +46,7 @@ def _requires_grad(p: AttentionParams) -> bool:
 
 def _is_transformed() -> bool:
     """Whether torch.func is at work: what requires a gradient at an outer level does not say so at an inner one."""
-    return not torch.compiler.is_compiling() and compat.innermost_transformation() is not None
+    return compat.innermost_transformation() is not None
 
 
 # ---- operands ----
@@ -115,9 +115,18 @@ class AttentionFunction(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
-torch.library.register_autograd(
-    "fastattn::attention_fwd", _differentiate, setup_context=_save_call, lib=operators.library
-)
+@torch.library.impl(operators.library, "attention_fwd", "Autograd")
+def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    return _differentiable(torch.ops.fastattn.attention_fwd, AttentionFunction, args)
+
+
+def _differentiable(operator: Any, function: type[torch.autograd.Function], args: tuple[Any, ...]) -> Any:
+    """An operator in a graph; torch's register_autograd would make the same, but without torch.func."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        operators.check(args)
+        return compat.apply_to_one_level(function, args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 # ---- forward mode and second derivatives ----
@@ -162,12 +171,14 @@ class AttentionGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Gradients:
-        return operators.attention_bwd(AttentionParams(*args[:_COUNT]), *args[_COUNT:-1])
+        count = _COUNT + 6
+        return operators.attention_bwd(AttentionParams(*args[:_COUNT]), *args[_COUNT:count])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
         ctx.set_materialize_grads(False)
-        _out, _lse, dout, dlse, ctx.needs_dbias, ctx.backend, ctx.is_strict = inputs[_COUNT:]
+        _out, _lse, dout, dlse, ctx.needs_dbias, ctx.backend, *is_strict = inputs[_COUNT:]
+        ctx.is_strict = is_strict == [True]
         ctx.numbers = inputs[TENSORS:_COUNT]
         ctx.save_for_backward(*inputs[:TENSORS], dout, dlse)
 
@@ -212,10 +223,6 @@ def _second_derivative(
     return [*inputs, *[None] * (4 - len(inputs)), *upstream_grads, *[None] * (2 - len(upstream_grads))]
 
 
-def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
-    AttentionGradient.setup_context(ctx, (*inputs, False), output)
-
-
-torch.library.register_autograd(
-    "fastattn::attention_bwd", AttentionGradient.backward, setup_context=_save_gradient, lib=operators.library
-)
+@torch.library.impl(operators.library, "attention_bwd", "Autograd")
+def _attention_bwd(*args: Any) -> Gradients:
+    return _differentiable(torch.ops.fastattn.attention_bwd, AttentionGradient, args)

@@ -55,6 +55,17 @@ def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def apply_to_one_level(function: type[torch.autograd.Function], args: tuple[Any, ...]) -> Any:
+    """function.apply for an operator's autograd kernel, where torch.func has taken the other levels off already.
+
+    torch 2.0.
+    """
+    from torch._functorch.utils import enable_single_level_autograd_function
+
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*args)
+
+
 def _no_streams(device: int) -> int:
     raise RuntimeError("this torch is built without CUDA, or has no _cuda_getCurrentRawStream")
 

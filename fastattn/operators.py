@@ -86,25 +86,29 @@ def _attention_bwd(
 # ---- inside of a graph ----
 
 
-def _from_graph(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """An operator's arguments, which torch wants flat, with those that describe the call in one.
-
-    A graph may have kept what held when it was made only: that is measured again, or refused.
+def check(args: tuple[Any, ...]) -> None:
+    """The arguments of an operator once more: a graph may have kept what held when it was made only.
 
     Raises:
         NotImplementedError: the backend does not take tensors of this device, or a tensor has a tangent.
         ValueError: tensors are on several devices, or the lengths of sequences are not what they have to be.
     """
-    count = len(AttentionParams._fields)
-    p, rest = AttentionParams(*args[:count]), args[count:]
-    _check_devices(p, rest[-1])
+    p = AttentionParams(*args[: len(AttentionParams._fields)])
+    _check_devices(p, args[-1])
     if compat.has_tangent(x for x in args if isinstance(x, Tensor)):
         raise NotImplementedError("a graph's attention has no forward-mode derivative; use_backend('reference') has")
     if p.is_packed():
         check_lengths(p)
-    else:
+
+
+def _from_graph(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An operator's arguments, checked; those that describe the call, which torch wants flat, in one."""
+    check(args)
+    count = len(AttentionParams._fields)
+    p = AttentionParams(*args[:count])
+    if not p.is_packed():  # lengths as they are, not as they were
         p = p.replace(max_seqlen_q=p.q.shape[-2], max_seqlen_k=p.k.shape[-2])
-    return p, *rest
+    return p, *args[count:]
 
 
 def _check_devices(p: AttentionParams, backend: str) -> None:

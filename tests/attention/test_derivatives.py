@@ -238,3 +238,12 @@ def test_compiled_functions() -> None:
         torch.testing.assert_close(MODES[mode](compiled, X), expected(mode, CALLS["out"]))
     with pytest.raises(RuntimeError, match="double backward|create_graph"):
         MODES["grad of grad"](compiled, X)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["func.grad", "vmap of grad", "func.jvp"])
+def test_compiled_with_their_derivative(mode: str) -> None:
+    for call in (CALLS["both"], packed, default):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: MODES[mode](call, x), backend="aot_eager", fullgraph=True)  # noqa: B023
+        torch.testing.assert_close(compiled(X), expected(mode, call))
