@@ -58,8 +58,6 @@ CALLS: dict[str, Function] = {
 }
 MODES = FIRST | FORWARD | SECOND
 SOME_MODES = {name: MODES[name] for name in ("vmap of grad", "is_grads_batched", "func.jvp", "grad of grad", "third")}
-# torch's own kernel for CPUs has no derivative of its gradient.
-REFUSED_BY_TORCH = set(SECOND)
 
 
 def expected(mode: str, function: Function, x: Tensor = X) -> Tensor:
@@ -77,15 +75,6 @@ def test_of_an_operator(mode: str) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_of_every_result_and_operand(name: str, mode: str) -> None:
     torch.testing.assert_close(MODES[mode](CALLS[name], X), expected(mode, CALLS[name]))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_where_torchs_function_says_the_same(mode: str) -> None:
-    if mode in REFUSED_BY_TORCH:
-        with pytest.raises(RuntimeError, match="not implemented"):
-            MODES[mode](default, X)
-    else:
-        torch.testing.assert_close(MODES[mode](default, X), expected(mode, default))
 
 
 def test_references_own_derivatives_are_those_of_finite_differences() -> None:
