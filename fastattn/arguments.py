@@ -287,7 +287,7 @@ def _check_values(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, side: str) -> 
     """The rules for the values of cu_seqlens, where they can be read without waiting for them."""
     if not cu_seqlens.is_cpu or type(cu_seqlens) is not Tensor or torch.compiler.is_compiling():
         return
-    name, total, edges = f"cu_seqlens_{side}", x.size(0), cu_seqlens.tolist()
+    name, total, edges = f"cu_seqlens_{side}", x.size(0), compat.to_list(cu_seqlens)
     lengths = [end - start for start, end in zip(edges[:-1], edges[1:], strict=True)]
     smallest, largest = min(lengths, default=0), max(lengths, default=0)
     if edges[0] != 0:

@@ -125,7 +125,7 @@ def _differentiable(operator: Any, function: type[torch.autograd.Function], args
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         operators.check(args)
         return compat.apply_to_one_level(function, args)
-    with torch._C._AutoDispatchBelowAutograd():
+    with compat.below_autograd():
         return operator(*args)
 
 

@@ -43,6 +43,11 @@ def is_lazy(x: Tensor) -> bool:
     return x.is_neg() or x._is_zerotensor() or _is_batched(x)
 
 
+def to_list(x: Tensor) -> list[int]:
+    """x.tolist(), which before torch 2.8 does not work while torch.func is at work."""
+    return x.tolist() if innermost_transformation() is None else [int(value) for value in x]
+
+
 def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
     """Whether one of them is differentiated in forward mode.
 
@@ -53,6 +58,10 @@ def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
     if innermost_transformation() is not None:
         return True
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+# A context manager: operators go past their autograd kernels. torch 2.0
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def apply_to_one_level(function: type[torch.autograd.Function], args: tuple[Any, ...]) -> Any:

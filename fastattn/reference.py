@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import compat
 from .params import AttentionParams, Backward, Forward
 from .philox import keep_mask
 
@@ -61,7 +62,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _full_precision(p: AttentionParams) -> AbstractContextManager[Any]:
     """Autocast switched off, so that a product in here stays in the precision it is written in."""
     device = p.q.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _per_query_head(x: Tensor, p: AttentionParams) -> Tensor:
@@ -218,7 +219,7 @@ def _buckets(p: AttentionParams) -> list[_Bucket]:
     is_readable = len_q.is_cpu and type(len_q) is Tensor and not torch.compiler.is_compiling()
     if not is_readable or not len_q.numel():
         return [bucket(torch.arange(len_q.size(0), device=p.q.device), p.max_seqlen_q, p.max_seqlen_k)]
-    lengths = list(zip(len_q.tolist(), len_k.tolist(), strict=True))
+    lengths = list(zip(compat.to_list(len_q), compat.to_list(len_k), strict=True))
     groups: dict[int, list[int]] = {}
     for sequence, pair in enumerate(lengths):
         groups.setdefault(_bucket_length(max(pair)), []).append(sequence)
