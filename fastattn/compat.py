@@ -72,7 +72,7 @@ def apply_to_one_level(function: type[torch.autograd.Function], args: tuple[Any,
     from torch._functorch.utils import enable_single_level_autograd_function
 
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*args)
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def _no_streams(device: int) -> int:
