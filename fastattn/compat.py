@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -22,6 +23,12 @@ count_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 # () -> object | None: the innermost transformation of torch.func that is running. torch 2.0
 innermost_transformation: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
+
+# F.scaled_dot_product_attention as torch made it, whatever stands in its place there by now. torch 2.0
+sdpa: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
+
+# (condition, () -> message): raise unless it holds, in a traced graph at its run where it depends on data. torch 2.0
+check: Callable[[bool, Callable[[], str]], None] = torch._check
 
 
 def _no_streams(device: int) -> int:
