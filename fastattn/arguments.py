@@ -43,6 +43,9 @@ def attention_params(
         lengths = seqlen_q, seqlen_k
         attn_mask, is_causal, causal_align = _band_of_mask(attn_mask, is_causal, window, causal_align, lengths)
     left, right, bottom_right = values.band(is_causal, window, causal_align)
+    if type(q) is not Tensor and q.is_nested:
+        check_jagged(attn_mask=attn_mask, attn_bias=attn_bias, window=window)
+        check_jagged(dropout_p=dropout_p or None, causal_align=causal_align if bottom_right else None)
     mask = bias = None
     if attn_mask is not None or attn_bias is not None:
         if attn_bias is not None and type(attn_bias) is not Tensor:
@@ -112,11 +115,22 @@ def _attended(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     if not type(query) is type(key) is type(value) is Tensor:
         for name, x in (("query", query), ("key", key), ("value", value)):
             tensors.check(name, x)
+        nested = query.is_nested, key.is_nested, value.is_nested
+        if any(nested) and not all(nested):
+            raise ValueError(f"query, key, value: must be nested all or none, got {nested}")
     dtype = _autocast_dtype(query)
     if dtype is not None:  # as torch's own attention does; float64 stays
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
     tensors.check_alike(query, key, value)
     return query, key, value
+
+
+def check_jagged(**refused: object) -> None:
+    """No argument, of a call with jagged nested tensors, that torch's function has no meaning for."""
+    for name, x in refused.items():
+        if x is not None:
+            rule = "not defined for nested tensors; varlen_attention takes sequences packed"
+            raise ValueError(f"{name}: {rule}, got {values.described(x)}")
 
 
 # ---- autocast ----

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nested._internal.nested_tensor import NestedTensor
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -27,8 +28,11 @@ innermost_transformation: Callable[[], object] = torch._C._functorch.peek_interp
 # F.scaled_dot_product_attention as torch made it, whatever stands in its place there by now. torch 2.0
 sdpa: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
 
-# (condition, () -> message): raise unless it holds, in a traced graph at its run where it depends on data. torch 2.0
-check: Callable[[bool, Callable[[], str]], None] = torch._check
+# (condition): raise unless it holds, in a traced graph when it runs, where the condition depends on data. torch 2.0
+check: Callable[[bool], None] = torch._check
+
+# The class of nested tensors of layout torch.jagged. torch 2.1
+JaggedTensor: type[Tensor] = NestedTensor
 
 
 def _no_streams(device: int) -> int:

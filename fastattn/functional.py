@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from . import autograd, backends, reference, shapes
-from .arguments import CausalAlign, Window, attention_params, draw_seed, varlen_attention_params
+from .arguments import CausalAlign, Window, attention_params, check_jagged, draw_seed, varlen_attention_params
 from .backends import Explanation, Route
 from .params import AttentionParams
 
@@ -186,6 +186,8 @@ def explain(*args: Any, return_lse: bool = False, **kwargs: Any) -> Explanation:
 
 def attend(p: AttentionParams, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """out and, if asked for, lse on the backend of choice; 4-D, or packed. Where p has dropout it has a seed."""
+    if return_lse and p.q.is_nested:
+        check_jagged(return_lse=return_lse)
     call = backends.traits(p, return_lse)
     backend = backends.choose(call)
     if backend.route_of(call) is Route.OPERATOR:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from . import compat
 from .values import described
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -24,7 +25,7 @@ def check(name: str, x: Any, hint: str = "") -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: must be a tensor, got {described(x)}{hint}")
     override = kind.__torch_function__
-    if getattr(override, "__func__", override) not in _PLAIN and not x.is_nested:
+    if getattr(override, "__func__", override) not in _PLAIN and not isinstance(x, compat.JaggedTensor):
         rule = "must not be of a class with a __torch_function__ of its own, which kernels would not call"
         raise ValueError(f"{name}: {rule}, got {kind.__module__}.{kind.__qualname__}")
 

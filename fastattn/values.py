@@ -65,7 +65,7 @@ def length(name: str, x: Any) -> int:
     if number is None:
         raise ValueError(f"{name}: must be an int, got {described(x)}")
     if torch.compiler.is_compiling():  # read from data it is unknown yet: nothing may branch on it
-        compat.check(number >= 0, lambda: f"{name}: must not be negative")
+        compat.check(number >= 0)
     elif number < 0:
         raise ValueError(f"{name}: must not be negative, got {number}")
     elif number > UNBOUNDED:
