@@ -7,14 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import compat
-from .params import UNBOUNDED, AttentionParams
+from . import compat, shapes, tensors, values
+from .params import AttentionParams
 
 CausalAlign = Literal["top-left", "bottom-right"]
 Window = tuple[int | None, int | None] | None
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-ALIGNS = ("top-left", "bottom-right")
+ORDER = "the order is query, key, value, attn_mask, dropout_p, is_causal"
+HALF = (torch.float16, torch.bfloat16)
 
 
 def attention_params(
@@ -32,17 +32,29 @@ def attention_params(
     causal_align: CausalAlign = "top-left",
 ) -> AttentionParams:
     """The checked arguments of one dense call, as `scaled_dot_product_attention` takes them; no seed is drawn yet."""
-    query, key, value = _autocast(query, key, value)
-    shape, key_shape = _query_and_key_shapes(query, key, value, enable_gqa, is_packed=False)
-    _check_dropout(dropout_p)
-    left, right, bottom_right = _band(is_causal, window, causal_align)
+    query, key, value = _attended(query, key, value)
+    if enable_gqa is not False and enable_gqa is not True:
+        enable_gqa = values.flag("enable_gqa", enable_gqa)
+    if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
+        dropout_p = values.probability("dropout_p", dropout_p)
+    q, k, v = shapes.dense(query, key, value, enable_gqa)
+    (_, _, seqlen_q, head_dim), seqlen_k = q.shape, k.shape[2]
+    if attn_mask is not None and type(attn_mask) is not Tensor:
+        lengths = seqlen_q, seqlen_k
+        attn_mask, is_causal, causal_align = _band_of_mask(attn_mask, is_causal, window, causal_align, lengths)
+    left, right, bottom_right = values.band(is_causal, window, causal_align)
+    if type(q) is not Tensor and q.is_nested:
+        check_jagged(attn_mask=attn_mask, attn_bias=attn_bias, window=window)
+        check_jagged(dropout_p=dropout_p or None, causal_align=causal_align if bottom_right else None)
     mask = bias = None
     if attn_mask is not None or attn_bias is not None:
-        mask, bias = _mask_and_bias(attn_mask, attn_bias, query, (*shape[:-1], key_shape[-2]))
-    q, k, v = (query, key, value) if len(shape) == 4 else _to_4d(query, key, value)
+        if attn_bias is not None and type(attn_bias) is not Tensor:
+            tensors.check("attn_bias", attn_bias)
+        shape = (*shapes.leading(q, query, key, value), seqlen_q, seqlen_k)
+        mask, bias = _mask_and_bias(attn_mask, attn_bias, query, shape)
     return AttentionParams(
-        q, k, v, mask, bias, None, None, None,
-        shape[-2], key_shape[-2], _scale(scale, shape[-1]), dropout_p, left, right, bottom_right,
+        q, k, v, mask, bias, None, None, None, seqlen_q, seqlen_k,
+        float(head_dim) ** -0.5 if scale is None else values.scale(scale), dropout_p, left, right, bottom_right,
     )  # fmt: skip
 
 
@@ -65,18 +77,23 @@ def varlen_attention_params(
     enable_gqa: bool = False,
 ) -> AttentionParams:
     """The checked arguments of one packed call, as `varlen_attention` takes them; no seed is drawn yet."""
-    query, key, value = _autocast(query, key, value)
-    _, nheads, head_dim = _query_and_key_shapes(query, key, value, enable_gqa, is_packed=True)[0]
+    query, key, value = _attended(query, key, value)
+    query, key, value = shapes.packed(query, key, value, values.flag("enable_gqa", enable_gqa))
+    max_seqlen_q = values.length("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = values.length("max_seqlen_k", max_seqlen_k)
     _check_cu_seqlens(query, cu_seqlens_q, max_seqlen_q, "q")
     _check_cu_seqlens(key, cu_seqlens_k, max_seqlen_k, "k")
     _check_same_batch(cu_seqlens_q, cu_seqlens_k)
-    _check_dropout(dropout_p)
-    left, right, bottom_right = _band(is_causal, window, causal_align)
-    shape = (cu_seqlens_q.size(0) - 1, nheads, max_seqlen_q, max_seqlen_k)
+    left, right, bottom_right = values.band(is_causal, window, causal_align)
+    for name, x in (("attn_mask", attn_mask), ("attn_bias", attn_bias)):
+        if x is not None:
+            tensors.check(name, x)
+    shape = (cu_seqlens_q.size(0) - 1, query.shape[1], max_seqlen_q, max_seqlen_k)
     mask, bias = _mask_and_bias(attn_mask, attn_bias, query, shape)
     return AttentionParams(
-        query, key, value, mask, bias, None, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q, max_seqlen_k, _scale(scale, head_dim), dropout_p, left, right, bottom_right,
+        query, key, value, mask, bias, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        float(query.shape[-1]) ** -0.5 if scale is None else values.scale(scale),
+        values.probability("dropout_p", dropout_p), left, right, bottom_right,
     )  # fmt: skip
 
 
@@ -88,89 +105,50 @@ def draw_seed(p: AttentionParams) -> AttentionParams:
     return p.replace(seed=seed)
 
 
-def _scale(scale: float | None, head_dim: int) -> float:
-    return float(head_dim) ** -0.5 if scale is None else scale  # torch.jit.trace gives a size as an integer tensor
-
-
 def device_type(x: Tensor) -> str:
     """x.device.type, on the usual devices without the making of a device."""
     return "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where autocast is on, as torch's own attention does; float64 stays."""
+def _attended(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, checked but for their shapes, in autocast's dtype where autocast is on."""
+    if not type(query) is type(key) is type(value) is Tensor:
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            tensors.check(name, x)
+        nested = query.is_nested, key.is_nested, value.is_nested
+        if any(nested) and not all(nested):
+            raise ValueError(f"query, key, value: must be nested all or none, got {nested}")
+    dtype = _autocast_dtype(query)
+    if dtype is not None:  # as torch's own attention does; float64 stays
+        query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+    tensors.check_alike(query, key, value)
+    return query, key, value
+
+
+def check_jagged(**refused: object) -> None:
+    """No argument, of a call with jagged nested tensors, that torch's function has no meaning for."""
+    for name, x in refused.items():
+        if x is not None:
+            rule = "not defined for nested tensors; varlen_attention takes sequences packed"
+            raise ValueError(f"{name}: {rule}, got {values.described(x)}")
+
+
+# ---- autocast ----
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast, where it is on, wants of tensors on x's device."""
     if not compat.is_any_autocast_enabled():
-        return tensors
-    device = device_type(tensors[0])
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+        return None
+    device = device_type(x)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-# ---- query, key, value ----
-
-
-def _query_and_key_shapes(
-    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, is_packed: bool
-) -> tuple[torch.Size, torch.Size]:
-    """The shapes of query and key; dtypes, devices, batch dimensions, heads and head dimensions of all three agree."""
-    q, k, v = query.shape, key.shape, value.shape
-    if is_packed and len(q) != 3:
-        raise ValueError(f"query: must be (total_tokens, heads, head_dim), got shape {tuple(q)}")
-    if len(q) < 2:
-        raise ValueError(f"query: must be (..., heads, seqlen, head_dim), got shape {tuple(q)}")
-    if query.dtype not in DTYPES:
-        raise ValueError(f"query: dtype must be float32, float16, bfloat16 or float64, got {query.dtype}")
-    _check_like_query("key", key, query)
-    _check_like_query("value", value, query)
-    if q[-1] == 0:
-        raise ValueError("query: head_dim must be at least 1, got 0")
-    if q == k == v:  # so that the most usual call pays for no more
-        return q, k
-    for name, x in (("key", k), ("value", v)):
-        if len(x) != len(q):
-            raise ValueError(f"{name}: has {len(x)} dimensions, query has {len(q)}")
-    if k[-1] != q[-1]:
-        raise ValueError(f"key: head_dim {k[-1]} differs from query's {q[-1]}")
-    if v[:-1] != k[:-1]:
-        shapes = f"shape {tuple(v)} differs from key's {tuple(k)}"
-        raise ValueError(f"value: {shapes} before the last dimension")
-    if len(q) > 2:
-        heads = -2 if is_packed else -3
-        _check_heads(q[heads], k[heads], enable_gqa)
-    if not is_packed and len(q) > 3 and k[:-3] != q[:-3]:
-        raise ValueError(f"key: batch dimensions {tuple(k[:-3])} differ from query's {tuple(q[:-3])}")
-    return q, k
-
-
-def _check_like_query(name: str, x: Tensor, query: Tensor) -> None:
-    if x.dtype != query.dtype:
-        raise ValueError(f"{name}: dtype {x.dtype} differs from query's {query.dtype}")
-    _check_device(name, x, query)
-
-
-def _check_device(name: str, x: Tensor, query: Tensor) -> None:
-    if x.device != query.device:
-        raise ValueError(f"{name}: is on {x.device}, query on {query.device}")
-
-
-def _check_heads(nheads: int, nheads_k: int, enable_gqa: bool) -> None:
-    if nheads == nheads_k:
-        return
-    if not enable_gqa:
-        raise ValueError(f"key: has {nheads_k} heads, query has {nheads} (enable_gqa=True groups query heads)")
-    if nheads_k == 0 or nheads % nheads_k:
-        rule = "enable_gqa needs query heads to be a multiple of key heads"
-        raise ValueError(f"key: {rule}, got {nheads} and {nheads_k}")
-
-
-def _to_4d(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """(..., heads, seqlen, head_dim) as (batch, heads, seqlen, head_dim); all have as many dimensions as the first."""
-    ndim = tensors[0].ndim
-    if ndim == 4:
-        return tensors
-    return tuple(x.flatten(0, -4) if ndim > 4 else x[(None,) * (4 - ndim)] for x in tensors)
+def _autocast_bias(bias: Tensor, query: Tensor) -> Tensor:
+    """A bias in the other half type in query's where autocast is on; float32 stays, which adds it exactly."""
+    if bias.dtype in HALF and query.dtype in HALF and bias.dtype != query.dtype and _autocast_dtype(query) is not None:
+        return bias.to(query.dtype)
+    return bias
 
 
 # ---- mask and bias ----
@@ -193,55 +171,37 @@ def _mask_and_bias(
         if mask.dtype != torch.bool:
             rule = "dtype must be bool (True = may attend) or float (added to the scaled scores)"
             raise ValueError(f"attn_mask: {rule}, got {mask.dtype}")
-        _check_device("attn_mask", mask, query)
-        mask = _broadcast_to_4d("attn_mask", mask, shape)
+        tensors.check_device("attn_mask", mask, query)
+        mask = shapes.broadcast_to_4d("attn_mask", mask, shape)
     if bias is not None:
+        bias = _autocast_bias(bias, query)
         if bias.dtype not in (torch.float32, query.dtype):
             raise ValueError(f"{bias_name}: a bias must be in float32 or in query's {query.dtype}, got {bias.dtype}")
-        _check_device(bias_name, bias, query)
-        bias = _broadcast_to_4d(bias_name, bias, shape)
+        tensors.check_device(bias_name, bias, query)
+        bias = shapes.broadcast_to_4d(bias_name, bias, shape)
     return mask, bias
 
 
-def _broadcast_to_4d(argument: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """x as a 4-D view that broadcasts to `shape` with its leading dimensions made one; broadcast dimensions stay 1."""
-    missing = len(shape) - x.dim()
-    if missing < 0 or not all([size in (1, wanted) for size, wanted in zip(x.shape, shape[missing:], strict=True)]):
-        raise ValueError(f"{argument}: shape {tuple(x.shape)} does not broadcast to {tuple(shape)}")
-    for _ in range(max(4, len(shape)) - x.dim()):
-        x = x.unsqueeze(0)
-    if x.dim() == 4:
-        return x
-    if any(size != 1 for size in x.shape[:-3]):
-        x = x.expand(*shape[:-3], *x.shape[-3:])
-    return x.flatten(0, -4)
+def _band_of_mask(
+    attn_mask: Tensor, is_causal: bool, window: Window, causal_align: CausalAlign, lengths: tuple[int, int]
+) -> tuple[Tensor | None, bool, CausalAlign]:
+    """attn_mask, is_causal and causal_align where attn_mask may be torch's object for a causal band.
 
-
-# ---- band and dropout ----
-
-
-def _band(is_causal: bool, window: tuple[int | None, int | None] | None, causal_align: str) -> tuple[int, int, bool]:
-    """left, right, bottom_right of the band that causal and window make together."""
-    if causal_align not in ALIGNS:
-        raise ValueError(f"causal_align: must be one of {ALIGNS}, got {causal_align!r}")
-    left, right = UNBOUNDED, UNBOUNDED
-    if window is not None:
-        if not _is_window(window):
-            raise ValueError(f"window: must be (left, right), each an int >= 0 or None, got {window!r}")
-        left, right = (UNBOUNDED if w is None else min(w, UNBOUNDED) for w in window)
-    return left, 0 if is_causal else right, causal_align == "bottom-right"
-
-
-def _is_window(window: object) -> bool:
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        return False
-    return all(w is None or (isinstance(w, int) and w >= 0) for w in window)
-
-
-def _check_dropout(dropout_p: float) -> None:
-    """A probability."""
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: must be in [0, 1], got {dropout_p}")
+    Args:
+        lengths: seqlen_q, seqlen_k.
+    """
+    band = tensors.causal_bias(attn_mask)
+    if band is None:
+        tensors.check("attn_mask", attn_mask, f"; {ORDER}")
+        return attn_mask, is_causal, causal_align
+    align, *size = band
+    if is_causal:
+        raise ValueError("is_causal: must be False where attn_mask is a CausalBias, got True")
+    if tuple(size) != lengths:
+        raise ValueError(f"attn_mask: a CausalBias must be of (seqlen_q, seqlen_k) = {lengths}, got {tuple(size)}")
+    if causal_align != align and (window is not None or causal_align != "top-left"):
+        raise ValueError(f"causal_align: must be {align!r}, that of attn_mask's CausalBias, got {causal_align!r}")
+    return None, True, align
 
 
 # ---- packed sequences ----
@@ -257,6 +217,7 @@ def _check_cu_seqlens(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, side: str)
         side: "q" or "k", the suffix of the arguments' names.
     """
     name = f"cu_seqlens_{side}"
+    tensors.check(name, cu_seqlens)
     if cu_seqlens.dtype != torch.int32:
         raise ValueError(f"{name}: dtype must be int32, got {cu_seqlens.dtype}")
     if cu_seqlens.device != x.device:
@@ -264,8 +225,6 @@ def _check_cu_seqlens(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, side: str)
     if cu_seqlens.dim() != 1 or cu_seqlens.size(0) == 0:
         rule = "must have one dimension and at least one element"
         raise ValueError(f"{name}: {rule}, got shape {tuple(cu_seqlens.shape)}")
-    if max_seqlen < 0:
-        raise ValueError(f"max_seqlen_{side}: must not be negative, got {max_seqlen}")
     _check_values(x, cu_seqlens, max_seqlen, side)
 
 

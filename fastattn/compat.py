@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nested._internal.nested_tensor import NestedTensor
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -24,6 +25,15 @@ count_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 # () -> object | None: the innermost transformation of torch.func that is running. torch 2.0
 innermost_transformation: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
+
+# F.scaled_dot_product_attention as torch made it, whatever stands in its place there by now. torch 2.0
+sdpa: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
+
+# (condition): raise unless it holds, in a traced graph when it runs, where the condition depends on data. torch 2.0
+check: Callable[[bool], None] = torch._check
+
+# The class of nested tensors of layout torch.jagged. torch 2.1
+JaggedTensor: type[Tensor] = NestedTensor
 
 
 def is_jit_tracing() -> bool:

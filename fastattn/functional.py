@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import autograd, backends, reference
-from .arguments import CausalAlign, Window, attention_params, draw_seed, varlen_attention_params
+from . import autograd, backends, reference, shapes
+from .arguments import CausalAlign, Window, attention_params, check_jagged, draw_seed, varlen_attention_params
 from .backends import Explanation, Route
 from .params import AttentionParams
 
@@ -86,11 +86,11 @@ def scaled_dot_product_attention(
         attn_bias=attn_bias, window=window, causal_align=causal_align,
     )  # fmt: skip
     out, lse = attend(draw_seed(p), return_lse)
-    if query.dim() == 4:
-        return out if lse is None else (out, lse)
-    batch_and_heads = query.shape[:-2]
-    out = out.reshape(*batch_and_heads, *out.shape[-2:])
-    return out if lse is None else (out, lse.reshape(*batch_and_heads, lse.shape[-1]))
+    if not query.dim() == key.dim() == value.dim() == 4:
+        leading = shapes.leading(out, query, key, value)
+        out = out.reshape(*leading, *out.shape[2:])
+        lse = None if lse is None else lse.reshape(*leading, *lse.shape[2:])
+    return out if lse is None else (out, lse)
 
 
 def varlen_attention(
@@ -186,6 +186,8 @@ def explain(*args: Any, return_lse: bool = False, **kwargs: Any) -> Explanation:
 
 def attend(p: AttentionParams, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """out and, if asked for, lse on the backend of choice; 4-D, or packed. Where p has dropout it has a seed."""
+    if return_lse and p.q.is_nested:
+        check_jagged(return_lse=return_lse)
     call = backends.traits(p, return_lse)
     backend = backends.choose(call)
     if backend.route_of(call) is Route.OPERATOR:

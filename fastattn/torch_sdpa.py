@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import compat, reference
 from .params import UNBOUNDED, AttentionParams
 from .reference import attention_bwd, attention_fwd
 
 __all__ = ["attention", "attention_bwd", "attention_fwd"]
-
-# Bound here, so that whoever puts fastattn's function in the place of torch's gets torch's where it is needed.
-_sdpa = F.scaled_dot_product_attention
 
 
 def _has_band(p: AttentionParams) -> bool:
@@ -24,7 +20,7 @@ def _is_causal(p: AttentionParams) -> bool:
     """Whether the call's mask, band and bias are torch's is_causal."""
     is_plain_causal = p.left == UNBOUNDED and p.right == 0 and p.mask is None and p.bias is None
     # With a scale of 0 or less torch's causal kernels return NaN: they mask by -inf before they scale.
-    return is_plain_causal and p.scale > 0 and (not p.bottom_right or p.max_seqlen_q == p.max_seqlen_k)
+    return is_plain_causal and p.scale > 0 and (not p.bottom_right or _is_square(p))
 
 
 def needs_band(p: AttentionParams) -> bool:
@@ -48,5 +44,10 @@ def attention(p: AttentionParams) -> tuple[Tensor, None]:
         q, k, v = (x.float() for x in (p.q, p.k, p.v))
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
         with torch.autocast("cpu", enabled=False):
-            return _sdpa(q, k, v, mask, scale=p.scale, **options).to(p.q.dtype), None
-    return _sdpa(p.q, p.k, p.v, mask, scale=p.scale, **options), None
+            return compat.sdpa(q, k, v, mask, scale=p.scale, **options).to(p.q.dtype), None
+    return compat.sdpa(p.q, p.k, p.v, mask, scale=p.scale, **options), None
+
+
+def _is_square(p: AttentionParams) -> bool:
+    """Whether both alignments are the same band; a traced graph does not ask, lest it hold for such lengths alone."""
+    return not torch.compiler.is_compiling() and p.max_seqlen_q == p.max_seqlen_k

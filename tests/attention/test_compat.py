@@ -30,6 +30,12 @@ def test_every_name_exists() -> None:
     with FakeTensorMode():
         assert compat.count_dispatch_modes() == 1
 
+    assert compat.sdpa is torch.nn.functional.scaled_dot_product_attention
+    assert type(torch.nested.nested_tensor([torch.zeros(1)], layout=torch.jagged)) is compat.JaggedTensor
+    compat.check(True)
+    with pytest.raises(RuntimeError):
+        compat.check(False)
+
     seen = []
 
     def see(x: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,19 +18,32 @@ CU = torch.tensor([0, 4, 10], dtype=torch.int32)
 DENSE: list[tuple[dict[str, Any], str]] = [
     ({"query": Q[0, 0, 0]}, "query: must be (..., heads, seqlen, head_dim), got shape (8,)"),
     ({"query": Q.int()}, "query: dtype must be float32, float16, bfloat16 or float64, got torch.int32"),
-    ({"key": K[0]}, "key: has 3 dimensions, query has 4"),
+    ({"key": K[0, 0, 0]}, "key: must be (..., heads, seqlen, head_dim), got shape (8,)"),
     ({"key": K.half()}, "key: dtype torch.float16 differs from query's torch.float32"),
     ({"value": V.double()}, "value: dtype torch.float64 differs from query's torch.float32"),
     ({"key": K.to("meta")}, "key: is on meta, query on cpu"),
     ({"key": K[..., :5]}, "key: head_dim 5 differs from query's 8"),
     ({"query": Q[..., :0], "key": K[..., :0]}, "query: head_dim must be at least 1, got 0"),
-    ({"value": V[:, :, :8]}, "value: shape (2, 4, 8, 6) differs from key's (2, 4, 9, 8) before the last dimension"),
+    ({"value": V[:, :, :8]}, "value: seqlen 8 differs from key's 9"),
     ({"key": K[:, :2], "value": V[:, :2]}, "key: has 2 heads, query has 4 (enable_gqa=True groups query heads)"),
     (
         {"key": K[:, :3], "value": V[:, :3], "enable_gqa": True},
         "key: enable_gqa needs query heads to be a multiple of key heads, got 4 and 3",
     ),
-    ({"key": K[:1], "value": V[:1]}, "key: batch dimensions (1,) differ from query's (2,)"),
+    ({"key": K.repeat(2, 1, 1, 1)}, "key: batch dimensions (4,) do not broadcast with query's (2,)"),
+    (
+        {"value": V.repeat(2, 1, 1, 1)},
+        "value: batch dimensions (4,) do not broadcast with query's and key's (2,)",
+    ),
+    ({"value": V[:, :2]}, "value: has 2 heads, query has 4 (enable_gqa=True groups query heads)"),
+    (
+        {"value": V[:, :3], "enable_gqa": True},
+        "value: enable_gqa needs query heads to be a multiple of value heads, got 4 and 3",
+    ),
+    (
+        {"query": Q[:, :1], "enable_gqa": True},
+        "key: enable_gqa needs query heads to be a multiple of key heads, got 1 and 4",
+    ),
     ({"attn_mask": torch.ones(7, 10) > 0}, "attn_mask: shape (7, 10) does not broadcast to (2, 4, 7, 9)"),
     (
         {"attn_mask": torch.ones(1, 1, 1, 7, 9) > 0},
@@ -54,6 +68,50 @@ DENSE: list[tuple[dict[str, Any], str]] = [
     ({"dropout_p": 1.5}, "dropout_p: must be in [0, 1], got 1.5"),
     ({"dropout_p": -0.1}, "dropout_p: must be in [0, 1], got -0.1"),
     ({"dropout_p": float("nan")}, "dropout_p: must be in [0, 1], got nan"),
+    ({"dropout_p": None}, "dropout_p: must be a number in [0, 1], got None"),
+    ({"dropout_p": True}, "dropout_p: must be a number in [0, 1], got True"),
+    ({"dropout_p": "0.1"}, "dropout_p: must be a number in [0, 1], got '0.1'"),
+    ({"dropout_p": torch.tensor(0.1)}, "dropout_p: must be a number in [0, 1], got a Tensor of shape ()"),
+    ({"scale": float("nan")}, "scale: must be a finite number, got nan"),
+    ({"scale": float("-inf")}, "scale: must be a finite number, got -inf"),
+    ({"scale": 10**400}, "scale: must be a finite number, got inf"),
+    ({"scale": True}, "scale: must be a finite number, got True"),
+    ({"scale": "1"}, "scale: must be a finite number, got '1'"),
+    ({"scale": 1j}, "scale: must be a finite number, got 1j"),
+    ({"scale": [0.5]}, "scale: must be a finite number, got [0.5]"),
+    ({"scale": np.ones(4)}, "scale: must be a finite number, got array([1., 1., 1., 1.])"),
+    (
+        {"scale": torch.nn.Parameter(torch.ones(4, 1, 1))},
+        "scale: must be a finite number, got a Parameter of shape (4, 1, 1); a learned or per-head scale is a factor of"
+        " the query: (query * scale, ..., scale=1.0)",
+    ),
+    ({"is_causal": 1}, "is_causal: must be True or False, got 1"),
+    ({"is_causal": None}, "is_causal: must be True or False, got None"),
+    ({"is_causal": torch.tensor(True)}, "is_causal: must be True or False, got a Tensor of shape ()"),
+    ({"enable_gqa": 1}, "enable_gqa: must be True or False, got 1"),
+    ({"enable_gqa": "yes"}, "enable_gqa: must be True or False, got 'yes'"),
+    ({"window": "no"}, "window: must be (left, right), each an int >= 0 or None, got 'no'"),
+    ({"window": (True, 0)}, "window: must be (left, right), each an int >= 0 or None, got (True, 0)"),
+    ({"window": (torch.tensor(1), 0)}, "window: must be (left, right), each an int >= 0 or None, got (tensor(1), 0)"),
+    ({"causal_align": None}, "causal_align: must be one of ('top-left', 'bottom-right'), got None"),
+    ({"query": None}, "query: must be a tensor, got None"),
+    ({"key": [1.0]}, "key: must be a tensor, got [1.0]"),
+    ({"value": np.zeros((2, 4, 9, 6))}, "value: must be a tensor, got numpy.ndarray"),
+    (
+        {"attn_mask": 0.0},
+        "attn_mask: must be a tensor, got 0.0; the order is query, key, value, attn_mask, dropout_p, is_causal",
+    ),
+    ({"attn_mask": [[True]]}, "attn_mask: must be a tensor, got [[True]]"),
+    ({"attn_bias": 1}, "attn_bias: must be a tensor, got 1"),
+    (
+        {"attn_mask": torch.ones(2, 9) > 0},
+        "attn_mask: shape (2, 9) does not broadcast to (2, 4, 7, 9); a mask of padding is attn_mask[:, None, None, :]",
+    ),
+    (
+        {name: x.transpose(1, 2) for name, x in (("query", Q), ("key", K), ("value", V))},
+        "key: has 9 heads, query has 7 (enable_gqa=True groups query heads); the layout is (..., heads, seqlen,"
+        " head_dim), FlashAttention's (batch, seqlen, heads, head_dim) takes transpose(1, 2)",
+    ),
     ({"window": 5}, "window: must be (left, right), each an int >= 0 or None, got 5"),
     ({"window": (1, 2, 3)}, "window: must be (left, right), each an int >= 0 or None, got (1, 2, 3)"),
     ({"window": (-1, 0)}, "window: must be (left, right), each an int >= 0 or None, got (-1, 0)"),
@@ -73,6 +131,23 @@ PACKED: list[tuple[dict[str, Any], str]] = [
     ({"cu_seqlens_k": CU[:2]}, "cu_seqlens_k: has 2 elements, cu_seqlens_q has 3"),
     ({"max_seqlen_q": 5}, "max_seqlen_q: must be at least the longest length 6, got 5"),
     ({"max_seqlen_k": -1}, "max_seqlen_k: must not be negative, got -1"),
+    ({"max_seqlen_k": 2**31}, "max_seqlen_k: must be below 2**31, got 2147483648"),
+    ({"max_seqlen_q": None}, "max_seqlen_q: must be an int, got None"),
+    ({"max_seqlen_q": 6.0}, "max_seqlen_q: must be an int, got 6.0"),
+    ({"max_seqlen_q": True}, "max_seqlen_q: must be an int, got True"),
+    ({"max_seqlen_k": "6"}, "max_seqlen_k: must be an int, got '6'"),
+    ({"max_seqlen_k": CU.max()}, "max_seqlen_k: must be an int, got a Tensor of shape ()"),
+    ({"max_seqlen_k": np.array([6, 6])}, "max_seqlen_k: must be an int, got array([6, 6])"),
+    ({"cu_seqlens_q": [0, 4, 10]}, "cu_seqlens_q: must be a tensor, got [0, 4, 10]"),
+    ({"cu_seqlens_k": None}, "cu_seqlens_k: must be a tensor, got None"),
+    ({"query": None}, "query: must be a tensor, got None"),
+    ({"key": X[0]}, "key: must be (total_tokens, heads, head_dim), got shape (4, 8)"),
+    ({"value": X[:9]}, "value: total_tokens 9 differs from key's 10"),
+    ({"key": X[:, :2]}, "key: has 2 heads, query has 4 (enable_gqa=True groups query heads)"),
+    ({"attn_mask": True}, "attn_mask: must be a tensor, got True"),
+    ({"scale": float("inf")}, "scale: must be a finite number, got inf"),
+    ({"is_causal": 0}, "is_causal: must be True or False, got 0"),
+    ({"enable_gqa": None}, "enable_gqa: must be True or False, got None"),
     ({"attn_mask": torch.ones(2, 4, 6, 5) > 0}, "attn_mask: shape (2, 4, 6, 5) does not broadcast to (2, 4, 6, 6)"),
     ({"dropout_p": 2.0}, "dropout_p: must be in [0, 1], got 2.0"),
 ]  # fmt: skip
