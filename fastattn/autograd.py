@@ -3,8 +3,8 @@
 First derivatives, in every way of asking (autograd, torch.func, batched), are those of the backend. Forward mode and
 second derivatives are those of `reference.attention`, which stores the scores: no backend has kernels for them.
 
-The autograd functions stay outside of the operators, which is the cheapest arrangement that torch offers. Graphs hold
-the operators, which have the same derivatives.
+Where nobody looks, the autograd functions are applied without the operators, which is the cheapest arrangement that
+torch offers. Graphs, and transformations of torch.func, meet the operators, which have the same derivatives.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def attention(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
     if has_tangent(p):
         return _forward_mode(backend, p)
     p = _operands(p)
-    if torch.compiler.is_compiling() or compat.is_jit_tracing():  # a graph holds the operator
-        return operators.attention_fwd(p, backend)
-    if torch.is_grad_enabled() and (_requires_grad(p) or _is_transformed()):
+    if torch.is_grad_enabled() and _requires_grad(p) and not operators.is_seen(p.q, p.k, p.v, p.bias):
         return AttentionFunction.apply(*p, backend)
     return operators.attention_fwd(p, backend)
 
@@ -42,11 +40,6 @@ def attention(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
 def _requires_grad(p: AttentionParams) -> bool:
     bias = p.bias is not None and p.bias.requires_grad
     return bias or p.q.requires_grad or p.k.requires_grad or p.v.requires_grad
-
-
-def _is_transformed() -> bool:
-    """Whether torch.func is at work: what requires a gradient at an outer level does not say so at an inner one."""
-    return compat.innermost_transformation() is not None
 
 
 # ---- operands ----
@@ -92,10 +85,12 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     if dout is None:
         dout = torch.zeros_like(out)
     needs_dbias = ctx.needs_input_grad[AttentionParams._fields.index("bias")]
-    call = (p, out, lse, dout, dlse, needs_dbias, ctx.backend)
-    # Gradients are recorded in a backward pass for the sake of second derivatives only.
-    is_recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    dq, dk, dv, dbias = AttentionGradient.of(ctx.is_strict, *call) if is_recorded else operators.attention_bwd(*call)
+    rest = (out.detach(), lse.detach(), dout, dlse, needs_dbias, ctx.backend)
+    # A backward pass is recorded for the sake of second derivatives only.
+    if torch.is_grad_enabled() and not operators.is_seen(p.q, p.k, p.v, p.bias, dout, dlse):
+        dq, dk, dv, dbias = AttentionGradient.apply(*p, *rest, ctx.is_strict)
+    else:
+        dq, dk, dv, dbias = operators.attention_bwd(p, *rest)
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     for position, grad in zip(_INPUTS, (dq, dk, dv, dbias if needs_dbias else None), strict=True):
         grads[position] = grad
@@ -105,28 +100,12 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
 class AttentionFunction(torch.autograd.Function):
     """(out, lse) of the named backend; differentiable in q, k, v and bias, through out and lse."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         return operators.attention_fwd(AttentionParams(*args[:-1]), args[-1])
 
     setup_context = staticmethod(_save_call)
     backward = staticmethod(_differentiate)
-
-
-@torch.library.impl(operators.library, "attention_fwd", "Autograd")
-def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    return _differentiable(torch.ops.fastattn.attention_fwd, AttentionFunction, args)
-
-
-def _differentiable(operator: Any, function: type[torch.autograd.Function], args: tuple[Any, ...]) -> Any:
-    """An operator in a graph; torch's register_autograd would make the same, but without torch.func."""
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        operators.check(args)
-        return compat.apply_to_one_level(function, args)
-    with compat.below_autograd():
-        return operator(*args)
 
 
 # ---- forward mode and second derivatives ----
@@ -152,33 +131,16 @@ def _stores_scores(backend: str, is_strict: bool, what: str) -> None:
 class AttentionGradient(torch.autograd.Function):
     """dq, dk, dv, dbias of the named backend; their own derivatives are those of `reference.attention`."""
 
-    generate_vmap_rule = True
-
-    @classmethod
-    def of(
-        cls,
-        is_strict: bool,
-        p: AttentionParams,
-        out: Tensor,
-        lse: Tensor,
-        dout: Tensor,
-        dlse: Tensor | None,
-        needs_dbias: bool,
-        backend: str,
-    ) -> Gradients:
-        """The gradients of a call, to be differentiated in p and in dout and dlse."""
-        return cls.apply(*p, out.detach(), lse.detach(), dout, dlse, needs_dbias, backend, is_strict)
-
     @staticmethod
     def forward(*args: Any) -> Gradients:
-        count = _COUNT + 6
-        return operators.attention_bwd(AttentionParams(*args[:_COUNT]), *args[_COUNT:count])
+        *rest, _is_strict = args[_COUNT:]
+        return operators.attention_bwd(AttentionParams(*args[:_COUNT]), *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
         ctx.set_materialize_grads(False)
         _out, _lse, dout, dlse, ctx.needs_dbias, ctx.backend, *is_strict = inputs[_COUNT:]
-        ctx.is_strict = is_strict == [True]
+        ctx.is_strict = is_strict == [True] or backends.forced() is not None
         ctx.numbers = inputs[TENSORS:_COUNT]
         ctx.save_for_backward(*inputs[:TENSORS], dout, dlse)
 
@@ -223,6 +185,40 @@ def _second_derivative(
     return [*inputs, *[None] * (4 - len(inputs)), *upstream_grads, *[None] * (2 - len(upstream_grads))]
 
 
+# ---- of the operators ----
+
+
+class _OperatorsFunction(AttentionFunction):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _below_autograd(torch.ops.fastattn.attention_fwd, args)
+
+
+class _OperatorsGradient(AttentionGradient):
+    @staticmethod
+    def forward(*args: Any) -> Gradients:
+        return _below_autograd(torch.ops.fastattn.attention_bwd, args)
+
+
+def _below_autograd(operator: Any, args: tuple[Any, ...]) -> Any:
+    """The operator without this level's derivatives; torch.func may have outer ones, which are recorded."""
+    with compat.below_autograd(), torch.enable_grad():
+        return operator(*args)
+
+
+def _differentiable(operator: Any, function: type[torch.autograd.Function], args: tuple[Any, ...]) -> Any:
+    """What torch's register_autograd would make, but under torch.func, too."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return compat.apply_to_one_level(function, args)
+    with compat.below_autograd():
+        return operator(*args)
+
+
+@torch.library.impl(operators.library, "attention_fwd", "Autograd")
+def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    return _differentiable(torch.ops.fastattn.attention_fwd, _OperatorsFunction, args)
+
+
 @torch.library.impl(operators.library, "attention_bwd", "Autograd")
 def _attention_bwd(*args: Any) -> Gradients:
-    return _differentiable(torch.ops.fastattn.attention_bwd, AttentionGradient, args)
+    return _differentiable(torch.ops.fastattn.attention_bwd, _OperatorsGradient, args)

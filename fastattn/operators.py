@@ -7,7 +7,6 @@ backend that is named in the call fill them. Where nobody looks at a call they a
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -86,7 +85,7 @@ def _attention_bwd(
 # ---- inside of a graph ----
 
 
-def check(args: tuple[Any, ...]) -> None:
+def _check(args: tuple[Any, ...]) -> None:
     """The arguments of an operator once more: a graph may have kept what held when it was made only.
 
     Raises:
@@ -103,7 +102,7 @@ def check(args: tuple[Any, ...]) -> None:
 
 def _from_graph(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """An operator's arguments, checked; those that describe the call, which torch wants flat, in one."""
-    check(args)
+    _check(args)
     count = len(AttentionParams._fields)
     p = AttentionParams(*args[:count])
     if not p.is_packed():  # lengths as they are, not as they were
@@ -148,7 +147,7 @@ def _attention_bwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # ---- a call ----
 
 
-def _needs_operator(tensors: Iterable[Tensor | None]) -> bool:
+def is_seen(*tensors: Tensor | None) -> bool:
     """Whether torch's dispatcher has anything to do: somebody sees operators, or a tensor is not what lies in memory.
 
     Where it has not, it would cost as much as a launch.
@@ -165,7 +164,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def attention_fwd(p: AttentionParams, backend: str) -> tuple[Tensor, Tensor]:
     """out and lse: from the operator, or from its body alone where nobody would see the operator."""
-    if _needs_operator((p.q, p.k, p.v, p.bias)):
+    if is_seen(p.q, p.k, p.v, p.bias):
         return torch.ops.fastattn.attention_fwd(*p, backend)
     return _attention_fwd(p, backend)
 
@@ -174,6 +173,6 @@ def attention_bwd(
     p: AttentionParams, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs_dbias: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dbias, in the same way."""
-    if _needs_operator((p.q, p.k, p.v, p.bias, dout, dlse)):
+    if is_seen(p.q, p.k, p.v, p.bias, dout, dlse):
         return torch.ops.fastattn.attention_bwd(*p, out, lse, dout, dlse, needs_dbias, backend)
     return _attention_bwd(p, out, lse, dout, dlse, needs_dbias, backend)
