@@ -343,8 +343,9 @@ def _warn_fallback(call: CallTraits) -> None:
     warn_once(f"attention runs on torch's own kernels, which are slower: {refusals}")
 
 
+@compat.assume_constant
 def warn_once(message: str) -> None:
-    """A FastattnFallbackWarning, once in a process."""
+    """A FastattnFallbackWarning, once in a process; while a graph is made, too, which could hold no warning."""
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, FastattnFallbackWarning, stacklevel=2)

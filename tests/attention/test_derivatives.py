@@ -174,6 +174,15 @@ def test_it_is_said_once_that_scores_are_stored(mode: str, monkeypatch: pytest.M
     assert "store the scores" in str(warning.message)
 
 
+@pytest.mark.long
+def test_it_is_said_while_a_graph_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_warned", set())
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: MODES["func.jvp"](CALLS["out"], x), backend="eager", fullgraph=True)
+    with pytest.warns(fastattn.FastattnFallbackWarning, match="store the scores"):
+        compiled(X)
+
+
 def test_a_tangent_of_something_else_changes_nothing() -> None:
     with torch.autograd.forward_ad.dual_level():
         torch.autograd.forward_ad.make_dual(X, X)
