@@ -35,13 +35,13 @@ def attention_params(
     query, key, value = _attended(query, key, value)
     if enable_gqa is not False and enable_gqa is not True:
         enable_gqa = values.flag("enable_gqa", enable_gqa)
-    if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
-        dropout_p = values.probability("dropout_p", dropout_p)
     q, k, v = shapes.dense(query, key, value, enable_gqa)
     (_, _, seqlen_q, head_dim), seqlen_k = q.shape, k.shape[2]
     if attn_mask is not None and type(attn_mask) is not Tensor:
         lengths = seqlen_q, seqlen_k
         attn_mask, is_causal, causal_align = _band_of_mask(attn_mask, is_causal, window, causal_align, lengths)
+    if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
+        dropout_p = values.probability("dropout_p", dropout_p)
     left, right, bottom_right = values.band(is_causal, window, causal_align)
     if type(q) is not Tensor and q.is_nested:
         check_jagged(attn_mask=attn_mask, attn_bias=attn_bias, window=window)

@@ -98,7 +98,7 @@ DENSE: list[tuple[dict[str, Any], str]] = [
     ({"key": [1.0]}, "key: must be a tensor, got [1.0]"),
     ({"value": np.zeros((2, 4, 9, 6))}, "value: must be a tensor, got numpy.ndarray"),
     (
-        {"attn_mask": 0.0},
+        {"attn_mask": 0.0, "dropout_p": None, "is_causal": True},  # FlashAttention's dropout_p, softmax_scale, causal
         "attn_mask: must be a tensor, got 0.0; the order is query, key, value, attn_mask, dropout_p, is_causal",
     ),
     ({"attn_mask": [[True]]}, "attn_mask: must be a tensor, got [[True]]"),
