@@ -42,7 +42,7 @@ def scaled_dot_product_attention(
             a tensor whose last dimension is not contiguous, and `explain` says so.
         key: (..., nheads_k, seqlen_k, head_dim), query's dtype and device; nheads_k == nheads unless enable_gqa.
         value: (..., nheads_v, seqlen_k, head_dim_v); nheads_v == nheads_k, but for what follows.
-            All dimensions before the last two broadcast between the three, as in torch's function: 1 or missing in some.
+            Dimensions before the last two broadcast between the three, as in torch's function: 1 or missing in some.
             One batch dimension is never copied, heads only where nheads_k and nheads_v are different numbers above 1.
             Gradients have the tensors' own shapes.
         attn_mask: broadcasts to (..., nheads, seqlen_q, seqlen_k) and is never expanded. bool: True = may attend.
