@@ -6,8 +6,6 @@ All dimensions before the last two broadcast. A broadcast batch dimension, and a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -35,7 +33,7 @@ def dense(
     for name, x in (("query", q), ("key", k), ("value", v)):
         if len(x) < 2:
             raise ValueError(f"{name}: must be {LAYOUT}, got shape {tuple(x)}")
-    _check_last_dimensions(q, k, v, "seqlen")
+    _check_lengths(q, k, v, "seqlen", -2)
     if q[:-2] != k[:-2] or k[:-2] != v[:-2]:
         dims = _batch(q, k, v)
         nheads, nheads_k = _heads(q, k, v, enable_gqa, -3)
@@ -50,7 +48,7 @@ def packed(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple
     for name, x in (("query", q), ("key", k), ("value", v)):
         if len(x) != 3:
             raise ValueError(f"{name}: must be (total_tokens, heads, head_dim), got shape {tuple(x)}")
-    _check_last_dimensions(q[1:], (k[0], k[2]), (v[0], v[2]), "total_tokens")
+    _check_lengths(q, k, v, "total_tokens", -3)
     if q[1] == k[1] == v[1]:
         return query, key, value
     nheads, nheads_k = _heads(q, k, v, enable_gqa, -2)
@@ -82,13 +80,14 @@ def _shapes(query: Tensor, key: Tensor, value: Tensor) -> tuple[torch.Size, torc
         raise ValueError(f"query, key, value: {rule}, got {layouts}") from error
 
 
-def _check_last_dimensions(q: Sequence[int], k: Sequence[int], v: Sequence[int], keys: str) -> None:
+def _check_lengths(q: torch.Size, k: torch.Size, v: torch.Size, keys: str, dim: int) -> None:
+    """head_dim is one of query and key, and key and value have the same number of keys, at `dim`."""
     if q[-1] == 0:
         raise ValueError("query: head_dim must be at least 1, got 0")
     if k[-1] != q[-1]:
         raise ValueError(f"key: head_dim {k[-1]} differs from query's {q[-1]}")
-    if v[-2] != k[-2]:
-        raise ValueError(f"value: {keys} {v[-2]} differs from key's {k[-2]}")
+    if v[dim] != k[dim]:
+        raise ValueError(f"value: shape {tuple(v)} differs from key's {tuple(k)} in {keys}")
 
 
 # ---- batch dimensions ----
