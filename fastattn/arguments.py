@@ -53,7 +53,7 @@ def attention_params(
         mask, bias = _mask_and_bias(attn_mask, attn_bias, query, shape)
     return AttentionParams(
         q, k, v, mask, bias, None, None, None, seqlen_q, seqlen_k,
-        head_dim**-0.5 if scale is None else values.scale(scale), dropout_p, left, right, bottom_right,
+        float(head_dim) ** -0.5 if scale is None else values.scale(scale), dropout_p, left, right, bottom_right,
     )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def varlen_attention_params(
     mask, bias = _mask_and_bias(attn_mask, attn_bias, query, shape)
     return AttentionParams(
         query, key, value, mask, bias, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        query.shape[-1] ** -0.5 if scale is None else values.scale(scale),
+        float(query.shape[-1]) ** -0.5 if scale is None else values.scale(scale),
         values.probability("dropout_p", dropout_p), left, right, bottom_right,
     )  # fmt: skip
 
@@ -222,12 +222,28 @@ def _check_cu_seqlens(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, side: str)
     if cu_seqlens.dim() != 1 or cu_seqlens.size(0) == 0:
         rule = "must have one dimension and at least one element"
         raise ValueError(f"{name}: {rule}, got shape {tuple(cu_seqlens.shape)}")
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_edges(cu_seqlens.tolist(), x.size(0), max_seqlen, side)
+    _check_values(x, cu_seqlens, max_seqlen, side)
 
 
-def _check_edges(edges: list[int], total: int, max_seqlen: int, side: str) -> None:
-    name = f"cu_seqlens_{side}"
+def check_lengths(p: AttentionParams) -> None:
+    """The lengths of a packed call, once more where tensors may have changed since it was made; CPU tensors only.
+
+    Raises:
+        ValueError: they are not what they have to be.
+    """
+    for x, cu_seqlens, max_seqlen, side in (
+        (p.q, p.cu_seqlens_q, p.max_seqlen_q, "q"),
+        (p.k, p.cu_seqlens_k, p.max_seqlen_k, "k"),
+    ):
+        if cu_seqlens is not None:
+            _check_values(x, cu_seqlens, max_seqlen, side)
+
+
+def _check_values(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, side: str) -> None:
+    """The rules for the values of cu_seqlens, where they can be read without waiting for them."""
+    if not cu_seqlens.is_cpu or type(cu_seqlens) is not Tensor or torch.compiler.is_compiling():
+        return
+    name, total, edges = f"cu_seqlens_{side}", x.size(0), compat.to_list(cu_seqlens)
     lengths = [end - start for start, end in zip(edges[:-1], edges[1:], strict=True)]
     smallest, largest = min(lengths, default=0), max(lengths, default=0)
     if edges[0] != 0:

@@ -1,67 +1,48 @@
-"""The fused attention of a backend as a torch operator, and its autograd function.
+"""The derivatives of the fused attention.
 
-Two operators serve every backend: `fastattn::attention_fwd` and `fastattn::attention_bwd` allocate the results and let
-the backend named in the call fill them. The autograd function stays outside of the operators and is of the classic
-kind: that is the cheapest arrangement torch offers, and torch.compile traces through it.
+First derivatives, in every way of asking (autograd, torch.func, batched), are those of the backend. Forward mode and
+second derivatives are those of `reference.attention`, which stores the scores: no backend has kernels for them.
+
+Where nobody looks, the autograd functions are applied without the operators, which is the cheapest arrangement that
+torch offers. Graphs, and transformations of torch.func, meet the operators, which have the same derivatives.
 """
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import backends, compat
-from .params import TENSORS, AttentionParams, Backward, Forward
+from . import backends, compat, operators, reference
+from .params import TENSORS, AttentionParams
 
-# The types of an operator's arguments. A length that changes from call to call must not compile a graph again.
-_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
-_SYMBOLIC = ("max_seqlen_q", "max_seqlen_k")
-_PARAMS = ", ".join(
-    f"{'SymInt' if name in _SYMBOLIC else _TYPES[kind]} {name}"
-    for name, kind in typing.get_type_hints(AttentionParams).items()
-)
-_library = torch.library.Library("fastattn", "DEF")
-_library.define(
-    f"attention_fwd({_PARAMS}, str backend) -> (Tensor out, Tensor lse)", tags=(torch.Tag.pt2_compliant_tag,)
-)
-_library.define(
-    f"attention_bwd({_PARAMS}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool needs_dbias, str backend)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+_COUNT = len(AttentionParams._fields)
+_INPUTS = tuple(AttentionParams._fields.index(name) for name in ("q", "k", "v", "bias"))
 
 
-def _empty_results(p: AttentionParams) -> tuple[Tensor, Tensor]:
-    """out and lse, not filled; out holds heads and rows in q's order, so that merging heads stays a view."""
-    q, head_dim_v = p.q, p.v.shape[-1]
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if p.cu_seqlens_q is not None:
-        total, nheads, _ = q.shape
-        return q.new_empty(total, nheads, head_dim_v), q.new_empty(nheads, total, dtype=lse_dtype)
-    batch, nheads, seqlen_q, _ = q.shape
-    _, head_stride, row_stride, _ = q.stride()
-    if head_stride < row_stride:
-        out = q.new_empty(batch, seqlen_q, nheads, head_dim_v).transpose(1, 2)
-    else:
-        out = q.new_empty(batch, nheads, seqlen_q, head_dim_v)
-    return out, q.new_empty(batch, nheads, seqlen_q, dtype=lse_dtype)
+def attention(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
+    """out and lse of the named backend; differentiable where something requires a gradient.
+
+    Raises:
+        NotImplementedError: the call is differentiated in forward mode and `use_backend` has named the backend.
+    """
+    if has_tangent(p):
+        return _forward_mode(backend, p)
+    p = _operands(p)
+    if torch.is_grad_enabled() and _requires_grad(p) and not operators.is_seen(p.q, p.k, p.v, p.bias):
+        return AttentionFunction.apply(*p, backend)
+    return operators.attention_fwd(p, backend)
 
 
-def _empty_grads(p: AttentionParams, needs_dbias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dbias, not filled; dbias has no elements where it is not needed."""
-    dbias_shape = p.bias.shape if needs_dbias and p.bias is not None else (0,)
-    dbias = p.q.new_empty(dbias_shape, dtype=None if p.bias is None else p.bias.dtype)
-    return torch.empty_like(p.q), torch.empty_like(p.k), torch.empty_like(p.v), dbias
+def _requires_grad(p: AttentionParams) -> bool:
+    bias = p.bias is not None and p.bias.requires_grad
+    return bias or p.q.requires_grad or p.k.requires_grad or p.v.requires_grad
 
 
-def _with_contiguous_rows(x: Tensor) -> Tensor:
-    """x, or a copy whose last dimension is contiguous; that of an empty tensor, too, which x.contiguous() leaves."""
-    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+# ---- operands ----
 
 
 def copied(p: AttentionParams) -> list[str]:
@@ -71,113 +52,173 @@ def copied(p: AttentionParams) -> list[str]:
 
 def _operands(p: AttentionParams) -> AttentionParams:
     """The call as the operator takes it: last dimensions contiguous, no tensor twice (torch.compile forbids it)."""
-    q, k, v, cu_seqlens_k = p.q, p.k, p.v, p.cu_seqlens_k
-    is_plain = q is not k and q is not v and k is not v and (cu_seqlens_k is None or cu_seqlens_k is not p.cu_seqlens_q)
+    q, k, v, cu_seqlens_q, cu_seqlens_k = p.q, p.k, p.v, p.cu_seqlens_q, p.cu_seqlens_k
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:  # whose elements kernels take to lie side by side
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        if cu_seqlens_k is cu_seqlens_q:
+            cu_seqlens_k = cu_seqlens_k.view_as(cu_seqlens_k)
+        p = p.replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    is_plain = q is not k and q is not v and k is not v
     if is_plain and q.stride()[-1] == k.stride()[-1] == v.stride()[-1] == 1:
         return p
-    q, k, v = (_with_contiguous_rows(x) for x in (q, k, v))
+    q, k, v = (operators.with_contiguous_rows(x) for x in (q, k, v))
     k = k.view_as(k) if k is q else k
     v = v.view_as(v) if v is q or v is p.k else v
-    if cu_seqlens_k is not None and cu_seqlens_k is p.cu_seqlens_q:
-        cu_seqlens_k = cu_seqlens_k.view_as(cu_seqlens_k)
-    return p.replace(q=q, k=k, v=v, cu_seqlens_k=cu_seqlens_k)
+    return p.replace(q=q, k=k, v=v)
 
 
-def _attention_fwd(p: AttentionParams, backend: str) -> tuple[Tensor, Tensor]:
-    results = Forward(*_empty_results(p))
-    backends.get(backend).kernels().attention_fwd(results, p)
-    return results.out, results.lse
+# ---- the first derivative ----
 
 
-def _attention_bwd(
-    p: AttentionParams, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs_dbias: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dout = _with_contiguous_rows(dout)
-    dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv, dbias = _empty_grads(p, needs_dbias)
-    backward = Backward(out, lse, dout, dlse, dq, dk, dv, dbias if needs_dbias else None)
-    backends.get(backend).kernels().attention_bwd(backward, p)
-    return dq, dk, dv, dbias
+def _save_call(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """For the backward: inputs are those of the operator attention_fwd."""
+    ctx.set_materialize_grads(False)
+    ctx.numbers, ctx.backend = inputs[TENSORS:_COUNT], inputs[-1]
+    ctx.is_strict = backends.forced() is not None
+    ctx.save_for_backward(*inputs[:TENSORS], *output)
 
 
-@torch.library.impl(_library, "attention_fwd", "CompositeExplicitAutograd")
-def _attention_fwd_operator(*args: Any) -> tuple[Tensor, Tensor]:
-    return _attention_fwd(*_grouped(args))
-
-
-@torch.library.impl(_library, "attention_bwd", "CompositeExplicitAutograd")
-def _attention_bwd_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _attention_bwd(*_grouped(args))
-
-
-def _grouped(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """An operator's arguments, which torch wants flat, with those that describe the call in one."""
-    count = len(AttentionParams._fields)
-    return AttentionParams(*args[:count]), *args[count:]
-
-
-@torch.library.register_fake("fastattn::attention_fwd", lib=_library)
-def _attention_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    return _empty_results(_grouped(args)[0])
-
-
-@torch.library.register_fake("fastattn::attention_bwd", lib=_library)
-def _attention_bwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p, _out, _lse, _dout, _dlse, needs_dbias, _backend = _grouped(args)
-    return _empty_grads(p, needs_dbias)
-
-
-def attention(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
-    """out and lse of the named backend; differentiable where something requires a gradient."""
-    p = _operands(p)
-    if torch.is_grad_enabled() and _requires_grad(p):
-        return AttentionFunction.apply(backend, *p)
-    return _call("attention_fwd", p, backend)
-
-
-def _requires_grad(p: AttentionParams) -> bool:
-    bias = p.bias is not None and p.bias.requires_grad
-    return bias or p.q.requires_grad or p.k.requires_grad or p.v.requires_grad
-
-
-_BODIES: dict[str, Callable[..., Any]] = {"attention_fwd": _attention_fwd, "attention_bwd": _attention_bwd}
-
-
-def _call(name: str, p: AttentionParams, *rest: Any) -> Any:
-    """The operator, or just its body where nobody is there to see the operator: torch's dispatcher costs a launch."""
-    is_seen = torch.compiler.is_compiling() or compat.count_dispatch_modes() > 0 or type(p.q) is not Tensor
-    if is_seen or compat.innermost_transformation() is not None:
-        return getattr(torch.ops.fastattn, name)(*p, *rest)
-    return _BODIES[name](p, *rest)
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs of attention_fwd."""
+    *tensors, out, lse = ctx.saved_tensors
+    p = AttentionParams(*tensors, *ctx.numbers)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    needs_dbias = ctx.needs_input_grad[AttentionParams._fields.index("bias")]
+    rest = (out.detach(), lse.detach(), dout, dlse, needs_dbias, ctx.backend)
+    # A backward pass is recorded for the sake of second derivatives only.
+    if torch.is_grad_enabled() and not operators.is_seen(p.q, p.k, p.v, p.bias, dout, dlse):
+        dq, dk, dv, dbias = AttentionGradient.apply(*p, *rest, ctx.is_strict)
+    else:
+        dq, dk, dv, dbias = operators.attention_bwd(p, *rest)
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for position, grad in zip(_INPUTS, (dq, dk, dv, dbias if needs_dbias else None), strict=True):
+        grads[position] = grad
+    return tuple(grads)
 
 
 class AttentionFunction(torch.autograd.Function):
-    """(out, lse) of the named backend; differentiable once in q, k, v and bias, through out and lse."""
+    """(out, lse) of the named backend; differentiable in q, k, v and bias, through out and lse."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, *params: Any) -> tuple[Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return operators.attention_fwd(AttentionParams(*args[:-1]), args[-1])
+
+    setup_context = staticmethod(_save_call)
+    backward = staticmethod(_differentiate)
+
+
+# ---- forward mode and second derivatives ----
+
+
+def has_tangent(p: AttentionParams) -> bool:
+    """Whether the call is differentiated in forward mode."""
+    return compat.has_tangent((p.q, p.k, p.v, p.bias))
+
+
+def _forward_mode(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
+    _stores_scores(backend, backends.forced() is not None, "forward-mode derivative")
+    return reference.attention(p)
+
+
+def _stores_scores(backend: str, is_strict: bool, what: str) -> None:
+    """Refuses what the backend cannot compute where `use_backend` has named it, and else warns."""
+    if is_strict:
+        raise NotImplementedError(f"backend {backend!r} has no {what}; use_backend('reference') has")
+    backends.warn_once(f"attention's {what} is computed by plain torch operations, which store the scores")
+
+
+class AttentionGradient(torch.autograd.Function):
+    """dq, dk, dv, dbias of the named backend; their own derivatives are those of `reference.attention`."""
+
+    @staticmethod
+    def forward(*args: Any) -> Gradients:
+        *rest, _is_strict = args[_COUNT:]
+        return operators.attention_bwd(AttentionParams(*args[:_COUNT]), *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
         ctx.set_materialize_grads(False)
-        p = AttentionParams(*params)
-        out, lse = _call("attention_fwd", p, backend)
-        ctx.numbers = params[TENSORS:]
-        ctx.save_for_backward(*params[:TENSORS], out, lse)
-        ctx.backend = backend
-        return out, lse
+        _out, _lse, dout, dlse, ctx.needs_dbias, ctx.backend, *is_strict = inputs[_COUNT:]
+        ctx.is_strict = is_strict == [True] or backends.forced() is not None
+        ctx.numbers = inputs[TENSORS:_COUNT]
+        ctx.save_for_backward(*inputs[:TENSORS], dout, dlse)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, out, lse = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        needs_dbias = ctx.needs_input_grad[_POSITIONS["bias"]]
-        p = AttentionParams(*tensors, *ctx.numbers)
-        dq, dk, dv, dbias = _call("attention_bwd", p, out, lse, dout, dlse, needs_dbias, ctx.backend)
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for name, grad in (("q", dq), ("k", dk), ("v", dv), ("bias", dbias if needs_dbias else None)):
-            grads[_POSITIONS[name]] = grad
+        if not any(x is not None for x in cotangents):
+            return tuple(grads)
+        _stores_scores(ctx.backend, ctx.is_strict, "second derivative")
+        *tensors, dout, dlse = ctx.saved_tensors
+        p = AttentionParams(*tensors, *ctx.numbers)
+        *inputs, ddout, ddlse = _second_derivative(p, dout, dlse, cotangents if ctx.needs_dbias else cotangents[:3])
+        for position, grad in zip(_INPUTS, inputs, strict=True):
+            grads[position] = grad
+        grads[_COUNT + 2], grads[_COUNT + 3] = ddout, ddlse
         return tuple(grads)
 
 
-# Among the arguments of AttentionFunction.forward, the first of which is the backend.
-_POSITIONS = {name: position for position, name in enumerate(("backend", *AttentionParams._fields))}
+def _second_derivative(
+    p: AttentionParams, dout: Tensor, dlse: Tensor | None, cotangents: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """The derivatives of the gradients by q, k, v, bias, dout and dlse, any number of times differentiable.
+
+    Args:
+        p, dout, dlse: what the gradients are a function of.
+        cotangents: of dq, dk, dv and, if it was wanted, of dbias; None for 0.
+    """
+    names = ["q", "k", "v"] if p.bias is None else ["q", "k", "v", "bias"]
+    upstream = (dout,) if dlse is None else (dout, dlse)
+
+    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return reference.attention(p.replace(**dict(zip(names, inputs, strict=True))))[: len(upstream)]
+
+    def gradients(*args: Tensor) -> tuple[Tensor, ...]:
+        inputs, upstream = args[: len(names)], args[len(names) :]
+        grads = torch.func.vjp(forward, *inputs)[1](upstream)
+        return tuple(g for g, c in zip(grads, (*cotangents, None), strict=False) if c is not None)
+
+    args = [*(getattr(p, name) for name in names), *upstream]
+    derivatives = torch.func.vjp(gradients, *args)[1](tuple(c for c in cotangents if c is not None))
+    inputs, upstream_grads = list(derivatives[: len(names)]), list(derivatives[len(names) :])
+    return [*inputs, *[None] * (4 - len(inputs)), *upstream_grads, *[None] * (2 - len(upstream_grads))]
+
+
+# ---- of the operators ----
+
+
+class _OperatorsFunction(AttentionFunction):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _below_autograd(torch.ops.fastattn.attention_fwd, args)
+
+
+class _OperatorsGradient(AttentionGradient):
+    @staticmethod
+    def forward(*args: Any) -> Gradients:
+        return _below_autograd(torch.ops.fastattn.attention_bwd, args)
+
+
+def _below_autograd(operator: Any, args: tuple[Any, ...]) -> Any:
+    """The operator without this level's derivatives; torch.func may have outer ones, which are recorded."""
+    with compat.below_autograd(), torch.enable_grad():
+        return operator(*args)
+
+
+def _differentiable(operator: Any, function: type[torch.autograd.Function], args: tuple[Any, ...]) -> Any:
+    """What torch's register_autograd would make, but under torch.func, too."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return compat.apply_to_one_level(function, args)
+    with compat.below_autograd():
+        return operator(*args)
+
+
+@torch.library.impl(operators.library, "attention_fwd", "Autograd")
+def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    return _differentiable(torch.ops.fastattn.attention_fwd, _OperatorsFunction, args)
+
+
+@torch.library.impl(operators.library, "attention_bwd", "Autograd")
+def _attention_bwd(*args: Any) -> Gradients:
+    return _differentiable(torch.ops.fastattn.attention_bwd, _OperatorsGradient, args)

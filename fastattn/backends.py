@@ -6,17 +6,17 @@ import dataclasses
 import enum
 import functools
 import importlib
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from . import compat
+from . import compat, torch_sdpa
 from .arguments import device_type
 from .params import AttentionParams
 
@@ -24,14 +24,14 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class FastattnFallbackWarning(UserWarning):
-    """A CUDA tensor is attended to by torch, because no fused backend takes the call."""
+    """A call runs on plain torch operations, because no fused backend computes it; says why, and what that costs."""
 
 
 class CallTraits(NamedTuple):
     """The traits of one call that the choice of a backend may depend on; devices are described, not touched."""
 
     device_type: str  # "cpu", "cuda"
-    capability: tuple[int, int] | None  # of a CUDA device
+    capability: tuple[int, int] | None  # of a CUDA device that is there
     dtype: torch.dtype
     head_dim: int
     head_dim_v: int
@@ -40,6 +40,8 @@ class CallTraits(NamedTuple):
     dropout_p: float = 0.0
     return_lse: bool = False
     is_empty: bool = False  # with a bias, but no query, no key or no head to attend with
+    has_tangent: bool = False  # it is differentiated in forward mode
+    is_traced_band: bool = False  # torch.jit.trace is recording a band other than torch's causal one
 
 
 def traits(p: AttentionParams, return_lse: bool) -> CallTraits:
@@ -56,16 +58,22 @@ def traits(p: AttentionParams, return_lse: bool) -> CallTraits:
         p.dropout_p,
         return_lse,
         bias is not None and (q.numel() == 0 or p.k.numel() == 0),
+        compat.has_tangent((q, p.k, p.v, bias)),
+        compat.is_jit_tracing() and torch_sdpa.needs_band(p),
     )
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    if torch.compiler.is_compiling():  # which warns of any cache it meets
-        return torch.cuda.get_device_capability(device)
-    return _cached_capability(device)
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    # torch.compile warns of any cache it meets.
+    return _ask_capability(device) if torch.compiler.is_compiling() else _cached_capability(device)
 
 
-_cached_capability = functools.cache(torch.cuda.get_device_capability)
+def _ask_capability(device: torch.device) -> tuple[int, int] | None:
+    # A fake tensor's device need not be there.
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
+
+
+_cached_capability = functools.cache(_ask_capability)
 
 
 # ---- when torch's function says the same ----
@@ -78,6 +86,8 @@ SDPA_DIFFERS: tuple[tuple[str, Callable[[CallTraits], bool]], ...] = (
     ("its dropout bits are its own", lambda call: call.dropout_p > 0),
     ("it wants the bias in the query's dtype", lambda call: call.bias_dtype not in (None, call.dtype)),
     ("it loses the bias's gradient of an empty problem", lambda call: call.is_empty),
+    ("its kernels have no forward-mode derivative", lambda call: call.has_tangent),
+    ("a trace would keep the lengths of the mask that the band becomes", lambda call: call.is_traced_band),
 )
 
 
@@ -138,16 +148,15 @@ class Backend:
 
     def takes(self, call: CallTraits) -> bool:
         """Whether it can take the call."""
-        is_for_it = self._takes_device(call) and not self._is_too_old(call)
+        is_for_it = self.takes_device(call.device_type) and not self._is_too_old(call)
         refuses = not is_for_it or call.dtype not in self.dtypes or self._is_too_wide(call)
         return not refuses and self.why_missing() is None
 
     def why_not(self, call: CallTraits) -> list[str]:
         """Every reason for which it cannot take the call; empty if it can."""
         reasons = []
-        if not self._takes_device(call):
-            wanted = " or ".join(_DEVICES.get(device, device) for device in self.devices or ())
-            reasons.append(f"needs a {wanted} device, got {call.device_type}")
+        if not self.takes_device(call.device_type):
+            reasons.append(f"needs {self.devices_in_words()}, got {call.device_type}")
         elif self._is_too_old(call):
             wanted, got = _dotted(self.min_capability), _dotted(call.capability)
             reasons.append(f"needs compute capability >= {wanted}, got {got}")
@@ -159,8 +168,15 @@ class Backend:
             reasons.append(missing)
         return reasons
 
-    def _takes_device(self, call: CallTraits) -> bool:
-        return self.devices is None or call.device_type in self.devices
+    def takes_device(self, device_type: str) -> bool:
+        """Whether it can run on a device of this type."""
+        return self.devices is None or device_type in self.devices
+
+    def devices_in_words(self) -> str:
+        """Where it can run, for a reader."""
+        if self.devices is None:
+            return "any device"
+        return f"a {' or '.join(_DEVICES.get(device, device) for device in self.devices)} device"
 
     def _is_too_old(self, call: CallTraits) -> bool:
         if self.min_capability is None or call.capability is None:
@@ -239,16 +255,38 @@ def anywhere(name: str) -> AbstractContextManager[None]:
 # ---- the choice ----
 
 
-class _Forced(threading.local):
+_forced: ContextVar[str | None] = ContextVar("fastattn.use_backend", default=None)
+
+
+class _Traced:
+    """What a graph that is being made has been told by itself: torch.compile follows attributes, but no ContextVar."""
+
+    is_told = False
     name: str | None = None
 
 
-_forced = _Forced()
+_traced = _Traced()
+
+
+@compat.assume_constant
+def _forced_around_the_graph() -> str | None:
+    name = _forced.get()
+    compat.compile_again_unless(lambda: _forced.get() == name, f"use_backend({name!r})")
+    return name
+
+
+def forced() -> str | None:
+    """The backend that `use_backend` names here, or None."""
+    if torch.compiler.is_dynamo_compiling():
+        return _traced.name if _traced.is_told else _forced_around_the_graph()
+    return _forced.get()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Every attention call inside runs on the named backend or raises; nothing falls back. Holds for this thread.
+    """Every attention call inside runs on the named backend or raises; nothing falls back.
+
+    Holds for this thread and this asyncio task. A compiled function is compiled anew for it.
 
     Args:
         name: "triton", "cuda", "torch" or "reference" (plain torch, differentiable any number of times).
@@ -257,11 +295,20 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: there is no such backend.
         NotImplementedError: at a call inside that the backend cannot take; the message lists the reasons.
     """
-    previous, _forced.name = _forced.name, get(name).name
+    name = get(name).name
+    if torch.compiler.is_dynamo_compiling():
+        previous = _traced.is_told, _traced.name
+        _traced.is_told, _traced.name = True, name
+        try:
+            yield
+        finally:
+            _traced.is_told, _traced.name = previous
+        return
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced.name = previous
+        _forced.reset(token)
 
 
 def choose(call: CallTraits) -> Backend:
@@ -270,8 +317,9 @@ def choose(call: CallTraits) -> Backend:
     Raises:
         NotImplementedError: a backend is forced and cannot take the call.
     """
-    if _forced.name is not None:
-        backend = get(_forced.name)
+    name = forced()
+    if name is not None:
+        backend = get(name)
         if not backend.takes(call):
             reasons = "; it ".join(backend.why_not(call))
             raise NotImplementedError(f"backend {backend.name!r} cannot take this call: it {reasons}")
@@ -292,9 +340,13 @@ _warned: set[str] = set()
 def _warn_fallback(call: CallTraits) -> None:
     """Once per set of reasons in a process."""
     refusals = "; ".join(f"{b.name} {', '.join(b.why_not(call))}" for b in BACKENDS if b.devices is not None)
-    if refusals not in _warned:
-        _warned.add(refusals)
-        message = f"attention runs on torch's own kernels, which are slower: {refusals}"
+    warn_once(f"attention runs on torch's own kernels, which are slower: {refusals}")
+
+
+def warn_once(message: str) -> None:
+    """A FastattnFallbackWarning, once in a process."""
+    if message not in _warned:
+        _warned.add(message)
         warnings.warn(message, FastattnFallbackWarning, stacklevel=2)
 
 

@@ -5,11 +5,12 @@ fastattn needs torch 2.7. Where a later torch lacks one of these, this is the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nested._internal.nested_tensor import NestedTensor
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
@@ -35,6 +36,55 @@ check: Callable[[bool], None] = torch._check
 JaggedTensor: type[Tensor] = NestedTensor
 
 
+def is_jit_tracing() -> bool:
+    """Whether torch.jit.trace is recording. torch 1.11."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+# (Tensor) -> bool: one of a batch of gradients, as torch.autograd.grad(is_grads_batched=True) makes them. torch 2.0
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
+
+def is_lazy(x: Tensor) -> bool:
+    """Whether the tensor is not what lies in its memory: still to be negated, zeros without memory, one of a batch.
+
+    torch 1.11.
+    """
+    return x.is_neg() or x._is_zerotensor() or _is_batched(x)
+
+
+def to_list(x: Tensor) -> list[int]:
+    """x.tolist(), which before torch 2.8 does not work while torch.func is at work."""
+    return x.tolist() if innermost_transformation() is None else [int(value) for value in x]
+
+
+def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether one of them is differentiated in forward mode.
+
+    torch.func may hide a tangent under another transformation: there, any forward mode counts. torch 1.11.
+    """
+    if forward_ad._current_level < 0:
+        return False
+    if innermost_transformation() is not None:
+        return True
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+# A context manager: operators go past their autograd kernels. torch 2.0
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def apply_to_one_level(function: type[torch.autograd.Function], args: tuple[Any, ...]) -> Any:
+    """function.apply for an operator's autograd kernel, where torch.func has taken the other levels off already.
+
+    torch 2.0.
+    """
+    from torch._functorch.utils import enable_single_level_autograd_function
+
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
 def _no_streams(device: int) -> int:
     raise RuntimeError("this torch is built without CUDA, or has no _cuda_getCurrentRawStream")
 
@@ -50,3 +100,20 @@ def assume_constant(function: FunctionT) -> FunctionT:
     """
     vars(function)["_dynamo_marked_constant"] = True
     return function
+
+
+def compile_again_unless(holds: Callable[[], bool], what: str) -> None:
+    """Inside a function that torch.compile takes for constant: the graph being made is good for while `holds()` only.
+
+    torch 2.7.
+    """
+    from torch._dynamo.source import GlobalStateSource
+    from torch._guards import Guard, TracingContext
+
+    def create(builder: Any, guard: Any) -> None:
+        add = builder.guard_manager.root.add_lambda_guard
+        lines = [what]
+        # Later versions take the user's stack, too.
+        add(lambda _: holds(), lines) if torch.__version__ < "2.10" else add(lambda _: holds(), lines, None)
+
+    TracingContext.get().guards_context.dynamo_guards.add(Guard(GlobalStateSource(), create))

@@ -17,11 +17,13 @@ float16 and bfloat16 inputs are computed in float32, everything else in its own 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import compat
 from .params import AttentionParams, Backward, Forward
 from .philox import keep_mask
 
@@ -57,9 +59,10 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _full_precision(p: AttentionParams) -> torch.autocast:
+def _full_precision(p: AttentionParams) -> AbstractContextManager[Any]:
     """Autocast switched off, so that a product in here stays in the precision it is written in."""
-    return torch.autocast(p.q.device.type, enabled=False)
+    device = p.q.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _per_query_head(x: Tensor, p: AttentionParams) -> Tensor:
@@ -213,9 +216,10 @@ def _buckets(p: AttentionParams) -> list[_Bucket]:
         rows_k = _rows(starts_k[sequences], n_k, seqlen_k, p.k.size(0))
         return _Bucket(sequences, rows_q, rows_k, (n_k - n_q)[:, None, None, None] if p.bottom_right else 0)
 
-    if p.q.device.type != "cpu" or torch.compiler.is_compiling() or not len_q.numel():
+    is_readable = len_q.is_cpu and type(len_q) is Tensor and not torch.compiler.is_compiling()
+    if not is_readable or not len_q.numel():
         return [bucket(torch.arange(len_q.size(0), device=p.q.device), p.max_seqlen_q, p.max_seqlen_k)]
-    lengths = list(zip(len_q.tolist(), len_k.tolist(), strict=True))
+    lengths = list(zip(compat.to_list(len_q), compat.to_list(len_k), strict=True))
     groups: dict[int, list[int]] = {}
     for sequence, pair in enumerate(lengths):
         groups.setdefault(_bucket_length(max(pair)), []).append(sequence)
@@ -227,7 +231,8 @@ def _buckets(p: AttentionParams) -> list[_Bucket]:
 
 def _pad(x: Tensor, rows: Tensor) -> Tensor:
     """(tokens, heads, ...) to (n, heads, seqlen, ...), zeros where there is no token."""
-    return torch.cat([x.new_zeros(1, *x.shape[1:]), x])[rows].transpose(1, 2)
+    padded = torch.cat([x.new_zeros(1, *x.shape[1:]), x]).index_select(0, rows.flatten())
+    return padded.unflatten(0, rows.shape).transpose(1, 2)
 
 
 def _unpad(padded: Iterable[Tensor], rows: list[Tensor], total: int, fill: float = 0.0) -> Tensor:
@@ -236,7 +241,7 @@ def _unpad(padded: Iterable[Tensor], rows: list[Tensor], total: int, fill: float
     flat = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in padded])
     slot = torch.zeros(total + 1, dtype=torch.long, device=row.device)
     slot[row] = torch.arange(1, row.numel() + 1, device=row.device)
-    return torch.cat([flat.new_full((1, *flat.shape[1:]), fill), flat])[slot[1:]]
+    return torch.cat([flat.new_full((1, *flat.shape[1:]), fill), flat]).index_select(0, slot[1:])
 
 
 def _packed(p: AttentionParams) -> tuple[Tensor, Tensor]:

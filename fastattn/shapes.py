@@ -124,7 +124,13 @@ def _to_4d(x: Tensor) -> Tensor:
     ndim = x.dim()
     if ndim == 4:
         return x
-    return x.flatten(0, -4) if ndim > 4 else x[(None,) * (4 - ndim)]
+    return x.flatten(0, -4) if ndim > 4 else _with_leading_ones(x, 4)
+
+
+def _with_leading_ones(x: Tensor, ndim: int) -> Tensor:
+    for _ in range(ndim - x.dim()):  # and not x[None], for which a fake tensor's device has to be there
+        x = x.unsqueeze(0)
+    return x
 
 
 # ---- heads ----
@@ -176,7 +182,7 @@ def broadcast_to_4d(argument: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         is_padding = len(shape) > 3 and given == (shape[0], shape[-1])
         hint = f"; a mask of padding is {argument}[:, None, None, :]" if is_padding else ""
         raise ValueError(f"{argument}: shape {given} does not broadcast to {tuple(shape)}{hint}")
-    x = x[(None,) * (max(4, len(shape)) - x.dim())]
+    x = _with_leading_ones(x, max(4, len(shape)))
     if x.dim() == 4:
         return x
     if any(size != 1 for size in x.shape[:-3]):

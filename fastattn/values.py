@@ -77,7 +77,8 @@ def _index(x: Any) -> Any:
     """x as an int, symbolic where it is, or None where it is none."""
     if type(x) is int or isinstance(x, SymInt):
         return x
-    if isinstance(x, (bool, Tensor)) or not hasattr(x, "__index__"):
+    is_refused = isinstance(x, Tensor) and not compat.is_jit_tracing()  # which gives sizes as tensors
+    if is_refused or isinstance(x, bool) or not hasattr(x, "__index__"):
         return None
     try:
         return operator.index(x)

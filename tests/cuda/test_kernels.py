@@ -6,6 +6,7 @@ from the PTX that NVRTC emits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -54,15 +55,17 @@ def test_several_sequences_for_each_block(multiprocessors: int, packed: bool, po
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Gives costly runs fewer cases: a judged one costs twenty plain ones, a kernel from PTX seconds."""
-    everything = metafunc.config.getoption("full")
+    """Gives costly runs fewer cases: a judged one costs twenty plain ones, a kernel from PTX seconds of g++."""
+    everything, pairs = metafunc.config.getoption("full"), pairwise()
     if "judged_case" in metafunc.fixturenames:
-        metafunc.parametrize("judged_case", (full()[::20] if everything else pairwise()) + PARTICULAR, ids=str)
+        short = [case for case in pairs if math.prod(case.seqlens) <= 64 * 65]
+        judged = pairs + full()[::20] if everything else short
+        metafunc.parametrize("judged_case", judged + PARTICULAR, ids=str)
     if "ptx_case" in metafunc.fixturenames:
-        small = [case for case in pairwise() if max(case.dims) <= 64]
-        metafunc.parametrize(
-            "ptx_case", [*(pairwise() + full()[::50] if everything else small), *WITHIN_ONE_TILE[:3]], ids=str
-        )
+        # The kernels of 64 dimensions in one element type: the others have the same sources.
+        small = [case for case in pairs if max(case.dims) <= (64 if case.dtype == torch.float16 else 32)]
+        translated = pairs + full()[::50] if everything else small
+        metafunc.parametrize("ptx_case", translated + WITHIN_ONE_TILE[: 3 if everything else 2], ids=str)
 
 
 def test_contract_with_every_access_judged(judged_case: Case, poisoned: None) -> None:
@@ -80,7 +83,7 @@ def test_contract_from_ptx(ptx_case: Case, poisoned: None) -> None:
 
 @MODES
 def test_contract_from_ptx_of_a_newer_architecture(multiprocessors: int, poisoned: None) -> None:
-    with on_the_cpu(PtxKernels("compute_80"), multiprocessors=multiprocessors):
+    with on_the_cpu(PtxKernels("compute_90"), multiprocessors=multiprocessors):
         check(VARIED)
         check(replace(VARIED, packed=True, dtype=torch.bfloat16))
 

@@ -11,7 +11,7 @@ import functools
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ def on_triton(
     multiprocessors: int = 1,
     in_one: bool = True,
     kernels: str = KERNELS,
+    strict: bool = True,
 ) -> Iterator[None]:
     """Every attention call inside runs on the `triton` backend, and fresh memory holds NaN.
 
@@ -42,6 +43,7 @@ def on_triton(
         multiprocessors: of the GPU, as the launchers see it.
         in_one: whether the backward of short sequences is one kernel.
         kernels: package of the kernels, as seen from fastattn.
+        strict: as by use_backend; or else because it is the first that takes the call.
     """
     attention = importlib.import_module(f"{kernels}.attention", "fastattn")
     tiles = attention.tiles
@@ -65,7 +67,7 @@ def on_triton(
         tiles.forced(choose),
         attention.on(Few()),
         fresh_memory_is_nan(),
-        backends.use_backend("triton"),
+        backends.use_backend("triton") if strict else nullcontext(),
     ):
         yield
 
