@@ -35,13 +35,12 @@ def attention_params(
     query, key, value = _attended(query, key, value)
     if enable_gqa is not False and enable_gqa is not True:
         enable_gqa = values.flag("enable_gqa", enable_gqa)
-    if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
-        dropout_p = values.probability("dropout_p", dropout_p)
-    q, k, v = shapes.dense(query, key, value, enable_gqa)
-    (_, _, seqlen_q, head_dim), seqlen_k = q.shape, k.shape[2]
+    q, k, v, (seqlen_q, seqlen_k, head_dim) = shapes.dense(query, key, value, enable_gqa)
     if attn_mask is not None and type(attn_mask) is not Tensor:
         lengths = seqlen_q, seqlen_k
         attn_mask, is_causal, causal_align = _band_of_mask(attn_mask, is_causal, window, causal_align, lengths)
+    if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
+        dropout_p = values.probability("dropout_p", dropout_p)
     left, right, bottom_right = values.band(is_causal, window, causal_align)
     if type(q) is not Tensor and q.is_nested:
         check_jagged(attn_mask=attn_mask, attn_bias=attn_bias, window=window)
@@ -118,8 +117,8 @@ def _attended(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
         nested = query.is_nested, key.is_nested, value.is_nested
         if any(nested) and not all(nested):
             raise ValueError(f"query, key, value: must be nested all or none, got {nested}")
-    dtype = _autocast_dtype(query)
-    if dtype is not None:  # as torch's own attention does; float64 stays
+    if compat.is_any_autocast_enabled() and (dtype := _autocast_dtype(query)) is not None:
+        # As torch's own attention does; float64 stays.
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
     tensors.check_alike(query, key, value)
     return query, key, value
@@ -138,8 +137,6 @@ def check_jagged(**refused: object) -> None:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast, where it is on, wants of tensors on x's device."""
-    if not compat.is_any_autocast_enabled():
-        return None
     device = device_type(x)
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 

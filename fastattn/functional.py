@@ -41,9 +41,13 @@ def scaled_dot_product_attention(
         query: (..., nheads, seqlen_q, head_dim), float32, float16, bfloat16 or float64. Any strides; fused kernels copy
             a tensor whose last dimension is not contiguous, and `explain` says so.
         key: (..., nheads_k, seqlen_k, head_dim), query's dtype and device; nheads_k == nheads unless enable_gqa.
-        value: (..., nheads_k, seqlen_k, head_dim_v).
+        value: (..., nheads_v, seqlen_k, head_dim_v); nheads_v == nheads_k, but for what follows.
+            Dimensions before the last two broadcast between the three, as in torch's function: 1 or missing in some.
+            One batch dimension is never copied, heads only where nheads_k and nheads_v are different numbers above 1.
+            Gradients have the tensors' own shapes.
         attn_mask: broadcasts to (..., nheads, seqlen_q, seqlen_k) and is never expanded. bool: True = may attend.
-            float: the same as attn_bias.
+            float: the same as attn_bias. A torch.nn.attention.bias.CausalBias of (seqlen_q, seqlen_k): is_causal in its
+            alignment, which causal_align has to name if a window is given, too.
         dropout_p: probability in [0, 1] of dropping a weight; the kept ones are scaled by 1 / (1 - dropout_p). There is
             no training flag. `reference.dropout_mask` says which are kept, for a seed that every call draws from the
             device's generator.
@@ -54,10 +58,11 @@ def scaled_dot_product_attention(
                              1 1 0 0 0                       1 1 1 1 0
                              1 1 1 0 0                       1 1 1 1 1
 
-        scale: factor of the scores; None means head_dim ** -0.5.
-        enable_gqa: nheads may be a multiple of nheads_k; consecutive query heads share a key head.
+        scale: factor of the scores, a finite number; None means head_dim ** -0.5. A learned one, or one per head, is a
+            factor of the query: (query * scale, key, value, scale=1.0).
+        enable_gqa: nheads may be a multiple of nheads_k and of nheads_v; consecutive query heads share a key head.
         attn_bias: float, query's dtype or float32, added to the scaled scores; broadcasts like attn_mask. Its gradient
-            has its own shape.
+            has its own shape. Under autocast one in the other half type is cast to query's, and float32 stays.
         window: (left, right), each an int >= 0 or None (unbounded): allow key j for query i only if
             -left <= j - i <= right (i + seqlen_k - seqlen_q when bottom-right). (1, 0), bottom-right, 3 x 5::
 
@@ -75,8 +80,13 @@ def scaled_dot_product_attention(
 
     Determinism: forward and backward are bitwise reproducible for one seed, backend and device.
 
+    Jagged nested tensors are attended to by torch's function, without what that has not: attn_mask, attn_bias, window,
+    bottom-right, dropout and lse. `varlen_attention` takes all of these with packed sequences.
+
     Raises:
-        ValueError: shapes, dtypes, devices or values disagree; the message names the argument, the rule and the value.
+        ValueError: kinds, shapes, dtypes, devices or values of arguments are wrong or disagree; the message names the
+            argument, the rule and the value. So is a tensor of a class with a __torch_function__ of its own: its
+            storage may not be what it means.
         NotImplementedError: `use_backend` names a backend that cannot take the call; the message lists the reasons.
 
     Source: Vaswani et al. 2017, eq. 1; Milakov & Gimelshein 2018 (online softmax); Dao 2023, Algorithms 1 and 2.
@@ -126,11 +136,11 @@ def varlen_attention(
     Args:
         query: (total_q, nheads, head_dim), float32, float16, bfloat16 or float64.
         key: (total_k, nheads_k, head_dim), query's dtype and device; nheads_k == nheads unless enable_gqa.
-        value: (total_k, nheads_k, head_dim_v).
+        value: (total_k, nheads_k, head_dim_v). Heads broadcast as in `scaled_dot_product_attention`.
         cu_seqlens_q: (batch + 1,) int32 on query's device; sequence b is tokens cu_seqlens_q[b] ... cu_seqlens_q[b + 1]
             - 1. It starts at 0 and does not decrease. Checked by value on the CPU; on a GPU lengths are clamped.
         cu_seqlens_k: the same for key and value.
-        max_seqlen_q, max_seqlen_k: no sequence is longer.
+        max_seqlen_q, max_seqlen_k: ints in [0, 2**31); no sequence is longer.
         attn_mask, attn_bias: as in `scaled_dot_product_attention`, broadcast to (batch, nheads, max_seqlen_q,
             max_seqlen_k) and indexed by the position inside the sequence.
         dropout_p, is_causal, scale, enable_gqa, window, causal_align, return_lse: as in `scaled_dot_product_attention`,
@@ -145,7 +155,8 @@ def varlen_attention(
     Determinism: forward and backward are bitwise reproducible for one seed, backend and device.
 
     Raises:
-        ValueError: shapes, dtypes, devices or values disagree; the message names the argument, the rule and the value.
+        ValueError: kinds, shapes, dtypes, devices or values of arguments are wrong or disagree; the message names the
+            argument, the rule and the value.
         NotImplementedError: `use_backend` names a backend that cannot take the call; the message lists the reasons.
 
     Source: Vaswani et al. 2017, eq. 1; Dao 2023, section 3.

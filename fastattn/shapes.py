@@ -6,35 +6,40 @@ All dimensions before the last two broadcast. A broadcast batch dimension, and a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 LAYOUT = "(..., heads, seqlen, head_dim)"
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(batch, nheads, seqlen_q, head_dim), (batch, nheads_k, seqlen_k, head_dim) and (batch, nheads_k, ...).
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]:
+    """Query, key and value of one batch dimension, and seqlen_q, seqlen_k, head_dim.
 
     Nothing here compares a length of query with one of key: an exported program takes any two.
+
+    Returns:
+        (batch, nheads, seqlen_q, head_dim), (batch, nheads_k, seqlen_k, head_dim), (batch, nheads_k, seqlen_k,
+        head_dim_v); nheads is a multiple of nheads_k.
     """
     q, k, v = _shapes(query, key, value)
-    if len(q) == len(k) == len(v) == 4 and (k == v or k[:3] == v[:3]) and q[0] == k[0] and q[3] == k[3] != 0:
-        nheads, nheads_k = q[1], k[1]
-        if nheads == nheads_k or (enable_gqa and nheads_k and nheads % nheads_k == 0):
-            return query, key, value  # so that the most usual calls pay for no more
+    if len(q) == len(k) == 4 and (k == v or (len(v) == 4 and k[:3] == v[:3])):
+        batch, nheads, seqlen_q, head_dim = q
+        batch_k, nheads_k, seqlen_k, head_dim_k = k
+        is_grouped = nheads == nheads_k or (enable_gqa and nheads_k and nheads % nheads_k == 0)
+        if is_grouped and batch == batch_k and head_dim == head_dim_k != 0:
+            return query, key, value, (seqlen_q, seqlen_k, head_dim)  # so that the usual calls pay for no more
     for name, x in (("query", q), ("key", k), ("value", v)):
         if len(x) < 2:
             raise ValueError(f"{name}: must be {LAYOUT}, got shape {tuple(x)}")
-    _check_last_dimensions(q, k, v, "seqlen")
+    _check_lengths(q, k, v, "seqlen", -2)
     if q[:-2] != k[:-2] or k[:-2] != v[:-2]:
-        batch = _batch(q, k, v)
+        dims = _batch(q, k, v)
         nheads, nheads_k = _heads(q, k, v, enable_gqa, -3)
-        query = _expanded(query, batch, nheads)
-        key = _expanded(_repeated(key, nheads_k, -3), batch, nheads_k)
-        value = _expanded(_repeated(value, nheads_k, -3), batch, nheads_k)
-    return _to_4d(query), _to_4d(key), _to_4d(value)
+        query = _expanded(query, dims, nheads)
+        key, value = (_expanded(_repeated(x, nheads_k, -3), dims, nheads_k) for x in (key, value))
+    return _to_4d(query), _to_4d(key), _to_4d(value), (q[-2], k[-2], q[-1])
 
 
 def packed(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +48,7 @@ def packed(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple
     for name, x in (("query", q), ("key", k), ("value", v)):
         if len(x) != 3:
             raise ValueError(f"{name}: must be (total_tokens, heads, head_dim), got shape {tuple(x)}")
-    _check_last_dimensions(q[1:], (k[0], k[2]), (v[0], v[2]), "total_tokens")
+    _check_lengths(q, k, v, "total_tokens", -3)
     if q[1] == k[1] == v[1]:
         return query, key, value
     nheads, nheads_k = _heads(q, k, v, enable_gqa, -2)
@@ -58,6 +63,8 @@ def leading(q: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[int, 
         q: query as `dense` gives it, or what is shaped like that.
         query, key, value: as the caller gives them.
     """
+    if query.dim() == key.dim() == value.dim() == 4:
+        return q.shape[0], q.shape[1]
     ndim = max(query.dim(), key.dim(), value.dim())
     if ndim > 4:
         return *_batch(query.shape, key.shape, value.shape), q.shape[1]
@@ -73,13 +80,14 @@ def _shapes(query: Tensor, key: Tensor, value: Tensor) -> tuple[torch.Size, torc
         raise ValueError(f"query, key, value: {rule}, got {layouts}") from error
 
 
-def _check_last_dimensions(q: Sequence[int], k: Sequence[int], v: Sequence[int], keys: str) -> None:
+def _check_lengths(q: torch.Size, k: torch.Size, v: torch.Size, keys: str, dim: int) -> None:
+    """head_dim is one of query and key, and key and value have the same number of keys, at `dim`."""
     if q[-1] == 0:
         raise ValueError("query: head_dim must be at least 1, got 0")
     if k[-1] != q[-1]:
         raise ValueError(f"key: head_dim {k[-1]} differs from query's {q[-1]}")
-    if v[-2] != k[-2]:
-        raise ValueError(f"value: {keys} {v[-2]} differs from key's {k[-2]}")
+    if v[dim] != k[dim]:
+        raise ValueError(f"value: shape {tuple(v)} differs from key's {tuple(k)} in {keys}")
 
 
 # ---- batch dimensions ----

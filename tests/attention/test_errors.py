@@ -24,7 +24,7 @@ DENSE: list[tuple[dict[str, Any], str]] = [
     ({"key": K.to("meta")}, "key: is on meta, query on cpu"),
     ({"key": K[..., :5]}, "key: head_dim 5 differs from query's 8"),
     ({"query": Q[..., :0], "key": K[..., :0]}, "query: head_dim must be at least 1, got 0"),
-    ({"value": V[:, :, :8]}, "value: seqlen 8 differs from key's 9"),
+    ({"value": V[:, :, :8]}, "value: shape (2, 4, 8, 6) differs from key's (2, 4, 9, 8) in seqlen"),
     ({"key": K[:, :2], "value": V[:, :2]}, "key: has 2 heads, query has 4 (enable_gqa=True groups query heads)"),
     (
         {"key": K[:, :3], "value": V[:, :3], "enable_gqa": True},
@@ -98,7 +98,7 @@ DENSE: list[tuple[dict[str, Any], str]] = [
     ({"key": [1.0]}, "key: must be a tensor, got [1.0]"),
     ({"value": np.zeros((2, 4, 9, 6))}, "value: must be a tensor, got numpy.ndarray"),
     (
-        {"attn_mask": 0.0},
+        {"attn_mask": 0.0, "dropout_p": None, "is_causal": True},  # FlashAttention's dropout_p, softmax_scale, causal
         "attn_mask: must be a tensor, got 0.0; the order is query, key, value, attn_mask, dropout_p, is_causal",
     ),
     ({"attn_mask": [[True]]}, "attn_mask: must be a tensor, got [[True]]"),
@@ -142,7 +142,7 @@ PACKED: list[tuple[dict[str, Any], str]] = [
     ({"cu_seqlens_k": None}, "cu_seqlens_k: must be a tensor, got None"),
     ({"query": None}, "query: must be a tensor, got None"),
     ({"key": X[0]}, "key: must be (total_tokens, heads, head_dim), got shape (4, 8)"),
-    ({"value": X[:9]}, "value: total_tokens 9 differs from key's 10"),
+    ({"value": X[:9]}, "value: shape (9, 4, 8) differs from key's (10, 4, 8) in total_tokens"),
     ({"key": X[:, :2]}, "key: has 2 heads, query has 4 (enable_gqa=True groups query heads)"),
     ({"attn_mask": True}, "attn_mask: must be a tensor, got True"),
     ({"scale": float("inf")}, "scale: must be a finite number, got inf"),
