@@ -1,5 +1,6 @@
 """Fused scaled-dot-product attention, forward and backward, for GPUs that others left behind and for current ones."""
 
+from . import flops as flops  # whose formulas are registered by the import
 from .backends import FastattnFallbackWarning, use_backend
 from .functional import explain, scaled_dot_product_attention, varlen_attention
 from .integrations.torch import replace_attention

@@ -91,6 +91,12 @@ def scaled_dot_product_attention(
 
     Source: Vaswani et al. 2017, eq. 1; Milakov & Gimelshein 2018 (online softmax); Dao 2023, Algorithms 1 and 2.
     """
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return overrides.hand_over(
+            scaled_dot_product_attention, query, key, value, attn_mask=attn_mask, dropout_p=dropout_p,
+            is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, attn_bias=attn_bias, window=window,
+            causal_align=causal_align, return_lse=return_lse,
+        )  # fmt: skip
     p = attention_params(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         attn_bias=attn_bias, window=window, causal_align=causal_align,
@@ -161,6 +167,13 @@ def varlen_attention(
 
     Source: Vaswani et al. 2017, eq. 1; Dao 2023, section 3.
     """
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return overrides.hand_over(
+            varlen_attention, query, key, value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, attn_mask=attn_mask, attn_bias=attn_bias,
+            dropout_p=dropout_p, is_causal=is_causal, window=window, causal_align=causal_align, scale=scale,
+            enable_gqa=enable_gqa, return_lse=return_lse,
+        )  # fmt: skip
     p = varlen_attention_params(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         attn_mask=attn_mask, attn_bias=attn_bias, dropout_p=dropout_p, is_causal=is_causal, window=window,

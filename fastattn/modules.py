@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import operator
-from functools import reduce
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import arguments, functional
+from . import arguments, functional, masks, overrides
 
 
 class MultiHeadAttention(nn.MultiheadAttention):
@@ -23,10 +22,11 @@ class MultiHeadAttention(nn.MultiheadAttention):
     - asking for the weights does not change the output: both come from the same scores and dropout bits;
     - `is_causal=True` needs no `attn_mask`, and keeps the fused causal route when there is padding too;
     - a bool and a float mask may be combined; arguments that do not fit raise ValueError;
+    - an attn_mask may also be given for each sequence, (batch, seqlen_q, seqlen_k), or with four dimensions; heads that
+      share one are served from it without copies;
     - nested tensors and torch.jit.script are not supported: use `forward_packed` and torch.compile;
-    - the private attribute `_qkv_same_embed_dim` is always False: were it True, nn.TransformerEncoderLayer in eval mode
-      would run a kernel of its own on the weights and never call forward, and nn.TransformerEncoder would turn padded
-      tensors into nested ones.
+    - nn.TransformerEncoderLayer never runs its own kernel on the weights in place of forward, and nn.TransformerEncoder
+      does not turn padded tensors into nested ones.
 
     Args:
         embed_dim: features of the query and of the output.
@@ -87,7 +87,6 @@ class MultiHeadAttention(nn.MultiheadAttention):
         self.batch_first = batch_first
         self.add_zero_attn = add_zero_attn
         self.need_weights: bool | None = None  # False: forward returns no weights, whatever the caller asks
-        self._qkv_same_embed_dim = False
 
         q_rows, k_rows, v_rows = rows = self._rows()
         is_fused = self.kdim == self.vdim == embed_dim
@@ -121,7 +120,27 @@ class MultiHeadAttention(nn.MultiheadAttention):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Accepts the state of an nn.MultiheadAttention, of any version, as well as its own."""
         defaults = {"v_head_dim": state["head_dim"], "batch_first": False, "need_weights": None}
-        super().__setstate__({**defaults, **state, "_qkv_same_embed_dim": False})
+        super().__setstate__({**defaults, **state})
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """Whether in_proj_weight is laid out as torch's functions expect; torch's encoder always hears that it is not.
+
+        Torch's name, which others read: PEFT and torch.ao find the weights by it, as does whoever gives them to
+        F.multi_head_attention_forward. But in eval mode nn.TransformerEncoderLayer, if it heard the truth, would run a
+        kernel of its own on the weights and never call forward, and nn.TransformerEncoder would turn padded tensors
+        into nested ones. Nothing else that they ask could be answered for them alone: batch_first, num_heads,
+        in_proj_bias and the class of the weights are everybody's, the switch in torch.backends.mha is every model's,
+        and a hook would cost every call and not keep the encoder from nesting. So the answer depends on who asks.
+        """
+        if torch.compiler.is_compiling():  # which does not tell who asks
+            return False
+        asker = sys._getframe(1)
+        while asker.f_code.co_name == "_qkv_same_embed_dim" and asker.f_back is not None:  # a wrapper that passes it on
+            asker = asker.f_back
+        if asker.f_globals.get("__name__") == nn.TransformerEncoderLayer.__module__:
+            return False
+        return self.kdim == self.vdim == self.embed_dim and self._rows() == (self.embed_dim,) * 3
 
     def forward(
         self,
@@ -145,8 +164,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
             key_padding_mask: (batch, seqlen_k), unbatched (seqlen_k,): bool, True = this key is blocked; or float,
                 added to the scores with this key.
             need_weights: return the weights too, at a cost of batch * num_heads * seqlen_q * seqlen_k in memory.
-            attn_mask: (seqlen_q, seqlen_k) or (batch * num_heads, seqlen_q, seqlen_k): bool, True = blocked, or float,
-                added to the scores.
+            attn_mask: (seqlen_q, seqlen_k); (batch, seqlen_q, seqlen_k); (batch * num_heads, seqlen_q, seqlen_k); or
+                (batch or 1, num_heads or 1, seqlen_q, seqlen_k); without batch as with a batch of 1. bool, True =
+                blocked, or float, added to the scores.
             average_attn_weights: average the weights over the heads.
             is_causal: query i attends to keys 0 ... i only, and to the appended ones. An attn_mask given with it is
                 promised to be this same mask, and is not read unless it requires grad or keys are appended.
@@ -159,16 +179,24 @@ class MultiHeadAttention(nn.MultiheadAttention):
         Raises:
             ValueError: a shape or dtype does not fit.
         """
+        if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+            return overrides.record_in_fx(
+                self, query, key, value, key_padding_mask=key_padding_mask, need_weights=need_weights,
+                attn_mask=attn_mask, average_attn_weights=average_attn_weights, is_causal=is_causal,
+            )  # fmt: skip
         self._check_inputs(query, key, value)
         is_batched = query.dim() == 3
         q, k, v = (self._heads_first(x, is_batched) for x in self._in_projection(query, key, value))
         batch, nheads, seqlen_q, _ = q.shape
         seqlen_k = k.size(2)
-        _check_mask("key_padding_mask", key_padding_mask, (batch, seqlen_k) if is_batched else (seqlen_k,))
-        _check_mask("attn_mask", attn_mask, (seqlen_q, seqlen_k), (batch * nheads, seqlen_q, seqlen_k))
-        masks = self._masks(q, k, key_padding_mask, attn_mask, is_causal)
+        masks.check("key_padding_mask", key_padding_mask, (batch, seqlen_k) if is_batched else (seqlen_k,))
+        attn_mask = masks.broadcast_over_heads(attn_mask, (batch, nheads, seqlen_q, seqlen_k))
+        appended = (self.bias_k is not None) + self.add_zero_attn
+        mask_arguments = masks.of_function(
+            attn_mask, key_padding_mask, is_causal, (seqlen_q, seqlen_k), appended, q.device
+        )
         k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
-        params = arguments.attention_params(q, k, v, dropout_p=self.dropout if self.training else 0.0, **masks)
+        params = arguments.attention_params(q, k, v, dropout_p=self.dropout if self.training else 0.0, **mask_arguments)
         params = arguments.draw_seed(params)
         out = functional.attend(params)[0].transpose(1, 2)
         if not is_batched:
@@ -289,34 +317,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             extra.append(x.new_zeros(x.size(0), self.num_heads, 1, x.size(3)))
         return torch.cat([x, *extra], dim=2) if extra else x
 
-    # ---- masks ----
-
-    def _masks(
-        self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
-    ) -> dict[str, Any]:
-        """attn_mask, attn_bias and is_causal of the fused function; k has no appended keys yet.
-
-        Masks keep their smallest broadcasting shapes; only two of one kind are merged.
-        """
-        appended = (self.bias_k is not None) + self.add_zero_attn
-        # The causal band counts from the first key, so it would hide the appended keys.
-        has_band = is_causal and not appended and (attn_mask is None or not attn_mask.requires_grad)
-        if has_band:
-            attn_mask = None
-        elif is_causal and attn_mask is None:
-            attn_mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)
-        masks = []
-        if attn_mask is not None:
-            masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, self.num_heads)))
-        if key_padding_mask is not None:
-            masks.append(key_padding_mask[..., None, None, :])
-        if appended:
-            masks = [F.pad(mask, (0, appended)) for mask in masks]
-        blocked = [mask for mask in masks if mask.dtype == torch.bool]
-        biases = [mask for mask in masks if mask.dtype != torch.bool]
-        allowed = ~reduce(operator.or_, blocked) if blocked else None
-        bias = reduce(operator.add, biases) if biases else None
-        return {"attn_mask": allowed, "attn_bias": bias, "is_causal": has_band}
+    # ---- checks ----
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         inputs = {"query": (query, self.embed_dim), "key": (key, self.kdim), "value": (value, self.vdim)}
@@ -333,12 +334,3 @@ class MultiHeadAttention(nn.MultiheadAttention):
                 )
             if x.size(-1) != features:
                 raise ValueError(f"{name}: the last dimension must be {features}, got shape {tuple(x.shape)}")
-
-
-def _check_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
-    if mask is None:
-        return
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"{name}: dtype must be bool or floating point, got {mask.dtype}")
-    if tuple(mask.shape) not in shapes:
-        raise ValueError(f"{name}: shape {tuple(mask.shape)} is not {' or '.join(map(str, shapes))}")

@@ -54,7 +54,7 @@ def test_copies_compute_the_same(duplicate):
     arguments = make_call(ours, CALLS["mask-padding"])
     expected, actual = run(ours, arguments), run(other, arguments)
     assert type(other) is MultiHeadAttention
-    assert other._qkv_same_embed_dim is False
+    assert other._qkv_same_embed_dim is True
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
@@ -65,7 +65,7 @@ def test_accepts_the_state_of_an_old_torch_module():
     ours = MultiHeadAttention.__new__(MultiHeadAttention)
     ours.__setstate__(state)
     x = torch.randn(SEQLEN_Q, BATCH, EMBED, dtype=torch.float64)
-    assert ours._qkv_same_embed_dim is False
+    assert ours._qkv_same_embed_dim is True
     torch.testing.assert_close(ours(x, x, x), stock(x, x, x))
 
 
@@ -122,6 +122,19 @@ def test_compiles_with_dropout_and_changing_lengths():
         torch.testing.assert_close(out, ours.project_output((weights @ value).transpose(1, 2)))
 
 
+@pytest.mark.long
+def test_compiles_with_masks_and_changing_lengths():
+    _, ours = make_pair(batch_first=True)
+    compiled = torch.compile(ours, fullgraph=True, backend="eager", dynamic=True)
+    for seqlen in (4, 6):
+        x = torch.randn(BATCH, seqlen, EMBED, dtype=torch.float64)
+        masks = {
+            "key_padding_mask": torch.rand(BATCH, seqlen) < 0.3,
+            "attn_mask": torch.randn(BATCH, 1, seqlen, seqlen),
+        }
+        torch.testing.assert_close(compiled(x, x, x, **masks), ours(x, x, x, **masks))
+
+
 @pytest.mark.parametrize("constructor", ["plain", "bias_kv-zero_attn", "kdim-vdim"])
 def test_autocast(constructor):
     _, ours = make_pair(torch.float32, **CONSTRUCTORS[constructor])
@@ -134,3 +147,20 @@ def test_autocast(constructor):
         assert name in ("out", "weights") or actual[name].dtype == torch.float32
         scale = expected[name].abs().max()
         assert (actual[name].float() - expected[name]).abs().max() <= 0.05 * scale, name
+
+
+# ---- without memory ----
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_on_the_meta_device(need_weights):
+    with torch.device("meta"):
+        module = MultiHeadAttention(EMBED, HEADS, dropout=0.1, batch_first=True)
+        x = torch.randn(BATCH, SEQLEN_Q, EMBED, requires_grad=True)
+    padding = torch.zeros(BATCH, SEQLEN_Q, dtype=torch.bool, device="meta")
+    for train in (True, False):
+        out, weights = module.train(train)(x, x, x, key_padding_mask=padding, need_weights=need_weights)
+        assert out.is_meta and out.shape == x.shape
+        assert (None if weights is None else weights.shape) == ((BATCH, SEQLEN_Q, SEQLEN_Q) if need_weights else None)
+        (grad,) = torch.autograd.grad(out, x, torch.empty_like(out))
+        assert grad.is_meta and grad.shape == x.shape

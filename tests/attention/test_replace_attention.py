@@ -2,10 +2,12 @@
 
 import copy
 import warnings
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from fastattn.integrations.torch import replace_attention
 from fastattn.modules import MultiHeadAttention
@@ -17,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:enable_nested_tensor is True:UserWarning",
     "ignore:The PyTorch API of nested tensors:UserWarning",
     "ignore:Support for mismatched:UserWarning",
+    "ignore:replace_attention. left as they are. special:UserWarning",
 )
 
 LAYER = {"d_model": DIM, "nhead": HEADS, "dim_feedforward": 16, "dropout": 0.0, "dtype": torch.float64}
@@ -228,10 +231,105 @@ def test_need_weights_must_be_none_or_false():
 def test_warns_when_there_is_nothing_to_replace():
     with pytest.warns(UserWarning, match="no nn.MultiheadAttention in Linear"):
         replace_attention(nn.Linear(2, 2))
-    model = replace_attention(Model())
+    model = replace_attention(nn.TransformerEncoderLayer(**LAYER))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         replace_attention(model)
+
+
+# ---- modules that are no plain nn.MultiheadAttention ----
+
+
+def wrap(module):
+    inner = module.forward
+    module.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+
+
+@pytest.mark.filterwarnings("default:replace_attention. left as they are. special:UserWarning")
+def test_names_in_one_warning_what_it_leaves():
+    model = Model()
+    wrap(model.cross)
+    model.quantizable = torch.ao.nn.quantizable.MultiheadAttention(DIM, HEADS)
+    with pytest.warns(UserWarning) as warned:
+        replace_attention(model)
+    message = (
+        "replace_attention: left as they are:"
+        " cross (its forward is set on the module; replace first, wrap or compile afterwards),"
+        " special (a subclass of nn.MultiheadAttention, SpecialAttention),"
+        " quantizable (a subclass of nn.MultiheadAttention, MultiheadAttention)"
+    )
+    assert [str(warning.message) for warning in warned] == [message]
+    with pytest.warns(UserWarning, match=r"the model itself \(a subclass of nn.MultiheadAttention, SpecialAttention\)"):
+        replace_attention(SpecialAttention(DIM, HEADS))
+
+
+@pytest.mark.filterwarnings("ignore:replace_attention. left as they are. self_attn:UserWarning")
+@pytest.mark.parametrize("wrapper", [wrap, pytest.param(None, marks=pytest.mark.long, id="compile")])
+def test_a_wrapped_forward_before_the_swap_goes_on_working(wrapper):
+    stock = randomised(nn.TransformerEncoderLayer(**LAYER))
+    swapped = copy.deepcopy(stock)
+    if wrapper is None:
+        swapped.self_attn.forward = torch.compile(swapped.self_attn.forward, backend="eager")
+    else:
+        wrapper(swapped.self_attn)
+    replace_attention(swapped)
+    x = torch.randn(SEQLEN, BATCH, DIM, dtype=torch.float64)
+    for train in (True, False):
+        torch.testing.assert_close(swapped.train(train)(x), stock.train(train)(x))
+
+
+def test_a_wrapped_forward_after_the_swap_is_called(attended):
+    layer = replace_attention(nn.TransformerEncoderLayer(**LAYER, batch_first=True)).eval()
+    wrap(layer.self_attn)
+    with torch.no_grad():
+        layer(torch.randn(BATCH, SEQLEN, DIM, dtype=torch.float64))
+    assert len(attended) == 1
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_parametrized_module_is_replaced(attended):
+    stock = randomised(nn.TransformerEncoder(nn.TransformerEncoderLayer(**LAYER, batch_first=True), 2)).eval()
+    attention = stock.layers[0].self_attn
+    parametrize.register_parametrization(attention, "in_proj_weight", Doubled())
+    parametrizations.weight_norm(attention.out_proj)
+    x = torch.randn(BATCH, SEQLEN, DIM, dtype=torch.float64)
+    expected = stock(x)
+    replace_attention(stock)
+    torch.testing.assert_close(stock(x), expected)
+    assert len(attended) == 2
+    torch.testing.assert_close(attention.in_proj_weight, 2 * attention.parametrizations.in_proj_weight.original)
+    parametrize.remove_parametrizations(attention, "in_proj_weight")
+    assert type(attention) is MultiHeadAttention
+    torch.testing.assert_close(stock(x), expected)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
+def test_a_fully_sharded_module_is_replaced(attended):
+    """A parametrized one, so that torch has made a class upon a class."""
+    from torch.distributed import FileStore, destroy_process_group, device_mesh, fsdp, init_process_group
+
+    stock = randomised(nn.TransformerEncoderLayer(**LAYER, batch_first=True)).eval()
+    parametrize.register_parametrization(stock.self_attn, "in_proj_weight", Doubled())
+    x = torch.randn(BATCH, SEQLEN, DIM, dtype=torch.float64)
+    with TemporaryDirectory() as folder:
+        init_process_group("gloo", store=FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        try:
+            fsdp.fully_shard(stock.self_attn, mesh=device_mesh.init_device_mesh("cpu", (1,)))
+            expected = stock(x)
+            assert not attended
+            torch.testing.assert_close(replace_attention(stock)(x), expected)
+        finally:
+            destroy_process_group()
+    assert len(attended) == 1 and isinstance(stock.self_attn, fsdp.FSDPModule)
+    parametrized = type(stock.self_attn).__mro__[2]  # where torch looks for the class that it sharded
+    assert parametrized.__bases__ == (MultiHeadAttention,)
 
 
 @pytest.mark.long

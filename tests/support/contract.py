@@ -43,14 +43,14 @@ def condition(case: Case) -> Condition:
     dropout_p, mask = arguments.pop("dropout_p"), arguments.pop("attn_mask")
     upstream = _upstream([q.new_empty(*q.shape[:-1], v.size(-1))])[0]
     if not case.packed:
-        return _condition((q, k, v, upstream), mask, bias, dropout_p, arguments)
+        return dense_condition((q, k, v, upstream), mask, bias, dropout_p, arguments)
     edges_q, edges_k = (arguments.pop(f"cu_seqlens_{side}").tolist() for side in "qk")
     found = []
     for b in range(case.batch):
         rows, keys = slice(edges_q[b], edges_q[b + 1]), slice(edges_k[b], edges_k[b + 1])
         sequence = [x[part].transpose(0, 1)[None] for x, part in ((q, rows), (k, keys), (v, keys), (upstream, rows))]
         seen = [x if x is None else _of_sequence(x, b, sequence[0].size(2), sequence[1].size(2)) for x in (mask, bias)]
-        found.append(_condition(tuple(sequence), *seen, dropout_p, arguments))
+        found.append(dense_condition(tuple(sequence), *seen, dropout_p, arguments))
     terms = {name: max(c.terms[name] for c in found) for name in found[0].terms}
     return Condition(max(c.scores for c in found), terms)
 
@@ -60,9 +60,10 @@ def _of_sequence(x: Tensor, b: int, seqlen_q: int, seqlen_k: int) -> Tensor:
     return x[b if x.size(0) > 1 else 0, :, :seqlen_q, :seqlen_k][None]
 
 
-def _condition(
+def dense_condition(
     tensors: tuple[Tensor, ...], mask: Tensor | None, bias: Tensor | None, dropout_p: float, arguments: dict[str, Any]
 ) -> Condition:
+    """The same of one dense problem: 4-D q, k, v and dout, and the rest of the function's arguments."""
     q, k, v, dout = (x.double() for x in tensors)
     p = attention_params(q, k, v, mask, attn_bias=None if bias is None else bias.double(), **arguments)
     weights, group = functional.attention_weights(p), q.size(1) // k.size(1)
