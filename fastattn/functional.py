@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import autograd, backends, reference, shapes
+from . import autograd, backends, overrides, reference, shapes
 from .arguments import CausalAlign, Window, attention_params, check_jagged, draw_seed, varlen_attention_params
 from .backends import Explanation, Route
 from .params import AttentionParams
