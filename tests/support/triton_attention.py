@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastattn import backends
@@ -65,6 +66,7 @@ def on_triton(
         tiles.forced(choose),
         attention.on(Few()),
         fresh_memory_is_nan(),
+        np.errstate(invalid="ignore"),  # the interpreter multiplies by what unseen keys hold
         backends.use_backend("triton"),
     ):
         yield
