@@ -225,8 +225,8 @@ inline void set_sizes(AttentionParams& params, const py::tuple& p, const Layout&
     const Sizes q = shape(field(p, kQ), dims, "q"), k = shape(field(p, kK), dims, "k"),
                 v = shape(field(p, kV), dims, "v");
     if (layout.is_packed) {
-        params.cu_seqlens_q = data<const int>(field(p, kCuSeqlensQ));
-        params.cu_seqlens_k = data<const int>(field(p, kCuSeqlensK));
+        params.cu_seqlens_q = contiguous<const int>(field(p, kCuSeqlensQ), "cu_seqlens_q");
+        params.cu_seqlens_k = contiguous<const int>(field(p, kCuSeqlensK), "cu_seqlens_k");
         params.total_q = q[0];
         params.total_k = k[0];
         params.batch = static_cast<int>(shape(field(p, kCuSeqlensQ), 1, "cu_seqlens_q")[0] - 1);

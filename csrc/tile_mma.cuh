@@ -199,18 +199,20 @@ __device__ __forceinline__ void multiply_rows(float (&scores)[T::kRows][T::kKeys
     }
 }
 
-// sums += weights rows: weights v or dS k, kRowSlice rows at a time. The weights go through shared memory, where each
-// warp reads only its own.
-template <int kRowSlice, class T, class E>
+// sums += weights rows: weights v or dS k, kRowSlice rows at a time. A bit of seen(i0) is 0 for each of the rows from
+// i0 on that is staged as zeros. The weights go through shared memory, where each warp reads only its own.
+template <int kRowSlice, class T, class E, class Seen>
 __device__ __forceinline__ void add_weighted(float (&sums)[T::kRows][T::kDims],
                                              const float (&weights)[T::kRows][T::kKeys], const TileRows<E>& rows,
-                                             float* left, float* right, const Lane<T>& lane) {
+                                             const Seen& seen, float* left, float* right, const Lane<T>& lane) {
     constexpr int kRowGroup = kGroupOf<T::kRows>, kKeyGroup = kGroupOf<T::kKeys>;
     float* own = left + lane.warp * (T::kKeySlice * T::kWarpRows);
 #pragma unroll
     for (int i0 = 0; i0 < T::kBlockN; i0 += kRowSlice) {
         if (i0 >= rows.rows) break;
+        const unsigned kept = seen(i0);
         sync_and_stage_rows<T::kThreads, kRowSlice, T::kHeadDim>(right, rows, i0);
+        if (kept != ~0u) RowsCopy<E, T::kThreads, kRowSlice, T::kHeadDim>::clear(right, kept);
         if (i0 % T::kKeySlice == 0) {
 #pragma unroll
             for (int j = 0; j < kKeyGroup; ++j)

@@ -65,20 +65,28 @@ def _full_precision(p: AttentionParams) -> AbstractContextManager[Any]:
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
-def _per_query_head(x: Tensor, p: AttentionParams) -> Tensor:
-    """Keys or values in the computation's precision, one head per query head (grouped-query attention)."""
+def _allowed(p: AttentionParams, shift: int | Tensor) -> Tensor:
+    """Which keys a query may attend to, broadcastable to (batch, nheads, seqlen_q, seqlen_k), bool."""
+    allowed = _band(p, p.q.size(-2), p.k.size(-2), shift)
+    return allowed if p.mask is None else allowed & p.mask
+
+
+def _seen(x: Tensor, p: AttentionParams, allowed: Tensor) -> Tensor:
+    """Keys or values in the computation's precision, one head per query head (grouped-query attention).
+
+    They are 0 where no query may attend to them: a weight of 0 does not take NaN out of a product.
+    """
     x = x.to(_compute_dtype(p.q))
-    return x if x.size(1) == p.q.size(1) else x.repeat_interleave(p.q.size(1) // x.size(1), dim=1)
+    if x.size(1) != p.q.size(1):
+        x = x.repeat_interleave(p.q.size(1) // x.size(1), dim=1)
+    return x.masked_fill(~allowed.any(-2)[..., None], 0.0)
 
 
-def _scores(p: AttentionParams, shift: int | Tensor) -> Tensor:
+def _scores(p: AttentionParams, allowed: Tensor) -> Tensor:
     """S, (batch, nheads, seqlen_q, seqlen_k)."""
-    s = p.scale * (p.q.to(_compute_dtype(p.q)) @ _per_query_head(p.k, p).transpose(-1, -2))
+    s = p.scale * (p.q.to(_compute_dtype(p.q)) @ _seen(p.k, p, allowed).transpose(-1, -2))
     if p.bias is not None:
         s = s + p.bias.to(s.dtype)
-    allowed = _band(p, s.size(-2), s.size(-1), shift)
-    if p.mask is not None:
-        allowed = allowed & p.mask
     return s.masked_fill(~allowed, -INF)
 
 
@@ -123,19 +131,20 @@ def _dense_shift(p: AttentionParams) -> int:
 def attention_weights(p: AttentionParams) -> Tensor:
     """keep * P / (1 - p) of a dense problem, (batch, nheads, seqlen_q, seqlen_k), differentiable, in full precision."""
     with _full_precision(p):
-        s = _scores(p, _dense_shift(p))
+        s = _scores(p, _allowed(p, _dense_shift(p)))
         weights, factor = _softmax(s)[0], _dropout_factor(p, None, s)
         return weights if factor is None else weights * factor
 
 
 def _dense(p: AttentionParams, shift: int | Tensor, sequences: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """out and lse; `sequences` (batch,) are the batch indices that dropout counts with, None for 0, 1, 2 ..."""
-    s = _scores(p, shift)
+    allowed = _allowed(p, shift)
+    s = _scores(p, allowed)
     weights, lse = _softmax(s)
     factor = _dropout_factor(p, sequences, s)
     if factor is not None:
         weights = weights * factor
-    return (weights @ _per_query_head(p.v, p)).to(p.q.dtype), lse
+    return (weights @ _seen(p.v, p, allowed)).to(p.q.dtype), lse
 
 
 def _dense_grad(
@@ -144,9 +153,10 @@ def _dense_grad(
     """dQ, dK, dV and dS of `_dense`, in the precision of the computation."""
     dtype = _compute_dtype(p.q)
     dout = dout.to(dtype)
-    s = _scores(p, shift)
+    allowed = _allowed(p, shift)
+    s = _scores(p, allowed)
     weights, _ = _softmax(s)
-    dp = dout @ _per_query_head(p.v, p).transpose(-1, -2)
+    dp = dout @ _seen(p.v, p, allowed).transpose(-1, -2)
     factor = _dropout_factor(p, sequences, s)
     kept = weights
     if factor is not None:
@@ -155,7 +165,7 @@ def _dense_grad(
     if dlse is not None:
         delta = delta - dlse
     ds = weights * (dp - delta[..., None])
-    dq = p.scale * (ds @ _per_query_head(p.k, p))
+    dq = p.scale * (ds @ _seen(p.k, p, allowed))
     dk = p.scale * (ds.transpose(-1, -2) @ p.q.to(dtype))
     dv = kept.transpose(-1, -2) @ dout
     if p.k.size(1) != p.q.size(1):

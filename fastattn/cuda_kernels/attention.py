@@ -48,7 +48,7 @@ class Buffers(NamedTuple):
 class Device:
     """The GPU that the tensors of a call are on. Executors and recorders are subclasses."""
 
-    max_grid_z = 65535  # a block takes the sequences beyond it in turn
+    max_grid_y = max_grid_z = 65535  # a block takes the heads and the sequences beyond them in turn
 
     def multiprocessors(self, device: torch.device) -> int:
         """The number of the device's multiprocessors."""
@@ -80,8 +80,11 @@ def attention_fwd(forward: Forward, p: AttentionParams) -> None:
         forward.lse.fill_(-torch.inf)
         return
     name, tiles = _forward(shape[-1], p.v.shape[-1], p.max_seqlen_q, p.max_seqlen_k, p.left, p.right, p.bottom_right)
-    grid = (tiles, shape[1], min(batch, _device.value.max_grid_z))
-    _device.value.launch(name, ELEMENTS[p.q.dtype], grid, p, Buffers(*forward))
+    _device.value.launch(name, ELEMENTS[p.q.dtype], _grid(tiles, shape[1], batch), p, Buffers(*forward))
+
+
+def _grid(tiles: int, nheads: int, batch: int) -> tuple[int, int, int]:
+    return tiles, min(nheads, _device.value.max_grid_y), min(batch, _device.value.max_grid_z)
 
 
 @functools.lru_cache(4096)
@@ -102,7 +105,7 @@ def attention_bwd(backward: Backward, p: AttentionParams) -> None:
     if batch * nheads == 0:
         backward.fill_zero()
         return
-    element, blocks_z = ELEMENTS[p.q.dtype], min(batch, _device.value.max_grid_z)
+    element = ELEMENTS[p.q.dtype]
     out, lse, dout, dlse, dq, dk, dv, dbias = backward
     buffers = Buffers(out, lse, dout, dlse, torch.empty_like(lse), dq, dk, dv)
 
@@ -110,12 +113,12 @@ def attention_bwd(backward: Backward, p: AttentionParams) -> None:
     key_tiles = count(p.max_seqlen_k, kernel.block_n)
     if key_tiles > 1 and batch * nheads_k < BLOCKS_TO_FILL * _device.value.multiprocessors(p.q.device):
         query_tiles = count(p.max_seqlen_q, kernel_dq.block_m)
-        _device.value.launch(kernel_dq.name, element, (query_tiles, nheads, blocks_z), p, buffers)
-        _device.value.launch(kernel.name, element, (key_tiles, nheads_k, blocks_z), p, buffers)
+        _device.value.launch(kernel_dq.name, element, _grid(query_tiles, nheads, batch), p, buffers)
+        _device.value.launch(kernel.name, element, _grid(key_tiles, nheads_k, batch), p, buffers)
     else:
         if key_tiles > 1 and dq.dtype != torch.float32:
             buffers = buffers._replace(dq_sum=lse.new_empty(*lse.shape, dq.shape[-1]))
-        _device.value.launch(kernel.name, element, (1, nheads_k, blocks_z), p, buffers)
+        _device.value.launch(kernel.name, element, _grid(1, nheads_k, batch), p, buffers)
     if dbias is not None and dbias.numel():
         _bias_grad(dbias, buffers, p)
 

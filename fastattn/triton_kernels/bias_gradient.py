@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import CHANGING, head, key_range, load_lse, load_per_row, load_rows, sequence, tile_gradients
+from .scores import CHANGING, head, key_range, load_lse, load_per_row, load_rows, seen_keys, sequence, tile_gradients
 
 
 @triton.jit(do_not_specialize=(*CHANGING, "copies", "bias_batch", "bias_rows", "bias_keys"))
@@ -40,14 +40,15 @@ def attention_bwd_dbias_kernel(
         first_q, seqlen_q = sequence(cu_seqlens_q_ptr, b, total_q, max_seqlen_q)
         first_k, seqlen_k = sequence(cu_seqlens_k_ptr, b, total_k, max_seqlen_k)
         shift = (seqlen_k - seqlen_q) * band.bottom_right
-        begin, end = key_range(i0, seqlen_q, seqlen_k, shift, band, BLOCK_M, BLOCK_N)
-        if (i0 < seqlen_q) & (j0 >= begin) & (j0 < end):
+        begin, end = key_range(i0, BLOCK_M, seqlen_q, seqlen_k, shift, band)
+        if (i0 < seqlen_q) & (j0 + BLOCK_N > begin) & (j0 < end):
             rows, keys = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
             head_k, head_v = head(k, b, h // group, first_k), head(v, b, h // group, first_k)
-            q_tile = load_rows(head(q, b, h, first_q), rows, seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-            k_tile = load_rows(head_k, keys, seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-            v_tile = load_rows(head_v, keys, seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-            dout_tile = load_rows(head(dout, b, h, first_q), rows, seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
+            seen = seen_keys(keys, b, h, begin, end, mask)
+            q_tile = load_rows(head(q, b, h, first_q), rows, rows < seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
+            k_tile = load_rows(head_k, keys, seen, HEAD_DIM, BLOCK_D, DOT_DTYPE)
+            v_tile = load_rows(head_v, keys, seen, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
+            dout_tile = load_rows(head(dout, b, h, first_q), rows, rows < seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
             row_lse = load_lse(head(lse, b, h, first_q), rows, seqlen_q)
             row_delta = load_per_row(head(delta, b, h, first_q), rows, seqlen_q, 0.0)
             weights, _, dp = tile_gradients(

@@ -36,6 +36,7 @@ from .scores import (
     load_per_row,
     load_rows,
     query_range,
+    seen_keys,
     sequence,
     store_per_row,
     store_rows,
@@ -72,14 +73,15 @@ def attention_fwd_kernel(
         if i0 < seqlen_q:
             head_k, head_v = head(k, b, h // group, first_k), head(v, b, h // group, first_k)
             rows = i0 + tl.arange(0, BLOCK_M)
-            q_tile = load_rows(head(q, b, h, first_q), rows, seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
+            q_tile = load_rows(head(q, b, h, first_q), rows, rows < seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
             row_max = tl.full((BLOCK_M,), -INF, tl.float32)
             row_sum = tl.zeros((BLOCK_M,), tl.float32)
             sums = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-            begin, end = key_range(i0, seqlen_q, seqlen_k, shift, band, BLOCK_M, BLOCK_N)
-            for j0 in range(begin, end, BLOCK_N):
+            begin, end = key_range(i0, BLOCK_M, seqlen_q, seqlen_k, shift, band)
+            for j0 in range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
                 keys = j0 + tl.arange(0, BLOCK_N)
-                k_tile = load_rows(head_k, keys, seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
+                seen = seen_keys(keys, b, h, begin, end, mask)
+                k_tile = load_rows(head_k, keys, keys < seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
                 qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
                 scores = finish_scores(
                     qk, b, h, rows[:, None], keys[None, :], seqlen_q, seqlen_k, shift, mask, bias, band, scale_log2
@@ -94,7 +96,7 @@ def attention_fwd_kernel(
                 if dropout.seed_ptr is not None:
                     keeps = dropout_keeps(dropout, b, h, i0, j0, BLOCK_M, BLOCK_N, False)
                     weights = tl.where(keeps, weights, 0.0)
-                v_tile = load_rows(head_v, keys, seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
+                v_tile = load_rows(head_v, keys, seen, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
                 sums = tl.dot(weights.to(DOT_DTYPE), v_tile, sums * rescale[:, None], input_precision=PRECISION)
 
             is_empty = row_sum == 0.0
@@ -125,18 +127,20 @@ def attention_bwd_kernel(
         first_q, seqlen_q = sequence(cu_seqlens_q_ptr, b, total_q, max_seqlen_q)
         first_k, seqlen_k = sequence(cu_seqlens_k_ptr, b, total_k, max_seqlen_k)
         shift = (seqlen_k - seqlen_q) * band.bottom_right
-        k_tile = load_rows(head(k, b, h_k, first_k), keys, seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-        v_tile = load_rows(head(v, b, h_k, first_k), keys, seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
+        begin, end = key_range(0, seqlen_q, seqlen_q, seqlen_k, shift, band)
         dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
         for member in range(group):
             h = h_k * group + member
+            seen = seen_keys(keys, b, h, begin, end, mask)
+            k_tile = load_rows(head(k, b, h_k, first_k), keys, seen, HEAD_DIM, BLOCK_D, DOT_DTYPE)
+            v_tile = load_rows(head(v, b, h_k, first_k), keys, seen, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
             head_q, head_dout, head_dq = head(q, b, h, first_q), head(dout, b, h, first_q), head(dq, b, h, first_q)
             fill_orphans(head_dq, 0.0, cu_seqlens_q_ptr, b, batch, seqlen_q, first_q, total_q, 0, 1, HEAD_DIM, BLOCK_D)
             for i0 in range(0, seqlen_q, BLOCK_M):
                 rows = i0 + tl.arange(0, BLOCK_M)
-                q_tile = load_rows(head_q, rows, seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-                dout_tile = load_rows(head_dout, rows, seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
+                q_tile = load_rows(head_q, rows, rows < seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
+                dout_tile = load_rows(head_dout, rows, rows < seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
                 row_lse = load_lse(head(lse, b, h, first_q), rows, seqlen_q)
                 weights, kept_weights, dp = tile_gradients(
                     q_tile, k_tile, v_tile, dout_tile, row_lse[None, :], b, h, i0, 0, seqlen_q, seqlen_k, shift,
@@ -191,9 +195,9 @@ def attention_bwd_dq_kernel(
 
     head_k, head_v = head(k, b, h // group, first_k), head(v, b, h // group, first_k)
     rows = i0 + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(head(q, b, h, first_q), rows, seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-    dout_tile = load_rows(head(dout, b, h, first_q), rows, seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-    out_tile = load_rows(head(out, b, h, first_q), rows, seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
+    q_tile = load_rows(head(q, b, h, first_q), rows, rows < seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
+    dout_tile = load_rows(head(dout, b, h, first_q), rows, rows < seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
+    out_tile = load_rows(head(out, b, h, first_q), rows, rows < seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
     row_lse = load_lse(head(lse, b, h, first_q), rows, seqlen_q)
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse.ptr is not None:
@@ -201,11 +205,12 @@ def attention_bwd_dq_kernel(
     store_per_row(head(delta, b, h, first_q), rows, seqlen_q, row_delta)
 
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    begin, end = key_range(i0, seqlen_q, seqlen_k, shift, band, BLOCK_M, BLOCK_N)
-    for j0 in range(begin, end, BLOCK_N):
+    begin, end = key_range(i0, BLOCK_M, seqlen_q, seqlen_k, shift, band)
+    for j0 in range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
         keys = j0 + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(head_k, keys, seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-        v_tile = load_rows(head_v, keys, seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
+        seen = seen_keys(keys, b, h, begin, end, mask)
+        k_tile = load_rows(head_k, keys, seen, HEAD_DIM, BLOCK_D, DOT_DTYPE)
+        v_tile = load_rows(head_v, keys, seen, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
         weights, _, dp = tile_gradients(
             q_tile, k_tile, v_tile, dout_tile, row_lse[:, None], b, h, i0, j0, seqlen_q, seqlen_k, shift,
             mask, bias, dropout, band, scale_log2, BLOCK_M, BLOCK_N, False, PRECISION
@@ -243,19 +248,21 @@ def attention_bwd_dkdv_kernel(
         return
 
     keys = j0 + tl.arange(0, BLOCK_N)
-    k_tile = load_rows(head(k, b, h_k, first_k), keys, seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-    v_tile = load_rows(head(v, b, h_k, first_k), keys, seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
+    first_seen, end_seen = key_range(0, seqlen_q, seqlen_q, seqlen_k, shift, band)
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     begin, end = query_range(j0, seqlen_q, seqlen_k, shift, band, BLOCK_M, BLOCK_N)
     for member in range(group):
         h = h_k * group + member
+        seen = seen_keys(keys, b, h, first_seen, end_seen, mask)
+        k_tile = load_rows(head(k, b, h_k, first_k), keys, seen, HEAD_DIM, BLOCK_D, DOT_DTYPE)
+        v_tile = load_rows(head(v, b, h_k, first_k), keys, seen, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
         head_q, head_dout = head(q, b, h, first_q), head(dout, b, h, first_q)
         head_lse, head_delta = head(lse, b, h, first_q), head(delta, b, h, first_q)
         for i0 in range(begin, end, BLOCK_M):
             rows = i0 + tl.arange(0, BLOCK_M)
-            q_tile = load_rows(head_q, rows, seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-            dout_tile = load_rows(head_dout, rows, seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
+            q_tile = load_rows(head_q, rows, rows < seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
+            dout_tile = load_rows(head_dout, rows, rows < seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
             row_lse = load_lse(head_lse, rows, seqlen_q)
             row_delta = load_per_row(head_delta, rows, seqlen_q, 0.0)
             weights, kept_weights, dp = tile_gradients(

@@ -73,14 +73,14 @@ def sequence(cu_seqlens_ptr, b, total, max_seqlen):
 
 
 @triton.jit
-def key_range(i0, seqlen_q, seqlen_k, shift, band, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Begin (a multiple of BLOCK_N) and end of the keys that the queries of tile i0 may look at."""
+def key_range(i0, count, seqlen_q, seqlen_k, shift, band):
+    """Begin and end of the keys that the `count` queries from i0 on may look at."""
     begin = 0
     end = seqlen_k
     if band.left is not None:
-        begin = tl.maximum(i0 + shift - band.left, 0) // BLOCK_N * BLOCK_N
+        begin = tl.maximum(i0 + shift - band.left, 0)
     if band.right is not None:
-        end = tl.minimum(tl.minimum(i0 + BLOCK_M, seqlen_q) + shift + band.right, seqlen_k)
+        end = tl.minimum(tl.minimum(i0 + count, seqlen_q) + shift + band.right, seqlen_k)
     return begin, end
 
 
@@ -107,10 +107,24 @@ def head(x, b, h, first):
 
 
 @triton.jit
-def load_rows(x, rows, seqlen, SIZE: tl.constexpr, BLOCK: tl.constexpr, DOT_DTYPE: tl.constexpr):
-    """(rows, BLOCK) of one head, zeros beyond its last row and its SIZE dimensions."""
+def seen_keys(keys, b, h, begin, end, mask):
+    """Those of a tile's keys that are in the range, unless a mask that is the same for all queries excludes them.
+
+    The others may hold anything, NaN too, which a weight of 0 does not take out of a product.
+    """
+    seen = (keys >= begin) & (keys < end)
+    if mask.ptr is not None:
+        offsets = tl.cast(b, tl.int64) * mask.stride_b + tl.cast(h, tl.int64) * mask.stride_h
+        ptrs = mask.ptr + offsets + keys.to(tl.int64) * mask.stride_n
+        seen = seen & tl.load(ptrs, seen & (mask.stride_m == 0), 1)
+    return seen
+
+
+@triton.jit
+def load_rows(x, rows, wanted, SIZE: tl.constexpr, BLOCK: tl.constexpr, DOT_DTYPE: tl.constexpr):
+    """(rows, BLOCK) of one head, zeros in rows that are not wanted and beyond its SIZE dimensions."""
     dims = tl.arange(0, BLOCK)
-    inside = (rows < seqlen)[:, None] & (dims < SIZE)[None, :]
+    inside = wanted[:, None] & (dims < SIZE)[None, :]
     return tl.load(x.ptr + rows.to(tl.int64)[:, None] * x.stride_row + dims[None, :], inside, 0.0).to(DOT_DTYPE)
 
 

@@ -129,7 +129,7 @@ def test_others_are_refused():
     x = torch.ones(1, 1, 3)
     with pytest.raises(ValueError, match="value: must be a tensor, got None"):
         attend(x, x, None)
-    with pytest.raises(ValueError, match="key: must be a tensor, got \[1.0\]"):
+    with pytest.raises(ValueError, match=r"key: must be a tensor, got \[1.0\]"):
         MultiHeadAttention(3, 1)(x, [1.0], x)
 
 

@@ -66,8 +66,8 @@ class MutantKernels:
 def run(folder: Path, case: Case, checked: bool, is_split: bool) -> MutantKernels:
     kernels = MutantKernels(folder, case.dtype, checked)
     multiprocessors = 1000 if is_split else 1
-    # More than two sequences: then a block has several of them.
-    with on_the_cpu(kernels, multiprocessors=multiprocessors, max_grid_z=2):
+    # More than two heads or sequences: then a block has several of them.
+    with on_the_cpu(kernels, multiprocessors=multiprocessors, max_grid_y=2, max_grid_z=2):
         check(case)
     return kernels
 

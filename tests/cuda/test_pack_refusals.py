@@ -6,10 +6,20 @@ import re
 
 import pytest
 import torch
+from torch import Tensor
 
+from fastattn.params import AttentionParams
 from tests.support.packing import buffers, launcher, problem, qkv
 
 Q, K, V = qkv()
+EDGES = torch.tensor([0, 3], dtype=torch.int32)
+
+
+def packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> AttentionParams:
+    x = torch.randn(3, 2, 8)
+    return problem(x, x, x, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=3, max_seqlen_k=3)
+
+
 REFUSALS = {
     "q: must have 4 dimensions, got torch.Size([2, 5, 8])": (problem(Q[0], K, V), buffers()),
     "out: must have 4 dimensions, got (12, 1)": (problem(Q, K, V), buffers(out=torch.empty(5, 12))),
@@ -23,6 +33,11 @@ REFUSALS = {
         buffers(dout=torch.ones(1).expand(3, 2, 5, 12)),
     ),
     "dlse: must be contiguous": (problem(Q, K, V), buffers(dlse=torch.ones(1).expand(3, 2, 5))),
+    "cu_seqlens_q: must be contiguous": (packed(torch.tensor([0], dtype=torch.int32).expand(2), EDGES), buffers()),
+    "cu_seqlens_k: must be contiguous": (
+        packed(EDGES, torch.tensor([[0, 0], [3, 9]], dtype=torch.int32)[:, 0]),
+        buffers(),
+    ),
     "dbias_partial: must be contiguous": (
         problem(Q, K, V),
         buffers(dbias_partial=torch.ones(2, 3, 2, 7, 5).transpose(3, 4)),

@@ -77,13 +77,19 @@ class Executor(attention.Device):
         kernels: what is launched.
         schedule: the order of threads and blocks, as of Library.launch.
         multiprocessors: of the card that is imitated; on many, small problems take the split backward.
-        max_grid_z: of the card; blocks take the sequences beyond it in turn.
+        max_grid_y, max_grid_z: of the card; blocks take the heads and the sequences beyond them in turn.
     """
 
     def __init__(
-        self, kernels: Kernels, schedule: str | int = "in-order", multiprocessors: int = 4, max_grid_z: int = 65535
+        self,
+        kernels: Kernels,
+        schedule: str | int = "in-order",
+        multiprocessors: int = 4,
+        max_grid_y: int = 65535,
+        max_grid_z: int = 65535,
     ) -> None:
-        self.kernels, self.schedule, self.max_grid_z = kernels, schedule, max_grid_z
+        self.kernels, self.schedule = kernels, schedule
+        self.max_grid_y, self.max_grid_z = max_grid_y, max_grid_z
         self._multiprocessors = multiprocessors
 
     def multiprocessors(self, device: torch.device) -> int:

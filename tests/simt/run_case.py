@@ -1,7 +1,7 @@
 """Runs one case of the contract on the CUDA kernels, on the CPU, and says what is wrong with it.
 
-    python tests/run_case.py "dtype=float16,mask=padding,seqlens=17x63" --checked
-    python tests/run_case.py "packed=True,dropout_p=0.3" --ptx compute_60 --checked --schedule reversed
+    python -m tests.simt.run_case "dtype=float16,mask=padding,seqlens=17x63" --checked
+    python -m tests.simt.run_case "packed=True,dropout_p=0.3" --ptx compute_60 --checked --schedule reversed
 
 A case is written as in the names of the tests. What is found is listed with the lines of the CUDA sources.
 """
@@ -29,7 +29,7 @@ def main() -> int:
     schedule = int(options.schedule) if options.schedule.isdigit() else options.schedule
     start = time.perf_counter()
     try:
-        with on_the_cpu(kernels, schedule, multiprocessors=1000 if options.split else 1):
+        with on_the_cpu(kernels, schedule=schedule, multiprocessors=1000 if options.split else 1):
             check(options.case)
     except AssertionError as error:  # of the comparison, or of the executor
         print(error, file=sys.stderr)

@@ -12,6 +12,7 @@ from fastattn import functional, reference
 from fastattn.arguments import attention_params, draw_seed, varlen_attention_params
 from tests.support.cases import Case
 from tests.support.tolerance import Condition, assert_close_to_oracle
+from tests.support.unseen_keys import may_hold_anything, poison_unseen_keys, unseen_keys
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
 
@@ -90,17 +91,23 @@ def _upstream(results: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
     return [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in results]
 
 
-def run(function: Any, case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
-    """out, lse and the gradients of every input for random upstream gradients, all on the CPU."""
+def run(function: Any, case: Case, dtype: torch.dtype, device: str = "cpu", unseen: bool = False) -> dict[str, Tensor]:
+    """out, lse and the gradients of every input for random upstream gradients, all on the CPU.
+
+    Args:
+        unseen: keys and values that no query may see hold infinities and NaN.
+    """
     tensors, arguments = case.make(device)
     inputs = tuple(None if x is None else leaf(x, dtype) for x in tensors)
+    if unseen:
+        poison_unseen_keys(inputs, arguments)
     before = [x.detach().clone() for x in inputs if x is not None]
     torch.manual_seed(1)
     results = function(inputs, arguments)
     wanted = [x for x in inputs if x is not None]
     grads = torch.autograd.grad(results, wanted, _upstream(results))
     for x, copy in zip(wanted, before, strict=True):
-        assert torch.equal(x, copy), "an input was modified"
+        assert torch.equal(x.nan_to_num(), copy.nan_to_num()), "an input was modified"
     named = dict(zip(NAMES, results, strict=False))
     named |= dict(zip(NAMES[2:], grads, strict=False))
     return {name: x.detach().cpu() for name, x in named.items()}
@@ -115,13 +122,24 @@ def leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check(case: Case, device: str = "cpu") -> None:
-    """The backend in force says what the oracle says, the same twice."""
+    """The backend in force says what the oracle says, and the same again, whatever unseen keys hold then."""
     oracle = run(call_reference, case, torch.float64, device)
     eager = run(call_reference, case, case.dtype, device)
     actual = run(call, case, case.dtype, device)
-    again = run(call, case, case.dtype, device)
+    again = run(call, case, case.dtype, device, unseen=may_hold_anything(*case.make(device)))
     rounding = condition(case)
     assert actual.keys() == oracle.keys()
     for name, x in actual.items():
         assert_close_to_oracle(name, x, oracle[name], eager[name], rounding)
-        assert torch.equal(x, again[name]), f"{name}: two runs differ"
+        assert torch.equal(x, again[name]), f"{name}: two runs differ, or what unseen keys hold matters"
+
+
+def check_unseen_keys(case: Case, device: str = "cpu") -> None:
+    """Unseen keys do not matter to the backend in force, and have no gradient."""
+    clean = run(call, case, case.dtype, device)
+    poisoned = run(call, case, case.dtype, device, unseen=True)
+    unseen = unseen_keys(*case.make())
+    assert unseen.any() and not unseen.all()
+    for name, x in clean.items():
+        assert torch.equal(x, poisoned[name]), name
+    assert not any(poisoned[name][unseen].any() for name in ("dk", "dv"))

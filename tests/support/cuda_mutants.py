@@ -20,6 +20,8 @@ PER_HEAD = replace(PLAIN, bias="per-head")
 PER_KEY = replace(PLAIN, bias="per-key", heads=(2, 2))
 GROUPED = replace(PLAIN, heads=(4, 2))
 PACKED = replace(PLAIN, packed=True, mask="padding")
+PADDED = replace(PLAIN, mask="padding")  # keys that no query sees, which hold NaN
+ONE_QUERY = replace(MASKED, seqlens=(1, 75))  # a mask of each head that no query changes
 DROPPED = replace(PLAIN, dropout_p=0.3, heads=(2, 2))
 CAUSAL = replace(PLAIN, band="causal", seqlens=(100, 100))
 WINDOW = replace(PLAIN, band="window-bottom-right")
@@ -37,6 +39,9 @@ ALL_KEYS = replace(PLAIN, seqlens=(82, 90), dims=(64, 40), batch=1)  # tiles of 
 STRADDLING = replace(ALL_KEYS, seqlens=(138, 90), bias="full", band="causal-bottom-right")
 QUADS = replace(BIASED, seqlens=(72, 76))  # elements of the bias are moved four at a time
 SLICED = replace(PLAIN, dims=(128, 100))  # two slices of the head dimension
+SHORT_CAUSAL = replace(CAUSAL, seqlens=(40, 75))
+SEEN = "const auto seen = [&](int row) { return seen_keys<T>(p, s, h, i0, j0 + row); };"
+SEEN_ALL = "const auto seen = [&](int) { return ~0u; };"
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,12 @@ SCORES = {
     "mask read past its end": mask(
         "query < s.seqlen_q && (kAtOnce > 1 || key < s.seqlen_k)", "true", MASKED, "out-of-bounds"
     ),
-    "keys past the end attended": mask("if (key >= s.seqlen_k)", "if (key > s.seqlen_k)"),
-    "keys past the end of a whole tile attended": mask("if (j0 + T::kBlockN > s.seqlen_k)", "if (j0 > s.seqlen_k)"),
+    "keys past the end attended": mask("key >= s.seqlen_k) scores", "key > s.seqlen_k) scores"),
+    "keys past the end of a whole tile attended": mask("|| j0 + T::kBlockN > s.seqlen_k)", "|| j0 > s.seqlen_k)"),
+    "queries past the end have weights": mask("query >= s.seqlen_q || key", "key"),
+    "queries past the end of a whole tile have weights": mask(
+        "i0 + T::kBlockM > s.seqlen_q || j0", "j0", replace(PLAIN, seqlens=(70, 64))
+    ),
     "causal off by one": mask("|| offset > right)", "|| offset >= right)", WINDOW),
     "window off by one": mask("offset < -left", "offset <= -left", WINDOW),
     "a tile on the left edge taken for a whole one": mask("j0 < last - left", "j0 < first - left", WIDE),
@@ -133,8 +142,26 @@ SCORES = {
     "the first query tile missing": mask("max(first - right_edge(p), 0)", "max(first - right_edge(p) + 32, 0)", HALF),
 }
 
+UNSEEN = {
+    "values that no query sees not cleared": forward(SEEN, SEEN_ALL, PADDED),
+    "keys that no query sees not cleared": backward(f"\n    {SEEN}", f"\n    {SEEN_ALL}", PADDED),
+    "keys that no query sees not cleared in the split": split(f"\n        {SEEN}", f"\n        {SEEN_ALL}", PADDED),
+    "dP of keys that no query sees": backward("if (weights[i][j] == 0.0f) dscores[i][j] = 0.0f;", "", PADDED),
+    "keys that the mask excludes not cleared": mask("if (has_mask && is_seen)", "if (false)", PADDED),
+    "keys before the band not cleared": mask("key >= keys.begin && key", "key", WINDOW),
+    "keys before the band of a whole tile not cleared": mask("keys.begin <= j0 && ", "", WINDOW),
+    "keys after the band not cleared": mask("key < keys.end;", "key < s.seqlen_k;", SHORT_CAUSAL),
+    "keys after the band of a whole tile not cleared": mask(" && keys.end >= j0 + 32", "", SHORT_CAUSAL),
+    "keys that another sequence does not see cleared": mask("s.b * p.mask.batch + ", "", PADDED),
+    "keys that another head does not see cleared": mask("h * p.mask.head + key", "key", ONE_QUERY),
+    "keys that the first key's mask excludes cleared": mask(" + key * p.mask.key", "", PADDED),
+    "mask of keys past the end read": mask("if (has_mask && is_seen)", "if (has_mask)", PADDED, "out-of-bounds"),
+    "later rows cleared like the first": copy("(kept >> (at.row + n * kStep) & 1)", "(kept >> at.row & 1)", PADDED),
+}
+
 SEQUENCES = {
-    "sequences beyond the grid lost": mask("b += gridDim.z) f(b)", "b += p.batch) f(b)", replace(PLAIN, batch=3)),
+    "sequences beyond the grid lost": mask("b += gridDim.z;", "b += p.batch;", replace(PLAIN, batch=3)),
+    "heads beyond the grid lost": mask("h += gridDim.y;", "h += nheads;", replace(PLAIN, heads=(3, 3))),
     "keys of another head": mask("h / (p.nheads / p.nheads_k)", "h % p.nheads_k", GROUPED),
     "the neighbour's tokens": mask(
         "first_k = clamp(p.cu_seqlens_k[b],", "first_k = clamp(p.cu_seqlens_k[b] + 1,", PACKED
@@ -277,4 +304,4 @@ DROPOUT = {
     "dropout bits of the first tile's keys for all": philox("j0 + lane.template", "lane.template"),
 }
 
-SHARED_AND_FORWARD = (SCORES, SEQUENCES, COPIES, PRODUCTS, FORWARD, DROPOUT)
+SHARED_AND_FORWARD = (SCORES, UNSEEN, SEQUENCES, COPIES, PRODUCTS, FORWARD, DROPOUT)

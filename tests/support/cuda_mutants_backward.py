@@ -37,7 +37,7 @@ DELTA = {
         backward("d += 4 * kLanes", "d += 1024", replace(PLAIN, dims=(40, 200))), head_dim=256
     ),
     "delta of a row past the end read": backward(
-        "x[i] = row < rows ? from[row] : beyond;", "x[i] = from[row];", PLAIN, "out-of-bounds"
+        "x[i] = row < rows ? from[row] : 0.0f;", "x[i] = from[row];", PLAIN, "out-of-bounds"
     ),
     "gradient of lse ignored": backward("sum[n] - (p.dlse.data", "sum[n] - (true || p.dlse.data"),
     "gradient of lse ignored by short rows": backward(" - dlse[i];", ";", SHORT),
@@ -73,7 +73,6 @@ DELTA = {
 BACKWARD = {
     "lse not in units of ln 2": backward("lse[i] * kLog2E", "lse[i]"),
     "a row without keys in the backward": backward("lse[i] == -INFINITY ? INFINITY : ", "", EMPTY_ROWS),
-    "queries past the end have weights": backward("queries.q.rows, INFINITY, lane", "queries.q.rows, 0.0f, lane"),
     "scale of dq ignored": backward("fmaf(p.scale, sums[i][d], x.x)", "sums[i][d] + x.x"),
     "scale of dk ignored": backward("to_dk, dk, p.scale, lane", "to_dk, dk, 1.0f, lane"),
     "dropout not rescaled in dP": backward("p.dropout_rescale * dscores[i][j]", "dscores[i][j]", DROPPED),

@@ -30,11 +30,16 @@ PER_HEAD = replace(PLAIN, bias="per-head")
 PER_KEY = replace(PLAIN, bias="per-key")
 GROUPED = replace(PLAIN, heads=(4, 2))
 PACKED = replace(PLAIN, packed=True, batch=2)
+PADDED = replace(PLAIN, mask="padding", bias="per-key", batch=2)  # keys that no query sees, which hold NaN
+EARLY = replace(PLAIN, band="causal")  # so are those after the last query
+EARLY_BIASED = replace(EARLY, bias="per-key")
 DROPPED = replace(PLAIN, dropout_p=0.3, heads=(2, 2))
 WINDOW = replace(PLAIN, band="window-bottom-right", seqlens=(37, 41))
 LEFT = replace(PLAIN, band="window", seqlens=(41, 37))
 PAIRS = replace(PLAIN, batch=2, heads=(2, 2))
 WIDE = replace(PLAIN, dims=(64, 64))
+ONE_QUERY = replace(PLAIN, seqlens=(1, 37), heads=(4, 2), mask="random")  # a mask of each head that no query changes
+VALUES = "HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,44 @@ MUTANTS = {
     "scale of dk ignored": Mutant("kernels.py", "dk_tile * scale,", "dk_tile,"),
     "mask inverted": Mutant(
         "scores.py", "tl.load(mask.ptr + offsets, inside, 0)", "tl.load(mask.ptr + offsets, inside, 0) == 0", MASKED
+    ),
+    "keys that the mask excludes not cleared": Mutant(
+        "scores.py", "seen = seen & tl.load(ptrs, seen & (mask.stride_m == 0), 1)", "pass", PADDED
+    ),
+    "keys that another sequence does not see cleared": Mutant(
+        "scores.py", "tl.cast(b, tl.int64) * mask.stride_b + ", "", PADDED
+    ),
+    "keys of a mask that the first query does not see cleared": Mutant(
+        "scores.py", "seen & (mask.stride_m == 0), 1)", "seen, 1)", MASKED
+    ),
+    "keys before the band not cleared": Mutant("scores.py", "(keys >= begin) & ", "", WINDOW),
+    "keys after the band not cleared": Mutant("scores.py", "(keys < end)", "(keys < (end + 15) // 16 * 16)", EARLY),
+    "values that no query sees not cleared": Mutant(
+        "kernels.py",
+        f"keys, seen, {VALUES}\n                sums",
+        f"keys, keys < seqlen_k, {VALUES}\n                sums",
+        PADDED,
+    ),
+    "keys that no query sees not cleared in dq": Mutant(
+        "kernels.py", "head_k, keys, seen,", "head_k, keys, keys < seqlen_k,", PADDED
+    ),
+    "values that no query sees not cleared in dq": Mutant(
+        "kernels.py",
+        f"keys, seen, {VALUES}\n        weights",
+        f"keys, keys < seqlen_k, {VALUES}\n        weights",
+        PADDED,
+    ),
+    "keys that no query sees not cleared in dk": Mutant(
+        "kernels.py", "head(k, b, h_k, first_k), keys, seen,", "head(k, b, h_k, first_k), keys, keys < seqlen_k,", EARLY
+    ),
+    "values that no query sees not cleared in dk": Mutant(
+        "kernels.py", "head(v, b, h_k, first_k), keys, seen,", "head(v, b, h_k, first_k), keys, keys < seqlen_k,", EARLY
+    ),
+    "keys that no query sees not cleared in the bias gradient": Mutant(
+        "bias_gradient.py", "head_k, keys, seen,", "head_k, keys, keys < seqlen_k,", EARLY_BIASED
+    ),
+    "values that no query sees not cleared in the bias gradient": Mutant(
+        "bias_gradient.py", "head_v, keys, seen,", "head_v, keys, keys < seqlen_k,", PADDED
     ),
     "mask of the first row for all": Mutant("scores.py", "rows_64 * mask.stride_m + ", "", MASKED),
     "mask of the first batch for all": Mutant("scores.py", "b * mask.stride_b + ", "", MASKED),
@@ -111,6 +154,23 @@ MUTANTS = {
     "bias gradient not summed over rows": Mutant("bias_gradient.py", "if ROWS_BROADCAST:", "if False:", PER_KEY),
     "every program takes its first head only": Mutant(
         "kernels.py", "tile_count * pairs + n", "tile_count * pairs", PAIRS
+    ),
+    "in one: keys that no query sees not cleared": Mutant(
+        "kernels.py",
+        "head(k, b, h_k, first_k), keys, seen,",
+        "head(k, b, h_k, first_k), keys, keys < seqlen_k,",
+        PADDED,
+        IN_ONE,
+    ),
+    "in one: values that no query sees not cleared": Mutant(
+        "kernels.py",
+        "head(v, b, h_k, first_k), keys, seen,",
+        "head(v, b, h_k, first_k), keys, keys < seqlen_k,",
+        PADDED,
+        IN_ONE,
+    ),
+    "in one: keys that another head does not see cleared": Mutant(
+        "scores.py", " + tl.cast(h, tl.int64) * mask.stride_h", "", ONE_QUERY, IN_ONE
     ),
     "in one: the first head only": Mutant(
         "kernels.py", "bh = tl.program_id(0) * pairs + n", "bh = tl.program_id(0) * pairs", PAIRS, IN_ONE

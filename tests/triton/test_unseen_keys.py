@@ -1,0 +1,34 @@
+"""The Triton kernels: keys that no query may see never matter, whatever k and v hold there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from tests.support.cases import UNSEEN_KEYS, Case
+from tests.support.contract import check_unseen_keys
+from tests.support.triton_attention import DEVICE, on_triton
+from tests.support.unseen_keys import heads_with_nan
+
+pytestmark = [pytest.mark.triton] if DEVICE == "cpu" else [pytest.mark.triton, pytest.mark.gpu]
+
+
+def is_small(case: Case) -> bool:
+    return case.heads[0] <= 2 and case.dtype == torch.float32
+
+
+@pytest.mark.parametrize("in_one", [False, True])
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=() if is_small(x) else pytest.mark.slow) for x in UNSEEN_KEYS], ids=str
+)
+def test_unseen_keys(case: Case, in_one: bool) -> None:
+    with on_triton(None if in_one else 32, None if in_one else 32, in_one=in_one):
+        check_unseen_keys(case, DEVICE)
+
+
+@pytest.mark.parametrize("in_one", [False, True])
+def test_a_key_matters_to_those_heads_alone_that_see_it(in_one: bool) -> None:
+    with on_triton(in_one=in_one):
+        assert heads_with_nan(DEVICE) == [True, False, True, True]
