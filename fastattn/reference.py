@@ -226,10 +226,10 @@ def _buckets(p: AttentionParams) -> list[_Bucket]:
         rows_k = _rows(starts_k[sequences], n_k, seqlen_k, p.k.size(0))
         return _Bucket(sequences, rows_q, rows_k, (n_k - n_q)[:, None, None, None] if p.bottom_right else 0)
 
-    is_readable = len_q.is_cpu and type(len_q) is Tensor and not torch.compiler.is_compiling()
-    if not is_readable or not len_q.numel():
+    is_traced = torch.compiler.is_compiling() or compat.innermost_transformation() is not None
+    if is_traced or not len_q.is_cpu or type(len_q) is not Tensor or not len_q.numel():
         return [bucket(torch.arange(len_q.size(0), device=p.q.device), p.max_seqlen_q, p.max_seqlen_k)]
-    lengths = list(zip(compat.to_list(len_q), compat.to_list(len_k), strict=True))
+    lengths = list(zip(len_q.tolist(), len_k.tolist(), strict=True))
     groups: dict[int, list[int]] = {}
     for sequence, pair in enumerate(lengths):
         groups.setdefault(_bucket_length(max(pair)), []).append(sequence)
