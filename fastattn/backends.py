@@ -41,6 +41,7 @@ class CallTraits(NamedTuple):
     return_lse: bool = False
     is_empty: bool = False  # with a bias, but no query, no key or no head to attend with
     has_tangent: bool = False  # it is differentiated in forward mode
+    is_jagged: bool = False  # its query, key and value are nested tensors
     is_traced_band: bool = False  # torch.jit.trace is recording a band other than torch's causal one
 
 
@@ -59,6 +60,7 @@ def traits(p: AttentionParams, return_lse: bool) -> CallTraits:
         return_lse,
         bias is not None and (q.numel() == 0 or p.k.numel() == 0),
         compat.has_tangent((q, p.k, p.v, bias)),
+        type(q) is not torch.Tensor and q.is_nested,
         compat.is_jit_tracing() and torch_sdpa.needs_band(p),
     )
 
@@ -149,7 +151,7 @@ class Backend:
     def takes(self, call: CallTraits) -> bool:
         """Whether it can take the call."""
         is_for_it = self.takes_device(call.device_type) and not self._is_too_old(call)
-        refuses = not is_for_it or call.dtype not in self.dtypes or self._is_too_wide(call)
+        refuses = not is_for_it or call.dtype not in self.dtypes or self._is_too_wide(call) or self._is_jagged(call)
         return not refuses and self.why_missing() is None
 
     def why_not(self, call: CallTraits) -> list[str]:
@@ -164,6 +166,8 @@ class Backend:
             reasons.append(f"takes {', '.join(map(_short, self.dtypes))}, got {_short(call.dtype)}")
         if self._is_too_wide(call):
             reasons.append(f"takes head_dim <= {self.max_head_dim}, got {max(call.head_dim, call.head_dim_v)}")
+        if self._is_jagged(call):
+            reasons.append("takes no nested tensors")
         if not reasons and (missing := self.why_missing()):
             reasons.append(missing)
         return reasons
@@ -182,6 +186,9 @@ class Backend:
         if self.min_capability is None or call.capability is None:
             return False
         return call.capability < self.min_capability
+
+    def _is_jagged(self, call: CallTraits) -> bool:
+        return call.is_jagged and self.route is not Route.SDPA
 
     def _is_too_wide(self, call: CallTraits) -> bool:
         return self.max_head_dim is not None and max(call.head_dim, call.head_dim_v) > self.max_head_dim

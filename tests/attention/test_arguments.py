@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
 
 import fastattn
+from fastattn import backends
 from fastattn.arguments import attention_params, varlen_attention_params
 from tests.support.stand_in import stand_in
 
@@ -157,6 +158,16 @@ def jagged() -> Tensor:
     """Two sequences of 3 and 5 tokens, heads first."""
     sequences = [torch.randn(length, 2, 8) for length in (3, 5)]
     return torch.nested.nested_tensor(sequences, layout=torch.jagged, requires_grad=True).transpose(1, 2)
+
+
+def test_jagged_tensors_are_torch_s_functions_alone() -> None:
+    x = jagged()
+    with backends.anywhere("cuda"):
+        explanation = fastattn.explain(x, x, x)
+    assert explanation.backend == "torch"
+    assert explanation.refusals["cuda"][0] == "takes no nested tensors"
+    with fastattn.use_backend("reference"), pytest.raises(NotImplementedError, match="takes no nested tensors"):
+        fastattn.scaled_dot_product_attention(x, x, x)
 
 
 def test_jagged_tensors_go_to_torch_s_function() -> None:
