@@ -20,7 +20,9 @@ from .params import TENSORS, AttentionParams
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _COUNT = len(AttentionParams._fields)
+# The places of what gradients are computed for, among the arguments of attention_fwd and of attention_bwd.
 _INPUTS = tuple(AttentionParams._fields.index(name) for name in ("q", "k", "v", "bias"))
+_UPSTREAM = (_COUNT + 2, _COUNT + 3)  # dout, dlse
 
 
 def attention(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
@@ -32,9 +34,11 @@ def attention(backend: str, p: AttentionParams) -> tuple[Tensor, Tensor]:
     if has_tangent(p):
         return _forward_mode(backend, p)
     p = _operands(p)
-    if torch.is_grad_enabled() and _requires_grad(p) and not operators.is_seen(p.q, p.k, p.v, p.bias):
+    if operators.is_seen(p):
+        return torch.ops.fastattn.attention_fwd(*p, backend)
+    if torch.is_grad_enabled() and _requires_grad(p):
         return AttentionFunction.apply(*p, backend)
-    return operators.attention_fwd(p, backend)
+    return operators.run_forward(p, backend)
 
 
 def _requires_grad(p: AttentionParams) -> bool:
@@ -70,42 +74,41 @@ def _operands(p: AttentionParams) -> AttentionParams:
 # ---- the first derivative ----
 
 
-def _save_call(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """For the backward: inputs are those of the operator attention_fwd."""
-    ctx.set_materialize_grads(False)
-    ctx.numbers, ctx.backend = inputs[TENSORS:_COUNT], inputs[-1]
-    ctx.is_strict = backends.forced() is not None
-    ctx.save_for_backward(*inputs[:TENSORS], *output)
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of the inputs of attention_fwd."""
-    *tensors, out, lse = ctx.saved_tensors
-    p = AttentionParams(*tensors, *ctx.numbers)
-    if dout is None:
-        dout = torch.zeros_like(out)
-    needs_dbias = ctx.needs_input_grad[AttentionParams._fields.index("bias")]
-    rest = (out.detach(), lse.detach(), dout, dlse, needs_dbias, ctx.backend)
-    # A backward pass is recorded for the sake of second derivatives only.
-    if torch.is_grad_enabled() and not operators.is_seen(p.q, p.k, p.v, p.bias, dout, dlse):
-        dq, dk, dv, dbias = AttentionGradient.apply(*p, *rest, ctx.is_strict)
-    else:
-        dq, dk, dv, dbias = operators.attention_bwd(p, *rest)
-    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    for position, grad in zip(_INPUTS, (dq, dk, dv, dbias if needs_dbias else None), strict=True):
-        grads[position] = grad
-    return tuple(grads)
-
-
 class AttentionFunction(torch.autograd.Function):
     """(out, lse) of the named backend; differentiable in q, k, v and bias, through out and lse."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return operators.attention_fwd(AttentionParams(*args[:-1]), args[-1])
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        """Args: those of the operator attention_fwd."""
+        return _saved(ctx, args, operators.run_forward(AttentionParams(*args[:_COUNT]), args[-1]))
 
-    setup_context = staticmethod(_save_call)
-    backward = staticmethod(_differentiate)
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        p, needs_dbias = AttentionParams(*tensors, *ctx.numbers), ctx.needs_input_grad[_INPUTS[3]]
+        rest = (out, lse, dout, dlse, needs_dbias, ctx.backend)
+        if operators.is_seen(p) or compat.is_lazy(dout) or (dlse is not None and compat.is_lazy(dlse)):
+            grads = torch.ops.fastattn.attention_bwd(*p, *rest)
+        elif torch.is_grad_enabled():  # for the sake of second derivatives
+            grads = AttentionGradient.apply(*p, *rest, ctx.is_strict)
+        else:
+            grads = operators.run_backward(p, *rest)
+        return _placed(ctx, dict(zip(_INPUTS, grads if needs_dbias else grads[:3], strict=False)))
+
+
+def _saved(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    ctx.set_materialize_grads(False)
+    ctx.numbers, ctx.backend = args[TENSORS:_COUNT], args[-1]
+    ctx.is_strict = backends.forced() is not None
+    ctx.save_for_backward(*args[:TENSORS], *results)
+    return results
+
+
+def _placed(ctx: Any, grads: dict[int, Tensor | None]) -> tuple[Tensor | None, ...]:
+    """A gradient for each argument of the forward."""
+    return tuple(grads.get(position) for position in range(len(ctx.needs_input_grad)))
 
 
 # ---- forward mode and second derivatives ----
@@ -132,31 +135,30 @@ class AttentionGradient(torch.autograd.Function):
     """dq, dk, dv, dbias of the named backend; their own derivatives are those of `reference.attention`."""
 
     @staticmethod
-    def forward(*args: Any) -> Gradients:
-        *rest, _is_strict = args[_COUNT:]
-        return operators.attention_bwd(AttentionParams(*args[:_COUNT]), *rest)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
-        ctx.set_materialize_grads(False)
-        _out, _lse, dout, dlse, ctx.needs_dbias, ctx.backend, *is_strict = inputs[_COUNT:]
-        ctx.is_strict = is_strict == [True] or backends.forced() is not None
-        ctx.numbers = inputs[TENSORS:_COUNT]
-        ctx.save_for_backward(*inputs[:TENSORS], dout, dlse)
+    def forward(ctx: Any, *args: Any) -> Gradients:
+        """Args: those of the operator attention_bwd, and whether `use_backend` had named the backend."""
+        *rest, is_strict = args[_COUNT:]
+        return _saved_gradients(ctx, args, is_strict, operators.run_backward(AttentionParams(*args[:_COUNT]), *rest))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if not ctx.needs_dbias:
+            cotangents = cotangents[:3]
         if not any(x is not None for x in cotangents):
-            return tuple(grads)
+            return _placed(ctx, {})
         _stores_scores(ctx.backend, ctx.is_strict, "second derivative")
         *tensors, dout, dlse = ctx.saved_tensors
         p = AttentionParams(*tensors, *ctx.numbers)
-        *inputs, ddout, ddlse = _second_derivative(p, dout, dlse, cotangents if ctx.needs_dbias else cotangents[:3])
-        for position, grad in zip(_INPUTS, inputs, strict=True):
-            grads[position] = grad
-        grads[_COUNT + 2], grads[_COUNT + 3] = ddout, ddlse
-        return tuple(grads)
+        derivatives = _second_derivative(p, dout, dlse, cotangents)
+        return _placed(ctx, dict(zip((*_INPUTS, *_UPSTREAM), derivatives, strict=True)))
+
+
+def _saved_gradients(ctx: Any, args: tuple[Any, ...], is_strict: bool, grads: Gradients) -> Gradients:
+    ctx.set_materialize_grads(False)
+    _out, _lse, dout, dlse, ctx.needs_dbias, ctx.backend = args[_COUNT : _COUNT + 6]
+    ctx.numbers, ctx.is_strict = args[TENSORS:_COUNT], is_strict
+    ctx.save_for_backward(*args[:TENSORS], dout, dlse)
+    return grads
 
 
 def _second_derivative(
@@ -190,14 +192,15 @@ def _second_derivative(
 
 class _OperatorsFunction(AttentionFunction):
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return _below_autograd(torch.ops.fastattn.attention_fwd, args)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        return _saved(ctx, args, _below_autograd(torch.ops.fastattn.attention_fwd, args))
 
 
 class _OperatorsGradient(AttentionGradient):
     @staticmethod
-    def forward(*args: Any) -> Gradients:
-        return _below_autograd(torch.ops.fastattn.attention_bwd, args)
+    def forward(ctx: Any, *args: Any) -> Gradients:
+        grads = _below_autograd(torch.ops.fastattn.attention_bwd, args)
+        return _saved_gradients(ctx, args, backends.forced() is not None, grads)
 
 
 def _below_autograd(operator: Any, args: tuple[Any, ...]) -> Any:

@@ -61,7 +61,7 @@ def traits(p: AttentionParams, return_lse: bool) -> CallTraits:
         bias is not None and (q.numel() == 0 or p.k.numel() == 0),
         compat.has_tangent((q, p.k, p.v, bias)),
         type(q) is not torch.Tensor and q.is_nested,
-        compat.is_jit_tracing() and torch_sdpa.needs_band(p),
+        torch_sdpa.needs_band(p) and compat.is_jit_tracing(),
     )
 
 
@@ -93,8 +93,14 @@ SDPA_DIFFERS: tuple[tuple[str, Callable[[CallTraits], bool]], ...] = (
 )
 
 
+_USUAL = slice(CallTraits._fields.index("is_packed"), None)
+_USUAL_TRAITS = tuple(CallTraits._field_defaults.values())
+
+
 def why_not_sdpa(call: CallTraits) -> str | None:
     """The first reason for which F.scaled_dot_product_attention does not say the same, or None."""
+    if call[_USUAL] == _USUAL_TRAITS:  # so that the most usual call is not asked one by one
+        return None
     for reason, holds in SDPA_DIFFERS:
         if holds(call):
             return reason

@@ -38,7 +38,7 @@ JaggedTensor: type[Tensor] = NestedTensor
 
 def is_jit_tracing() -> bool:
     """Whether torch.jit.trace is recording. torch 1.11."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+    return not torch.compiler.is_dynamo_compiling() and torch._C._is_tracing()
 
 
 # (Tensor) -> bool: one of a batch of gradients, as torch.autograd.grad(is_grads_batched=True) makes them. torch 2.0

@@ -1,7 +1,7 @@
 """The fused attention of a backend as two torch operators.
 
 `fastattn::attention_fwd` and `fastattn::attention_bwd` serve every backend: they allocate the results and let the
-backend that is named in the call fill them. Where nobody looks at a call they are left out, see `attention_fwd`.
+backend that is named in the call fill them. Where nobody would see them they are left out, see `is_seen`.
 """
 
 from __future__ import annotations
@@ -65,15 +65,17 @@ def with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _attention_fwd(p: AttentionParams, backend: str) -> tuple[Tensor, Tensor]:
+def run_forward(p: AttentionParams, backend: str) -> tuple[Tensor, Tensor]:
+    """out and lse, filled by the backend."""
     results = Forward(*_empty_results(p))
     backends.get(backend).kernels().attention_fwd(results, p)
     return results.out, results.lse
 
 
-def _attention_bwd(
+def run_backward(
     p: AttentionParams, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs_dbias: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and dbias, filled by the backend; dbias has no elements where it is not needed."""
     dout = with_contiguous_rows(dout)
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv, dbias = _empty_grads(p, needs_dbias)
@@ -125,12 +127,12 @@ def _check_devices(p: AttentionParams, backend: str) -> None:
 
 @torch.library.impl(library, "attention_fwd", "CompositeExplicitAutograd")
 def _attention_fwd_operator(*args: Any) -> tuple[Tensor, Tensor]:
-    return _attention_fwd(*_from_graph(args))
+    return run_forward(*_from_graph(args))
 
 
 @torch.library.impl(library, "attention_bwd", "CompositeExplicitAutograd")
 def _attention_bwd_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _attention_bwd(*_from_graph(args))
+    return run_backward(*_from_graph(args))
 
 
 @torch.library.register_fake("fastattn::attention_fwd", lib=library)
@@ -144,35 +146,21 @@ def _attention_bwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_grads(p, needs_dbias)
 
 
-# ---- a call ----
-
-
-def is_seen(*tensors: Tensor | None) -> bool:
-    """Whether torch's dispatcher has anything to do: somebody sees operators, or a tensor is not what lies in memory.
-
-    Where it has not, it would cost as much as a launch.
-    """
-    if torch.compiler.is_compiling() or compat.count_dispatch_modes() > 0 or compat.is_jit_tracing():
-        return True
-    if compat.innermost_transformation() is not None:
-        return True
-    return any([x is not None and (type(x) not in _PLAIN or x.is_meta or compat.is_lazy(x)) for x in tensors])
-
+# ---- in a call ----
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def attention_fwd(p: AttentionParams, backend: str) -> tuple[Tensor, Tensor]:
-    """out and lse: from the operator, or from its body alone where nobody would see the operator."""
-    if is_seen(p.q, p.k, p.v, p.bias):
-        return torch.ops.fastattn.attention_fwd(*p, backend)
-    return _attention_fwd(p, backend)
+def is_seen(p: AttentionParams) -> bool:
+    """Whether torch's dispatcher has anything to do: somebody sees operators, or a tensor is not what lies in memory.
 
-
-def attention_bwd(
-    p: AttentionParams, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs_dbias: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and dbias, in the same way."""
-    if is_seen(p.q, p.k, p.v, p.bias, dout, dlse):
-        return torch.ops.fastattn.attention_bwd(*p, out, lse, dout, dlse, needs_dbias, backend)
-    return _attention_bwd(p, out, lse, dout, dlse, needs_dbias, backend)
+    Where it has not, it would cost as much as a launch.
+    """
+    if torch.compiler.is_dynamo_compiling() or compat.count_dispatch_modes() > 0 or compat.is_jit_tracing():
+        return True
+    if compat.innermost_transformation() is not None:
+        return True
+    q, k, v, bias = p.q, p.k, p.v, p.bias
+    if not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and (bias is None or type(bias) in _PLAIN)):
+        return True
+    return q.is_meta or q.is_neg() or k.is_neg() or v.is_neg() or (bias is not None and bias.is_neg())
