@@ -99,7 +99,8 @@ _USUAL_TRAITS = tuple(CallTraits._field_defaults.values())
 
 def why_not_sdpa(call: CallTraits) -> str | None:
     """The first reason for which F.scaled_dot_product_attention does not say the same, or None."""
-    if call[_USUAL] == _USUAL_TRAITS:  # so that the most usual call is not asked one by one
+    # So that the most usual call is not asked one by one; torch.compile cannot cut a part of such a tuple out.
+    if not torch.compiler.is_dynamo_compiling() and call[_USUAL] == _USUAL_TRAITS:
         return None
     for reason, holds in SDPA_DIFFERS:
         if holds(call):
