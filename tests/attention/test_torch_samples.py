@@ -169,7 +169,7 @@ def end_to_end(tensors):
 
 def largest_score(calls):
     """Of the absolute terms of the scores of all attention in a module, which rounding grows with."""
-    scores = [abs(p.scale) * p.q.abs() @ p.k.abs().transpose(-1, -2) for p in calls]
+    scores = [abs(p.scale) * p.q.detach().abs() @ p.k.detach().abs().transpose(-1, -2) for p in calls]
     return max(float(x.max()) for x in scores)
 
 
