@@ -4,8 +4,8 @@
 # A part that fails or runs out of time does not stop the others; a table of the parts comes last.
 #
 # Where there is no network, FASTATTN_PREBUILT_KERNELS=<folder of images> takes the machine's own Python as it is: it has
-# torch, pytest with xdist, allpairspy, hypothesis, ninja, pybind11, tqdm and matplotlib, and only the launcher is
-# compiled.
+# torch, pytest with xdist, allpairspy, hypothesis, expecttest, ninja, pybind11, tqdm and matplotlib, and only the
+# launcher is compiled.
 nvidia-smi --list-gpus >/dev/null 2>&1 || {
     echo "make gpu: nvidia-smi lists no GPU here; nothing was done" >&2
     exit 1
