@@ -210,8 +210,8 @@ __device__ __forceinline__ void add_weighted(float (&sums)[T::kRows][T::kDims],
 #pragma unroll
     for (int i0 = 0; i0 < T::kBlockN; i0 += kRowSlice) {
         if (i0 >= rows.rows) break;
-        const unsigned kept = seen(i0);
         sync_and_stage_rows<T::kThreads, kRowSlice, T::kHeadDim>(right, rows, i0);
+        const unsigned kept = seen(i0);
         if (kept != ~0u) RowsCopy<E, T::kThreads, kRowSlice, T::kHeadDim>::clear(right, kept);
         if (i0 % T::kKeySlice == 0) {
 #pragma unroll

@@ -86,7 +86,7 @@ struct ScoresSmem {
     KERNEL(attention_bwd, BackwardSmem, 64, 64, 64, 4, 8, 2)               \
     KERNEL(attention_bwd, BackwardSmem, 128, 32, 32, 4, 16, 2)             \
     KERNEL(attention_bwd, BackwardSmem, 256, 32, 32, 8, 16, 1)             \
-    KERNEL(attention_bwd_dq, BackwardSmem, 32, 32, 32, 2, 8, 8)            \
+    KERNEL(attention_bwd_dq, BackwardSmem, 32, 32, 32, 2, 8, 4)            \
     KERNEL(attention_bwd_dq, BackwardSmem, 64, 32, 32, 2, 8, 4)            \
     KERNEL(attention_bwd_dq, BackwardSmem, 128, 32, 32, 4, 16, 2)          \
     KERNEL(attention_bwd_dq, BackwardSmem, 256, 32, 32, 8, 16, 1)          \

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import CHANGING, head, key_range, load_lse, load_per_row, load_rows, seen_keys, sequence, tile_gradients
+from .scores import CHANGING, head, key_range, load_lse, load_per_row, load_rows, sequence, tile_gradients
 
 
 @triton.jit(do_not_specialize=(*CHANGING, "copies", "bias_batch", "bias_rows", "bias_keys"))
@@ -44,10 +44,9 @@ def attention_bwd_dbias_kernel(
         if (i0 < seqlen_q) & (j0 + BLOCK_N > begin) & (j0 < end):
             rows, keys = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
             head_k, head_v = head(k, b, h // group, first_k), head(v, b, h // group, first_k)
-            seen = seen_keys(keys, b, h, begin, end, mask)
             q_tile = load_rows(head(q, b, h, first_q), rows, rows < seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-            k_tile = load_rows(head_k, keys, seen, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-            v_tile = load_rows(head_v, keys, seen, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
+            k_tile = load_rows(head_k, keys, keys < seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
+            v_tile = load_rows(head_v, keys, keys < seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
             dout_tile = load_rows(head(dout, b, h, first_q), rows, rows < seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
             row_lse = load_lse(head(lse, b, h, first_q), rows, seqlen_q)
             row_delta = load_per_row(head(delta, b, h, first_q), rows, seqlen_q, 0.0)

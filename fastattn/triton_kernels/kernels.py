@@ -80,7 +80,6 @@ def attention_fwd_kernel(
             begin, end = key_range(i0, BLOCK_M, seqlen_q, seqlen_k, shift, band)
             for j0 in range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
                 keys = j0 + tl.arange(0, BLOCK_N)
-                seen = seen_keys(keys, b, h, begin, end, mask)
                 k_tile = load_rows(head_k, keys, keys < seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
                 qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
                 scores = finish_scores(
@@ -96,6 +95,7 @@ def attention_fwd_kernel(
                 if dropout.seed_ptr is not None:
                     keeps = dropout_keeps(dropout, b, h, i0, j0, BLOCK_M, BLOCK_N, False)
                     weights = tl.where(keeps, weights, 0.0)
+                seen = seen_keys(keys, b, h, begin, end, mask)
                 v_tile = load_rows(head_v, keys, seen, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
                 sums = tl.dot(weights.to(DOT_DTYPE), v_tile, sums * rescale[:, None], input_precision=PRECISION)
 
@@ -128,13 +128,15 @@ def attention_bwd_kernel(
         first_k, seqlen_k = sequence(cu_seqlens_k_ptr, b, total_k, max_seqlen_k)
         shift = (seqlen_k - seqlen_q) * band.bottom_right
         begin, end = key_range(0, seqlen_q, seqlen_q, seqlen_k, shift, band)
+        seen = seen_keys(keys, b, h_k * group, begin, end, mask)
+        for member in range(1, group):
+            seen = seen | seen_keys(keys, b, h_k * group + member, begin, end, mask)
+        k_tile = load_rows(head(k, b, h_k, first_k), keys, seen, HEAD_DIM, BLOCK_D, DOT_DTYPE)
+        v_tile = load_rows(head(v, b, h_k, first_k), keys, seen, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
         dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
         for member in range(group):
             h = h_k * group + member
-            seen = seen_keys(keys, b, h, begin, end, mask)
-            k_tile = load_rows(head(k, b, h_k, first_k), keys, seen, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-            v_tile = load_rows(head(v, b, h_k, first_k), keys, seen, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
             head_q, head_dout, head_dq = head(q, b, h, first_q), head(dout, b, h, first_q), head(dq, b, h, first_q)
             fill_orphans(head_dq, 0.0, cu_seqlens_q_ptr, b, batch, seqlen_q, first_q, total_q, 0, 1, HEAD_DIM, BLOCK_D)
             for i0 in range(0, seqlen_q, BLOCK_M):
@@ -210,7 +212,7 @@ def attention_bwd_dq_kernel(
         keys = j0 + tl.arange(0, BLOCK_N)
         seen = seen_keys(keys, b, h, begin, end, mask)
         k_tile = load_rows(head_k, keys, seen, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-        v_tile = load_rows(head_v, keys, seen, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
+        v_tile = load_rows(head_v, keys, keys < seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
         weights, _, dp = tile_gradients(
             q_tile, k_tile, v_tile, dout_tile, row_lse[:, None], b, h, i0, j0, seqlen_q, seqlen_k, shift,
             mask, bias, dropout, band, scale_log2, BLOCK_M, BLOCK_N, False, PRECISION
@@ -248,15 +250,13 @@ def attention_bwd_dkdv_kernel(
         return
 
     keys = j0 + tl.arange(0, BLOCK_N)
-    first_seen, end_seen = key_range(0, seqlen_q, seqlen_q, seqlen_k, shift, band)
+    k_tile = load_rows(head(k, b, h_k, first_k), keys, keys < seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
+    v_tile = load_rows(head(v, b, h_k, first_k), keys, keys < seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     begin, end = query_range(j0, seqlen_q, seqlen_k, shift, band, BLOCK_M, BLOCK_N)
     for member in range(group):
         h = h_k * group + member
-        seen = seen_keys(keys, b, h, first_seen, end_seen, mask)
-        k_tile = load_rows(head(k, b, h_k, first_k), keys, seen, HEAD_DIM, BLOCK_D, DOT_DTYPE)
-        v_tile = load_rows(head(v, b, h_k, first_k), keys, seen, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
         head_q, head_dout = head(q, b, h, first_q), head(dout, b, h, first_q)
         head_lse, head_delta = head(lse, b, h, first_q), head(delta, b, h, first_q)
         for i0 in range(begin, end, BLOCK_M):

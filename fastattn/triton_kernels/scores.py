@@ -107,6 +107,12 @@ def head(x, b, h, first):
 
 
 @triton.jit
+def head_scores(x, b, h):
+    """Where the mask or the bias of one (batch, head) begins."""
+    return x.ptr + tl.cast(b, tl.int64) * x.stride_b + tl.cast(h, tl.int64) * x.stride_h
+
+
+@triton.jit
 def seen_keys(keys, b, h, begin, end, mask):
     """Those of a tile's keys that are in the range, unless a mask that is the same for all queries excludes them.
 
@@ -114,9 +120,9 @@ def seen_keys(keys, b, h, begin, end, mask):
     """
     seen = (keys >= begin) & (keys < end)
     if mask.ptr is not None:
-        offsets = tl.cast(b, tl.int64) * mask.stride_b + tl.cast(h, tl.int64) * mask.stride_h
-        ptrs = mask.ptr + offsets + keys.to(tl.int64) * mask.stride_n
-        seen = seen & tl.load(ptrs, seen & (mask.stride_m == 0), 1)
+        is_same_for_all = mask.stride_m == 0
+        if is_same_for_all:
+            seen = seen & tl.load(head_scores(mask, b, h) + keys.to(tl.int64) * mask.stride_n, seen, 0)
     return seen
 
 
@@ -171,15 +177,16 @@ def fill_orphans(
 @triton.jit
 def finish_scores(qk, b, h, rows, keys, seqlen_q, seqlen_k, shift, mask, bias, band, scale_log2):
     """log2(e) (scale * q k^T + bias), and -inf where the query must not attend to the key."""
-    b, h, rows_64, keys_64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64), rows.to(tl.int64), keys.to(tl.int64)
+    rows_64, keys_64 = rows.to(tl.int64), keys.to(tl.int64)
     scores = qk * scale_log2
     inside = (rows < seqlen_q) & (keys < seqlen_k)
     if bias.ptr is not None:
-        offsets = b * bias.stride_b + h * bias.stride_h + rows_64 * bias.stride_m + keys_64 * bias.stride_n
-        scores += tl.load(bias.ptr + offsets, inside, 0.0).to(tl.float32) * LOG2_E
+        offsets = rows_64 * bias.stride_m + keys_64 * bias.stride_n
+        scores += tl.load(head_scores(bias, b, h) + offsets, inside, 0.0).to(tl.float32) * LOG2_E
     if mask.ptr is not None:
-        offsets = b * mask.stride_b + h * mask.stride_h + rows_64 * mask.stride_m + keys_64 * mask.stride_n
-        scores = tl.where(tl.load(mask.ptr + offsets, inside, 0), scores, -INF)
+        offsets = rows_64 * mask.stride_m + keys_64 * mask.stride_n
+        scores = tl.where(tl.load(head_scores(mask, b, h) + offsets, inside, 0), scores, -INF)
+    rows = tl.minimum(rows, seqlen_q - 1)  # past the end they would see keys that no other query sees
     if band.left is not None:
         scores = tl.where(keys - rows >= shift - band.left, scores, -INF)
     if band.right is not None:
@@ -238,6 +245,8 @@ def tile_gradients(
         rows, keys = rows[:, None], keys[None, :]
     scores = finish_scores(qk, b, h, rows, keys, seqlen_q, seqlen_k, shift, mask, bias, band, scale_log2)
     weights = tl.exp2(scores - lse)
+    if mask.ptr is not None or band.left is not None or band.right is not None:
+        dp = tl.where(weights == 0.0, 0.0, dp)  # v may hold anything there, NaN too
     kept_weights = weights
     if dropout.seed_ptr is not None:
         keeps = dropout_keeps(dropout, b, h, i0, j0, BLOCK_M, BLOCK_N, KEYS_FIRST)

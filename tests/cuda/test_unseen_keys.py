@@ -19,9 +19,8 @@ def test_unseen_keys(case: Case, multiprocessors: int) -> None:
         check_unseen_keys(case)
 
 
-@MODES
-def test_a_key_matters_to_those_heads_alone_that_see_it(multiprocessors: int) -> None:
-    with on_the_cpu(SourceKernels(), multiprocessors=multiprocessors):
+def test_a_key_matters_to_those_heads_alone_that_see_it() -> None:
+    with on_the_cpu(SourceKernels()):
         assert heads_with_nan() == [True, False, True, True]
 
 

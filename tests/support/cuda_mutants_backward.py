@@ -131,8 +131,8 @@ SPLIT = {
         "dq.advance(i0);\n    store_rows(dq, sums, p.scale", "store_rows(dq, sums, p.scale"
     ),
     "delta taken from one tile in the split": split(
-        "h, i0, j0, true, left, right, lane);\n        add_weighted",
-        "h, i0, j0, false, left, right, lane);\n        add_weighted",
+        "h, i0, j0, true, left, right, lane);\n        const auto seen",
+        "h, i0, j0, false, left, right, lane);\n        const auto seen",
     ),
 }
 

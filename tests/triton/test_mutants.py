@@ -58,16 +58,13 @@ MUTANTS = {
     "scale of dq ignored": Mutant("kernels.py", "dq_tile * scale,", "dq_tile,"),
     "scale of dk ignored": Mutant("kernels.py", "dk_tile * scale,", "dk_tile,"),
     "mask inverted": Mutant(
-        "scores.py", "tl.load(mask.ptr + offsets, inside, 0)", "tl.load(mask.ptr + offsets, inside, 0) == 0", MASKED
+        "scores.py", "b, h) + offsets, inside, 0), scores", "b, h) + offsets, inside, 0) == 0, scores", MASKED
     ),
     "keys that the mask excludes not cleared": Mutant(
-        "scores.py", "seen = seen & tl.load(ptrs, seen & (mask.stride_m == 0), 1)", "pass", PADDED
-    ),
-    "keys that another sequence does not see cleared": Mutant(
-        "scores.py", "tl.cast(b, tl.int64) * mask.stride_b + ", "", PADDED
+        "scores.py", "is_same_for_all = mask.stride_m == 0", "is_same_for_all = False", PADDED
     ),
     "keys of a mask that the first query does not see cleared": Mutant(
-        "scores.py", "seen & (mask.stride_m == 0), 1)", "seen, 1)", MASKED
+        "scores.py", "is_same_for_all = mask.stride_m == 0", "is_same_for_all = True", MASKED
     ),
     "keys before the band not cleared": Mutant("scores.py", "(keys >= begin) & ", "", WINDOW),
     "keys after the band not cleared": Mutant("scores.py", "(keys < end)", "(keys < (end + 15) // 16 * 16)", EARLY),
@@ -80,27 +77,24 @@ MUTANTS = {
     "keys that no query sees not cleared in dq": Mutant(
         "kernels.py", "head_k, keys, seen,", "head_k, keys, keys < seqlen_k,", PADDED
     ),
-    "values that no query sees not cleared in dq": Mutant(
-        "kernels.py",
-        f"keys, seen, {VALUES}\n        weights",
-        f"keys, keys < seqlen_k, {VALUES}\n        weights",
-        PADDED,
+    "dP of keys that no query sees": Mutant("scores.py", "dp = tl.where(weights == 0.0, 0.0, dp)", "pass", PADDED),
+    "dP of keys that the band excludes": Mutant(
+        "scores.py", "if mask.ptr is not None or band.left is not None or", "if mask.ptr is not None or", EARLY
     ),
-    "keys that no query sees not cleared in dk": Mutant(
-        "kernels.py", "head(k, b, h_k, first_k), keys, seen,", "head(k, b, h_k, first_k), keys, keys < seqlen_k,", EARLY
+    "queries past the end see keys": Mutant("scores.py", "rows = tl.minimum(rows, seqlen_q - 1)", "pass", EARLY),
+    "mask of the first batch for all": Mutant(
+        "scores.py",
+        "x.ptr + tl.cast(b, tl.int64) * x.stride_b + tl.cast(h, tl.int64) * x.stride_h\n\n\n@triton.jit\ndef seen",
+        "x.ptr + tl.cast(h, tl.int64) * x.stride_h\n\n\n@triton.jit\ndef seen",
+        MASKED,
     ),
-    "values that no query sees not cleared in dk": Mutant(
-        "kernels.py", "head(v, b, h_k, first_k), keys, seen,", "head(v, b, h_k, first_k), keys, keys < seqlen_k,", EARLY
-    ),
-    "keys that no query sees not cleared in the bias gradient": Mutant(
-        "bias_gradient.py", "head_k, keys, seen,", "head_k, keys, keys < seqlen_k,", EARLY_BIASED
-    ),
-    "values that no query sees not cleared in the bias gradient": Mutant(
-        "bias_gradient.py", "head_v, keys, seen,", "head_v, keys, keys < seqlen_k,", PADDED
+    "bias of the first head for all": Mutant(
+        "scores.py",
+        " + tl.cast(h, tl.int64) * x.stride_h\n\n\n@triton.jit\ndef seen",
+        "\n\n\n@triton.jit\ndef seen",
+        BIASED,
     ),
     "mask of the first row for all": Mutant("scores.py", "rows_64 * mask.stride_m + ", "", MASKED),
-    "mask of the first batch for all": Mutant("scores.py", "b * mask.stride_b + ", "", MASKED),
-    "bias of the first head for all": Mutant("scores.py", " + h * bias.stride_h", "", BIASED),
     "bias in the wrong base": Mutant("scores.py", ".to(tl.float32) * LOG2_E", ".to(tl.float32)", BIASED),
     "keys past the end attended": Mutant(
         "scores.py", "return tl.where(keys < seqlen_k, scores, -INF)", "return scores"
@@ -162,15 +156,8 @@ MUTANTS = {
         PADDED,
         IN_ONE,
     ),
-    "in one: values that no query sees not cleared": Mutant(
-        "kernels.py",
-        "head(v, b, h_k, first_k), keys, seen,",
-        "head(v, b, h_k, first_k), keys, keys < seqlen_k,",
-        PADDED,
-        IN_ONE,
-    ),
-    "in one: keys that another head does not see cleared": Mutant(
-        "scores.py", " + tl.cast(h, tl.int64) * mask.stride_h", "", ONE_QUERY, IN_ONE
+    "in one: keys that another head sees cleared": Mutant(
+        "kernels.py", "for member in range(1, group):", "for member in range(0):", ONE_QUERY, IN_ONE
     ),
     "in one: the first head only": Mutant(
         "kernels.py", "bh = tl.program_id(0) * pairs + n", "bh = tl.program_id(0) * pairs", PAIRS, IN_ONE

@@ -28,7 +28,6 @@ def test_unseen_keys(case: Case, in_one: bool) -> None:
         check_unseen_keys(case, DEVICE)
 
 
-@pytest.mark.parametrize("in_one", [False, True])
-def test_a_key_matters_to_those_heads_alone_that_see_it(in_one: bool) -> None:
-    with on_triton(in_one=in_one):
+def test_a_key_matters_to_those_heads_alone_that_see_it() -> None:
+    with on_triton():
         assert heads_with_nan(DEVICE) == [True, False, True, True]
