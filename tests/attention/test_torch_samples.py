@@ -1,8 +1,10 @@
 """Torch's own samples of its attention function and of its modules, with fastattn's in their place."""
 
 import copy
+import importlib
 import itertools
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +32,12 @@ MODULES = (
     nn.TransformerDecoder,
     nn.Transformer,
 )
+
+
+def of_torchs_tests(name):
+    """A module of torch's own tests, which would freeze the flags of torch.backends in the whole process."""
+    with mock.patch("torch.backends.disable_global_flags"):
+        return importlib.import_module(f"torch.testing._internal.{name}")
 
 
 def in_dtype(dtype, values):
@@ -67,8 +75,7 @@ def assert_same(actual, expected):
 @cache
 def function_samples():
     """(query, key, value), arguments of every sample of F.scaled_dot_product_attention, in float64."""
-    from torch.testing._internal.common_methods_invocations import op_db
-
+    op_db = of_torchs_tests("common_methods_invocations").op_db
     (op,) = (op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
     samples = op.sample_inputs("cpu", torch.float64, requires_grad=True)
     return [((sample.input, *sample.args), sample.kwargs) for sample in samples]
@@ -134,11 +141,10 @@ def test_samples_of_the_function(dtype):
 @cache
 def module_samples(module_class, train):
     """(constructor's arguments, forward's arguments) of every sample of a module, in float64."""
-    from torch.testing._internal.common_modules import module_db
-
     if module_class is nn.TransformerDecoder:  # which torch has no samples of
         layers = module_samples(nn.TransformerDecoderLayer, train)
         return [(((nn.TransformerDecoderLayer(*args, **kwargs), 2), {}), call) for (args, kwargs), call in layers]
+    module_db = of_torchs_tests("common_modules").module_db
     (info,) = (info for info in module_db if info.module_cls is module_class)
     samples = info.module_inputs_func(info, "cpu", torch.float64, requires_grad=True, training=train)
     inputs = [(sample.constructor_input, sample.forward_input) for sample in samples]

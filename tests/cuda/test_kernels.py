@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn import autograd, functional
+from fastattn import functional, operators
 from fastattn.arguments import attention_params, draw_seed, varlen_attention_params
 from fastattn.cuda_kernels import attention as cuda
 from fastattn.params import Backward, Forward
@@ -218,8 +218,8 @@ def test_nothing_is_read_by_the_host(multiprocessors: int, packed: bool) -> None
     params = varlen_attention_params if packed else attention_params
     arguments.pop("return_lse")
     p = draw_seed(params(q, k, v, attn_bias=bias, **arguments))
-    out, lse = autograd._empty_results(p)
-    grads = autograd._empty_grads(p, needs_dbias=True)
+    out, lse = operators._empty_results(p)
+    grads = operators._empty_grads(p, needs_dbias=True)
     with on_the_cpu(SourceKernels(), multiprocessors=multiprocessors), HostReads():
         cuda.attention_fwd(Forward(out, lse), p)
         cuda.attention_bwd(Backward(out, lse, torch.ones_like(out), torch.ones_like(lse), *grads), p)
