@@ -29,7 +29,7 @@ from benchmarks.host_timing import HostCall, HostTime, time_in_turns
 from benchmarks.result_table import ResultTable
 from fastattn import backends
 from fastattn.arguments import attention_params
-from fastattn.params import AttentionParams, Forward
+from fastattn.params import AttentionParams, Buffers, Forward
 
 SHAPE = (1, 1, 8, 8)
 COLUMNS = ("op", "min_us", "p50_us", "p80_us")
@@ -58,7 +58,7 @@ def launching_on_the_stub() -> Iterator[None]:
             return 56
 
         def launch(
-            self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: attention.Buffers
+            self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers
         ) -> None:
             _launcher.launch(kernel, element, 0, 0, grid, p, b)
 
@@ -75,7 +75,7 @@ def operations() -> Iterator[tuple[str, HostCall]]:
     q, k, v = torch.randn(3, *SHAPE).unbind()
     p = attention_params(q, k, v)
     forward = Forward(torch.empty_like(q), torch.empty(SHAPE[:-1]))
-    buffers = attention.Buffers(*forward)
+    buffers = Buffers(*forward)
     backward = buffers._replace(dout=forward.out, dlse=forward.lse, delta=forward.lse, dq=q, dk=k, dv=v)
     grid, kernel = (1, 1, 1), attention.choose_kernel("attention_fwd", *attention.sizes(p)).name
 

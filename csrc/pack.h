@@ -24,7 +24,7 @@ enum ParamsField {
     kScale, kDropoutP, kLeft, kRight, kBottomRight, kParamsFields
 };
 
-// Positions in cuda_kernels.attention.Buffers.
+// Positions in fastattn.params.Buffers.
 enum BuffersField {
     kOut, kLse, kDout, kDlse, kDelta, kDq, kDk, kDv, kDqSum, kDbiasPartial, kDbias, kBuffersFields
 };

@@ -38,7 +38,7 @@ def pack(element: str, p: AttentionParams, buffers: tuple[Tensor | None, ...]) -
     Args:
         element: one of ELEMENTS, the dtype of q.
         p: the problem. The last dimension of q, k and v is contiguous.
-        buffers: cuda_kernels.attention.Buffers, None for what the kernel does not need. out, dout, dq, dk, dv: in q's
+        buffers: params.Buffers, None for what the kernel does not need. out, dout, dq, dk, dv: in q's
             dtype and dimensions, the last one contiguous. lse, dlse, delta: (batch, nheads, seqlen_q), packed
             (nheads, total_q), float32, contiguous. dq_sum: the same with head_dim behind. dbias: contiguous.
             dbias_partial: (copies, *dbias.shape) float32, contiguous.

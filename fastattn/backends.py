@@ -231,6 +231,7 @@ _GPU = ("cuda",)
 BACKENDS: tuple[Backend, ...] = (
     Backend("triton", ".triton_kernels.attention", devices=_GPU, min_capability=(8, 0), max_head_dim=256),
     Backend("cuda", ".cuda_kernels.attention", devices=_GPU, min_capability=(6, 0), max_head_dim=256),
+    Backend("cpu", ".cpu_kernels.attention", devices=("cpu",), max_head_dim=256),
     Backend("torch", ".torch_sdpa", Route.SDPA, dtypes=_ANY_FLOAT),
     Backend("reference", ".reference", Route.DIFFERENTIABLE, dtypes=_ANY_FLOAT, on_request_only=True),
 )

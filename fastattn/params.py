@@ -75,3 +75,19 @@ class Backward(NamedTuple):
         for grad in (self.dq, self.dk, self.dv, self.dbias):
             if grad is not None:
                 grad.zero_()
+
+
+class Buffers(NamedTuple):
+    """The tensors that C++ kernels fill or read besides the problem's own; None: those that one does not need."""
+
+    out: Tensor
+    lse: Tensor
+    dout: Tensor | None = None
+    dlse: Tensor | None = None
+    delta: Tensor | None = None  # as lse
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+    dq_sum: Tensor | None = None  # (*lse.shape, head_dim) float32
+    dbias_partial: Tensor | None = None  # (copies, *bias.shape) float32
+    dbias: Tensor | None = None

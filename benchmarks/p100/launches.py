@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn import _launcher, reference
 from fastattn.cuda_kernels import attention
-from fastattn.params import AttentionParams, Backward, Forward
+from fastattn.params import AttentionParams, Backward, Buffers, Forward
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ KERNELS = {kernel.name: kernel for kernel in _launcher.KERNELS}
 
 
 def launch_of(
-    kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, buffers: attention.Buffers
+    kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, buffers: Buffers
 ) -> Launch:
     """The launch that Device.launch is asked for."""
     k = KERNELS[kernel]
@@ -55,7 +55,7 @@ class Recorder(attention.Device):
         return self._multiprocessors
 
     def launch(
-        self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: attention.Buffers
+        self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers
     ) -> None:
         self.launches.append(launch_of(kernel, element, grid, p, b))
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _launcher, compat
 from ..blocks import bias_tiles_and_copies, count
-from ..params import AttentionParams, Backward, Forward
+from ..params import AttentionParams, Backward, Buffers, Forward
 from ..seam import Seam
 from . import images
 
@@ -24,22 +23,6 @@ SCORE_COST = {"attention_fwd": 1.15, "attention_bwd": 1.4}
 BLOCKS_TO_FILL = 2
 
 _launcher.set_image_source(images.image)
-
-
-class Buffers(NamedTuple):
-    """The tensors that a kernel fills or reads besides the problem's own; None: those that it does not need."""
-
-    out: Tensor
-    lse: Tensor
-    dout: Tensor | None = None
-    dlse: Tensor | None = None
-    delta: Tensor | None = None  # as lse
-    dq: Tensor | None = None
-    dk: Tensor | None = None
-    dv: Tensor | None = None
-    dq_sum: Tensor | None = None  # (*lse.shape, head_dim) float32
-    dbias_partial: Tensor | None = None  # (copies, *bias.shape) float32
-    dbias: Tensor | None = None
 
 
 # ---- where kernels run ----

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn.params import UNBOUNDED, AttentionParams
+from fastattn.params import UNBOUNDED, AttentionParams, Buffers
 from tests.support.attention_struct import BiasGrad, PerRow, Rows, Scores, Struct
 from tests.support.packing import NO_BIAS_GRAD, assert_fields, buffers, cuda, launcher, pack, problem, qkv, rows, scores
 
@@ -27,7 +27,7 @@ def test_twin_names_the_fields_of_the_header():
         assert sum(declared, []) == [field for field, *_ in twins[name]._fields_], name
 
 
-@pytest.mark.parametrize(("enum", "twin"), [("ParamsField", AttentionParams), ("BuffersField", cuda.Buffers)])
+@pytest.mark.parametrize(("enum", "twin"), [("ParamsField", AttentionParams), ("BuffersField", Buffers)])
 def test_positions_are_those_of_the_tuples(enum, twin):
     (body,) = re.findall(rf"enum {enum} \{{(.*?)\}};", (SOURCES / "pack.h").read_text(), re.DOTALL)
     *names, count = re.findall(r"k(\w+)", body)

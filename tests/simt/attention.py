@@ -20,7 +20,7 @@ from benchmarks.p100.launches import launch_of
 from fastattn import backends
 from fastattn.cuda_kernels import attention, images
 from fastattn.cuda_kernels.sources import ELEMENTS
-from fastattn.params import AttentionParams
+from fastattn.params import AttentionParams, Buffers
 from tests.simt.build import CACHE, ROOT
 from tests.simt.executor import Library, load
 from tests.simt.ptx import PtxLibrary, load_ptx, load_ptx_text
@@ -96,7 +96,7 @@ class Executor(attention.Device):
         return self._multiprocessors
 
     def launch(
-        self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: attention.Buffers
+        self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers
     ) -> None:
         launch = launch_of(kernel, element, grid, p, b)
         self.kernels.library(kernel, element).launch(

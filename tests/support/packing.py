@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastattn.params import UNBOUNDED, AttentionParams
+from fastattn.params import UNBOUNDED, AttentionParams, Buffers
 from tests.support.attention_struct import Struct, as_dict
 
 launcher = pytest.importorskip("fastattn._launcher", reason="fastattn._launcher is not built: it takes a C++ compiler")
@@ -24,9 +24,9 @@ def problem(q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> AttentionParams:
 
 
 def buffers(*first: Tensor, **others: Tensor) -> Any:
-    """cuda.Buffers with nothing but these."""
-    given = dict(zip(cuda.Buffers._fields, first, strict=False)) | others
-    return cuda.Buffers(**dict.fromkeys(cuda.Buffers._fields) | given)
+    """Buffers with nothing but these."""
+    given = dict(zip(Buffers._fields, first, strict=False)) | others
+    return Buffers(**dict.fromkeys(Buffers._fields) | given)
 
 
 def pack(p: AttentionParams, given: Any = None) -> dict[str, Any]:
