@@ -79,6 +79,14 @@ inline int to_length(py::handle number, const char* name) {
     return static_cast<int>(value);
 }
 
+// Of dense tensors: a longer one would be memory of others.
+inline void check_length(py::handle number, index_t length, const char* name) {
+    if (to_index(number) != length) {
+        throw py::value_error(std::string(name) + ": must be the tensor's length " + std::to_string(length) + ", got " +
+                              std::to_string(to_index(number)));
+    }
+}
+
 inline double to_double(py::handle number) {
     const double value = PyFloat_AsDouble(number.ptr());
     if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
@@ -232,6 +240,8 @@ inline void set_sizes(AttentionParams& params, const py::tuple& p, const Layout&
         params.batch = static_cast<int>(shape(field(p, kCuSeqlensQ), 1, "cu_seqlens_q")[0] - 1);
     } else {
         params.batch = static_cast<int>(q[0]);
+        check_length(field(p, kMaxSeqlenQ), q[2], "max_seqlen_q");
+        check_length(field(p, kMaxSeqlenK), k[2], "max_seqlen_k");
     }
     params.nheads = static_cast<int>(q[1]);
     params.nheads_k = static_cast<int>(k[1]);

@@ -212,7 +212,7 @@ def _below_autograd(operator: Any, args: tuple[Any, ...]) -> Any:
 def _differentiable(operator: Any, function: type[torch.autograd.Function], args: tuple[Any, ...]) -> Any:
     """What torch's register_autograd would make, but under torch.func, too."""
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return compat.apply_to_one_level(function, args)
+        return compat.apply_to_one_level(function, operators.with_own_lengths(args))
     with compat.below_autograd():
         return operator(*args)
 

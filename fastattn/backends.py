@@ -43,11 +43,12 @@ class CallTraits(NamedTuple):
     has_tangent: bool = False  # it is differentiated in forward mode
     is_jagged: bool = False  # its query, key and value are nested tensors
     is_traced_band: bool = False  # torch.jit.trace is recording a band other than torch's causal one
+    is_recorded: bool = False  # into a program that may run elsewhere
 
 
 def traits(p: AttentionParams, return_lse: bool) -> CallTraits:
     """The traits of a call."""
-    q, bias = p.q, p.bias
+    q, bias, is_jit_tracing = p.q, p.bias, compat.is_jit_tracing()
     return CallTraits(
         device_type(q),
         _capability(q.device) if q.is_cuda else None,
@@ -61,7 +62,8 @@ def traits(p: AttentionParams, return_lse: bool) -> CallTraits:
         bias is not None and (q.numel() == 0 or p.k.numel() == 0),
         compat.has_tangent((q, p.k, p.v, bias)),
         type(q) is not torch.Tensor and q.is_nested,
-        torch_sdpa.needs_band(p) and compat.is_jit_tracing(),
+        is_jit_tracing and torch_sdpa.needs_band(p),
+        is_jit_tracing or torch.compiler.is_exporting(),
     )
 
 
@@ -329,6 +331,8 @@ def use_backend(name: str) -> Iterator[None]:
 def choose(call: CallTraits) -> Backend:
     """The forced backend, else the first in order of preference that takes the call.
 
+    A program that is recorded keeps torch's function where that says the same: it runs without fastattn, too.
+
     Raises:
         NotImplementedError: a backend is forced and cannot take the call.
     """
@@ -339,7 +343,10 @@ def choose(call: CallTraits) -> Backend:
             reasons = "; it ".join(backend.why_not(call))
             raise NotImplementedError(f"backend {backend.name!r} cannot take this call: it {reasons}")
         return backend
+    is_portable = call.is_recorded and why_not_sdpa(call) is None
     for backend in BACKENDS:
+        if is_portable and backend.route is not Route.SDPA:
+            continue
         if not backend.on_request_only and backend.takes(call):
             if call.device_type == "cuda" and backend.route is Route.SDPA:
                 _warn_fallback(call)

@@ -105,11 +105,17 @@ def _check(args: tuple[Any, ...]) -> None:
 def _from_graph(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """An operator's arguments, checked; those that describe the call, which torch wants flat, in one."""
     _check(args)
+    count, args = len(AttentionParams._fields), with_own_lengths(args)
+    return AttentionParams(*args[:count]), *args[count:]
+
+
+def with_own_lengths(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An operator's arguments with the lengths of the dense tensors as they are, not as they were in a trace."""
     count = len(AttentionParams._fields)
     p = AttentionParams(*args[:count])
-    if not p.is_packed():  # lengths as they are, not as they were
-        p = p.replace(max_seqlen_q=p.q.shape[-2], max_seqlen_k=p.k.shape[-2])
-    return p, *args[count:]
+    if p.is_packed():
+        return args
+    return *p.replace(max_seqlen_q=p.q.shape[-2], max_seqlen_k=p.k.shape[-2]), *args[count:]
 
 
 def _check_devices(p: AttentionParams, backend: str) -> None:

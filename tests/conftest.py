@@ -59,7 +59,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture
 def attended() -> Iterator[list[AttentionParams]]:
-    """Every attention call made on the `torch` backend during a test."""
+    """Every attention call made on tensors of the CPU during a test."""
     calls: list[AttentionParams] = []
     with recording(calls):
         yield calls

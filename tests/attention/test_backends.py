@@ -37,7 +37,7 @@ def call_on(gpu: str | None, **changes: Any) -> CallTraits:
 @pytest.fixture
 def all_installed() -> Iterator[None]:
     """Every backend's module can be imported."""
-    with installed("triton", "cuda"):
+    with installed("triton", "cuda", "cpu"):
         yield
 
 
@@ -81,13 +81,21 @@ def test_a_backend_takes_what_it_has_no_reason_against(request, installed, gpu, 
         assert backend.takes(call) == (backend.why_not(call) == [])
 
 
-def test_cpu_runs_torch_whatever_is_installed(all_installed: None) -> None:
+def test_the_cpu_gets_its_kernels(all_installed: None) -> None:
     explanation = backends.explain_choice(call_on(None))
-    assert explanation.backend == "torch" and explanation.route == "F.scaled_dot_product_attention"
+    assert explanation.backend == "cpu" and explanation.route == "fused kernels, forward and backward"
     assert explanation.refusals == {
         "triton": ["needs a CUDA device, got cpu"],
         "cuda": ["needs a CUDA device, got cpu"],
     }
+    for changes in ({"head_dim": 257}, {"dtype": torch.float64}):
+        assert backends.choose(call_on(None, **changes)).name == "torch"
+
+
+def test_the_cpu_runs_torch_where_nothing_is_installed(none_installed: None) -> None:
+    explanation = backends.explain_choice(call_on(None))
+    assert explanation.backend == "torch" and explanation.route == "F.scaled_dot_product_attention"
+    assert explanation.refusals["cpu"] == ["is not part of this installation (no module)"]
 
 
 @pytest.mark.parametrize(
@@ -142,11 +150,11 @@ def test_forcing_nests_and_ends(all_installed: None) -> None:
         with pytest.raises(RuntimeError), fastattn.use_backend("torch"):
             raise RuntimeError
         assert backends.choose(call_on("H100")).name == "reference"
-    assert backends.choose(call_on(None)).name == "torch"
+    assert backends.choose(call_on(None)).name == "cpu"
 
 
 def test_forcing_an_unknown_backend() -> None:
-    rule = "backend: must be one of triton, cuda, torch, reference, got 'flash'"
+    rule = "backend: must be one of triton, cuda, cpu, torch, reference, got 'flash'"
     with pytest.raises(ValueError, match=rule), fastattn.use_backend("flash"):
         raise AssertionError("entered")
 
@@ -193,7 +201,7 @@ class SdpaCalls(TorchFunctionMode):
     [pytest.param(case, id=str(case), marks=pytest.mark.long if n % 4 else ()) for n, case in enumerate(_claimed())],
 )
 def test_torch_says_the_same(case: Case) -> None:
-    with SdpaCalls() as calls:
+    with SdpaCalls() as calls, fastattn.use_backend("torch"):
         check(case)
     assert len(calls.options) == 2  # the two runs that must agree
     assert not any("is_causal" in options for options in calls.options) or case.mask == case.bias == "none"
@@ -203,14 +211,16 @@ def test_ours_in_the_place_of_torchs_does_not_call_itself(monkeypatch: pytest.Mo
     q, k, v = torch.randn(3, 2, 2, 9, 8).unbind()
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     monkeypatch.setattr(F, "scaled_dot_product_attention", fastattn.scaled_dot_product_attention)
-    assert torch.equal(F.scaled_dot_product_attention(q, k, v, is_causal=True), expected)
+    with fastattn.use_backend("torch"):
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v, is_causal=True), expected)
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 @pytest.mark.parametrize("seqlens", [(5, 5), (5, 9), (9, 5)])
 def test_causal_with_a_scale_that_torch_cannot_take(scale: float, seqlens: tuple[int, int]) -> None:
     """F.scaled_dot_product_attention(is_causal=True) is NaN for scales of 0 and less, in torch 2.7.1 and 2.13.0."""
-    check(Case(band="causal", scale=scale, seqlens=seqlens, return_lse=False))
+    with fastattn.use_backend("torch"):
+        check(Case(band="causal", scale=scale, seqlens=seqlens, return_lse=False))
 
 
 def test_torch_is_trusted_with_most_of_the_contract() -> None:
@@ -223,7 +233,8 @@ def test_torch_is_trusted_with_most_of_the_contract() -> None:
 def test_torch_is_not_trusted_with_the_bias_of_nothing(seqlens: tuple[int, int]) -> None:
     case = Case(bias="full", return_lse=False, seqlens=seqlens)
     assert not _torch_takes(case)
-    check(case)
+    with fastattn.use_backend("torch"):
+        check(case)
 
 
 # ---- explain ----
@@ -232,22 +243,25 @@ def test_torch_is_not_trusted_with_the_bias_of_nothing(seqlens: tuple[int, int])
 def test_explain_names_the_route() -> None:
     q, k = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 5, 8)
     mask = torch.ones(3, 5, dtype=torch.bool)
-    for kwargs in ({}, {"attn_mask": mask, "is_causal": True, "attn_bias": torch.zeros(3, 5)}, {"window": (1, 1)}):
-        assert fastattn.explain(q, k, k, **kwargs).route == "F.scaled_dot_product_attention"
-    half, bias = q[:, :, :, :1].bfloat16(), torch.zeros(3, 3)
-    assert "the query's dtype" in fastattn.explain(half, half, half, attn_bias=bias).route
-    for kwargs, reason in [
-        ({"attn_mask": mask, "dropout_p": 0.1}, "dropout bits"),
-        ({"return_lse": True}, "log-sum-exp"),
-    ]:
-        assert reason in fastattn.explain(q, k, k, **kwargs).route
+    assert fastattn.explain(q, k, k).route == "fused kernels, forward and backward"
+    with fastattn.use_backend("torch"):
+        for kwargs in ({}, {"attn_mask": mask, "is_causal": True, "attn_bias": torch.zeros(3, 5)}, {"window": (1, 1)}):
+            assert fastattn.explain(q, k, k, **kwargs).route == "F.scaled_dot_product_attention"
+        half, bias = q[:, :, :, :1].bfloat16(), torch.zeros(3, 3)
+        assert "the query's dtype" in fastattn.explain(half, half, half, attn_bias=bias).route
+        for kwargs, reason in [
+            ({"attn_mask": mask, "dropout_p": 0.1}, "dropout bits"),
+            ({"return_lse": True}, "log-sum-exp"),
+        ]:
+            assert reason in fastattn.explain(q, k, k, **kwargs).route
     with fastattn.use_backend("reference"):
         assert fastattn.explain(q, k, k).backend == "reference"
 
 
 def test_explain_packed_and_copies() -> None:
     x, cu_seqlens = torch.randn(7, 2, 8), torch.tensor([0, 3, 7], dtype=torch.int32)
-    assert "packed" in fastattn.explain(x, x, x, cu_seqlens, cu_seqlens, 4, 4).route
+    with fastattn.use_backend("torch"):
+        assert "packed" in fastattn.explain(x, x, x, cu_seqlens, cu_seqlens, 4, 4).route
     strided = torch.randn(7, 8, 2).transpose(1, 2)
     explanation = fastattn.explain(strided, x, x, cu_seqlens, cu_seqlens, 4, 4)
     assert explanation.notes == ("q is copied, because its last dimension is not contiguous",)
@@ -257,9 +271,10 @@ def test_explain_packed_and_copies() -> None:
 def test_explain_tells_dense_from_packed_as_the_call_does() -> None:
     x, cu_seqlens = torch.randn(7, 2, 8), torch.tensor([0, 3, 7], dtype=torch.int32)
     lengths = {"cu_seqlens_k": cu_seqlens, "max_seqlen_q": 4, "max_seqlen_k": 4}
-    assert "packed" in fastattn.explain(x, x, x, cu_seqlens, **lengths).route
     q = torch.randn(2, 2, 3, 8)
-    assert fastattn.explain(q, q, q, None, 0.5).backend == "torch"
+    with fastattn.use_backend("torch"):
+        assert "packed" in fastattn.explain(x, x, x, cu_seqlens, **lengths).route
+        assert "dropout" in fastattn.explain(q, q, q, None, 0.5).route
     mask = torch.ones(3, 3, dtype=torch.int32)
     for call in (fastattn.explain, fastattn.scaled_dot_product_attention):
         with pytest.raises(ValueError, match="attn_mask: dtype must be bool .* got torch.int32"):
@@ -275,12 +290,13 @@ def test_explain_draws_no_random_number() -> None:
 
 @pytest.mark.parametrize("dtype", backends.HALF)
 @pytest.mark.parametrize("is_autocast", [False, True])
-def test_half_precision_is_attended_to_in_float32_on_the_cpu(dtype, is_autocast):
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_half_precision_is_attended_to_in_float32_on_the_cpu(backend, dtype, is_autocast):
     q, k, v = torch.randn(3, 2, 4, 9, 16).to(dtype).unbind()
     mask = torch.rand(2, 1, 1, 9) < 0.8
-    with torch.autocast("cpu", dtype, enabled=is_autocast):
+    with torch.autocast("cpu", dtype, enabled=is_autocast), fastattn.use_backend(backend):
         out = functional.scaled_dot_product_attention(q, k, v, mask)
-    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
+        expected = functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
     assert out.dtype == dtype and torch.equal(out, expected.to(dtype))
 
 
@@ -295,7 +311,7 @@ def test_a_backend_is_allowed_anywhere_in_every_thread(all_installed: None) -> N
         thread.join()
         assert backends.get("cuda").why_not(call_on(None)) == []
     assert seen == ["cuda"]
-    assert backends.choose(call_on(None)).name == "torch"
+    assert backends.choose(call_on(None)).name == "cpu"
     assert backends.get("cuda").why_not(call_on(None)) == ["needs a CUDA device, got cpu"]
 
 

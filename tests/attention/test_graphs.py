@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,8 @@ def test_a_trace_calls_a_native_backend_and_not_what_it_filled(backend: str) -> 
     from tests.support.stand_in import stand_in
 
     with stand_in(backend, passes=Passes, devices=None, min_capability=None):
-        traced = torch.jit.trace(fastattn.scaled_dot_product_attention, tensors(), check_trace=False)
+        function = functools.partial(fastattn.scaled_dot_product_attention, return_lse=True)
+        traced = torch.jit.trace(lambda *x: function(*x)[0], tensors(), check_trace=False)
         count = len(calls)
         assert traced(*tensors()).unique().tolist() == [count + 1]
         assert len(calls) == count + 1
@@ -171,8 +173,8 @@ class Attention(nn.Module):
         return _results(fastattn.scaled_dot_product_attention(q, k, v, **self.arguments))[0]
 
 
-def exported(backend: str | None = None, **arguments: Any) -> Any:
-    with backends.replaced(backends.get("torch")) if backend is None else fastattn.use_backend(backend):
+def exported(backend: str, **arguments: Any) -> Any:
+    with fastattn.use_backend(backend):
         return torch.export.export(Attention(**arguments), tuple(tensors()))
 
 
@@ -182,14 +184,21 @@ def targets(program: Any) -> set[str]:
 
 @pytest.mark.long
 def test_an_exported_call_stays_torchs_where_that_says_the_same() -> None:
-    assert "aten.scaled_dot_product_attention.default" in targets(exported())
-    assert "fastattn.attention_fwd.default" in targets(exported(return_lse=True))
+    def by_default(**arguments: Any) -> set[str]:
+        return targets(torch.export.export(Attention(**arguments), tuple(tensors())))
+
+    assert "aten.scaled_dot_product_attention.default" in by_default()
+    assert "fastattn.attention_fwd.default" in by_default(return_lse=True)
+    for backend in ("cpu", "torch"):
+        program = exported(backend, return_lse=True)
+        assert "fastattn.attention_fwd.default" in targets(program)
+    assert "fastattn.attention_fwd.default" in targets(exported("cpu"))
 
 
 @pytest.mark.long
 def test_an_exported_operator_runs_only_where_its_backend_does() -> None:
     inputs = tensors()
-    program = exported(return_lse=True)
+    program = exported("torch", return_lse=True)
     torch.testing.assert_close(program.module()(*inputs), Attention(return_lse=True)(*inputs))
     with backends.anywhere("cuda"):  # as if the CPU were a GPU
         elsewhere = exported("cuda", return_lse=True)
@@ -215,8 +224,8 @@ def test_an_operator_wants_its_tensors_in_one_place() -> None:
 
 
 def operators_of(graph: torch.fx.GraphModule) -> str:
-    names = [str(getattr(node.target, "__name__", node.target)) for node in graph.graph.nodes]
-    return "sdpa" if any("scaled_dot_product" in name for name in names) else "reference"
+    names = " ".join(str(getattr(node.target, "__name__", node.target)) for node in graph.graph.nodes)
+    return "sdpa" if "scaled_dot_product" in names else "fused" if "attention_fwd" in names else "reference"
 
 
 @pytest.mark.long
@@ -237,7 +246,7 @@ def test_a_compiled_function_is_compiled_anew_for_another_backend() -> None:
             function(q)
         function(q)
     function(q)
-    assert made == ["sdpa", "reference", "sdpa"]
+    assert made == ["fused", "reference", "sdpa"]
 
 
 @pytest.mark.long
@@ -256,11 +265,12 @@ def test_use_backend_inside_of_a_compiled_function() -> None:
     torch._dynamo.reset()
     q = tensors()[0]
     compiled = torch.compile(function, fullgraph=True, backend=compiler)
-    for x, y in zip(compiled(q), function(q), strict=True):
-        torch.testing.assert_close(x, y)
+    with fastattn.use_backend("torch"):
+        for x, y in zip(compiled(q), function(q), strict=True):
+            torch.testing.assert_close(x, y)
     (names,) = made
     assert names.count("scaled_dot_product_attention") == 1
-    assert fastattn.explain(q, q, q).backend == "torch"
+    assert fastattn.explain(q, q, q).backend == "cpu"
 
 
 def test_use_backend_holds_for_one_task() -> None:
@@ -275,7 +285,7 @@ def test_use_backend_holds_for_one_task() -> None:
 
     async def several() -> None:
         await asyncio.gather(one("reference"), one("torch"), one("reference"))
-        seen.append(("torch", fastattn.explain(q, q, q).backend))
+        seen.append(("cpu", fastattn.explain(q, q, q).backend))
 
     asyncio.run(several())
     assert len(seen) == 10 and all(wanted == found for wanted, found in seen)

@@ -241,7 +241,7 @@ def test_forcing_a_backend_holds_for_one_thread() -> None:
     with fastattn.use_backend("reference"):
         thread.start()
         thread.join()
-    assert found == ["torch"]
+    assert found == [fastattn.explain(q, q, q).backend] != ["reference"]
 
 
 @pytest.mark.long
@@ -334,7 +334,7 @@ def test_kernels_get_operands_that_lie_in_memory_as_they_read_them() -> None:
 
     lazy = lambda *shape: torch._neg_view(torch.randn(shape)).requires_grad_()  # noqa: E731
     edges = torch.stack([cumulative([3, 4]), cumulative([4, 3])], 1)
-    with stand_in("torch", passes=SimpleNamespace(attention_fwd=attention_fwd, attention_bwd=attention_bwd)):
+    with stand_in("cpu", passes=SimpleNamespace(attention_fwd=attention_fwd, attention_bwd=attention_bwd)):
         for q, k, v in ([lazy(7, 2, 8) for _ in range(3)], [lazy(7, 8, 2).transpose(1, 2) for _ in range(3)]):
             bias = lazy(2, 1, 1)
             out, lse = fastattn.varlen_attention(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
-from fastattn import backends, torch_sdpa
+from fastattn import backends
 from fastattn.backends import Backend
 from fastattn.params import AttentionParams, Forward
 
@@ -47,15 +47,22 @@ def installed(*names: str) -> AbstractContextManager[None]:
 
 
 def recording(calls: list[AttentionParams]) -> AbstractContextManager[None]:
-    """Inside, the `torch` backend adds every call to the list before it attends."""
+    """Inside, the backends that take tensors on a CPU add every call to the list before they attend."""
+    stack = ExitStack()
+    for name in ("cpu", "torch"):
+        missing = backends.get(name).why_missing()
+        passes = None if missing else _recorded(backends.get(name).kernels(), calls)
+        stack.enter_context(stand_in(name, passes=passes, missing=missing))
+    return stack
 
+
+def _recorded(kernels: Any, calls: list[AttentionParams]) -> SimpleNamespace:
     def attention(p: AttentionParams) -> Any:
         calls.append(p)
-        return torch_sdpa.attention(p)
+        return kernels.attention(p)
 
     def attention_fwd(forward: Forward, p: AttentionParams) -> None:
         calls.append(p)
-        torch_sdpa.attention_fwd(forward, p)
+        kernels.attention_fwd(forward, p)
 
-    passes = SimpleNamespace(attention=attention, attention_fwd=attention_fwd, attention_bwd=torch_sdpa.attention_bwd)
-    return stand_in("torch", passes=passes)
+    return SimpleNamespace(attention=attention, attention_fwd=attention_fwd, attention_bwd=kernels.attention_bwd)
