@@ -28,18 +28,18 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import fastattn
 from fastattn.nmt.generation import cross_attention_weights, translate
+from fastattn.nmt.layout import PackedTokens
 from fastattn.nmt.losses import label_smoothed_cross_entropy
 from fastattn.nmt.schedule import noam_schedule
 from number_translation import Vocabulary, draw_pairs
 
 TEST_SEED = 2017  # the test sentences are the same for every --seed
-BATCH_TOKENS = 1_200  # most tokens of a batch on each side, padding included
+BATCH_TOKENS = 1_200  # most tokens of a batch on each side, if it were padded
 WARMUP_STEPS = 400
 LEARNING_RATE_FACTOR = 0.7
 AVERAGED_SHARE = 0.2  # the weights after each of the last fifth of the steps are averaged
@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test-sentences", type=positive_int, default=500, help="unseen sentences (default 500)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help=f"cpu, cuda, cuda:1 ... (default {device})")
-    backends = ["cuda", "triton", "torch", "reference"]
+    backends = ["cpu", "cuda", "triton", "torch", "reference"]
     parser.add_argument("--backend", choices=backends, help="default: the best one there is")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of model and pictures (default demo)")
     parser.add_argument("--translate", metavar="SENTENCE", help="only translate SENTENCE with the model in --out")
@@ -135,13 +135,10 @@ def build_model(vocabulary: Vocabulary) -> fastattn.Transformer:
 
 
 def explain_attention(config: fastattn.TransformerConfig, device: str) -> str:
-    """Which backend runs the model's attention, and why: a call as in training, 64 sentences of 30 pieces."""
-    head_dim = config.d_model // config.num_heads
-    q, k, v = torch.zeros(3, 64, config.num_heads, 30, head_dim, device=device).unbind()
-    padding = torch.ones(64, 1, 1, 30, dtype=torch.bool, device=device)
-    causal = fastattn.explain(q, k, v, is_causal=True)
-    cross = fastattn.explain(q, k, v, padding)
-    return f"Attention of the decoder to itself (causal):\n{causal}\nAttention to the source (padding mask):\n{cross}"
+    """Which backend runs the model's attention, and why: a call as in training, two sentences of 30 pieces."""
+    q, k, v = torch.zeros(3, 60, config.num_heads, config.d_model // config.num_heads, device=device).unbind()
+    cu_seqlens = torch.tensor([0, 30, 60], dtype=torch.int32, device=device)
+    return f"Attention, of sentences end to end:\n{fastattn.explain(q, k, v, cu_seqlens, cu_seqlens, 30, 30)}"
 
 
 def save_model(folder: Path, model: fastattn.Transformer, vocabulary: Vocabulary) -> None:
@@ -188,7 +185,8 @@ def train(
             source, target = (side.to(args.device) for side in next(batches))
             hidden = model.hidden(source, target)
             smoothing = model.config.label_smoothing
-            sums = label_smoothed_cross_entropy(hidden, model.output_weight(), target, smoothing, vocabulary.pad_id)
+            output = model.output_weight()
+            sums = label_smoothed_cross_entropy(hidden, output, target.tokens, smoothing, vocabulary.pad_id)
             optimizer.zero_grad()
             (sums.loss / sums.num_tokens).backward()
             history.learning_rate.append(float(schedule.get_last_lr()[0]))
@@ -220,18 +218,21 @@ def encode_pairs(pairs: list[tuple[str, str]], vocabulary: Vocabulary) -> list[t
     return [(ids(english), ids(german)) for english, german in pairs]
 
 
-def endless_batches(encoded: list[tuple[Tensor, Tensor]], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Padded (source, target) ids of sentences of similar length, in a new order in every round.
-
-    So little is padding that on a CPU padded batches are faster than packed ones.
-    """
+def endless_batches(encoded: list[tuple[Tensor, Tensor]], seed: int) -> Iterator[tuple[PackedTokens, PackedTokens]]:
+    """Source and target ids of sentences of similar length, end to end, in a new order in every round."""
     rng = random.Random(seed)
     while True:
         batches = token_batches(sorted(encoded, key=lambda pair: len(pair[0]) + len(pair[1]) + 6 * rng.random()))
         rng.shuffle(batches)
         for batch in batches:
-            source, target = (pad_sequence(list(side), batch_first=True) for side in zip(*batch, strict=True))
+            source, target = (end_to_end(list(side)) for side in zip(*batch, strict=True))
             yield source, target
+
+
+def end_to_end(sentences: list[Tensor]) -> PackedTokens:
+    """Sentences without padding."""
+    lengths = torch.tensor([0, *map(len, sentences)])
+    return PackedTokens(torch.cat(sentences), lengths.cumsum(0).int(), int(lengths.max()))
 
 
 def token_batches(pairs: list[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastattn import Transformer
+from fastattn import Transformer, explain
 from fastattn.nmt.batches import TokenBatches
 from fastattn.nmt.data import ParallelTokens
 
@@ -168,11 +168,19 @@ class Run:
             "processes": self.world.size,
             "accumulation": self.args.accumulate,
             "packed": self._is_packed(),
+            "attention": self._attention(),
             "torch": torch.__version__,
         }
 
     def _is_packed(self) -> bool:
-        return self.args.batches == "packed" or (self.args.batches is None and self.world.device.type == "cuda")
+        if self.args.batches is None:
+            return self.world.device.type == "cuda" or self._attention() == "cpu"
+        return bool(self.args.batches == "packed")
+
+    def _attention(self) -> str:
+        """The backend that computes it, on which the last bits depend."""
+        x = torch.empty(1, 1, 1, 1, device=self.world.device)
+        return explain(x, x, x).backend
 
     def _model(self, checkpoint: Path | None) -> Transformer:
         if checkpoint:
@@ -197,9 +205,9 @@ class Run:
 
 def _check_same_recipe(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise ValueError unless this command would have made the same updates as those made before."""
-    for name in ("seed", "pairs", "subwords_sha256"):
-        if old[name] != new[name]:
-            raise ValueError(f"--out: was trained with {name} {old[name]!r}, got {new[name]!r}")
+    for name in ("seed", "pairs", "subwords_sha256", "packed", "attention"):
+        if old.get(name) != new[name]:
+            raise ValueError(f"--out: was trained with {name} {old.get(name)!r}, got {new[name]!r}")
     before, now = (json.loads(json.dumps(description["config"])) for description in (old, new))
     free = _FREE | ({"updates"} if now["schedule"] == "noam" else set())
     for name in before.keys() | now.keys():

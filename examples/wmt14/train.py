@@ -48,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=1, help="of the model, the order of the data and dropout (default 1)")
     accumulate = "steps in which every process computes its share of an update; more need less memory (default 1)"
     add("--accumulate", type=positive_int, default=1, metavar="STEPS", help=accumulate)
-    batches = "without padding or with it (default: packed on CUDA, padded on the CPU, where that is faster)"
+    batches = "without padding or with it (default: packed, but padded on a CPU without fused kernels)"
     add("--batches", choices=["packed", "padded"], help=batches)
     add("--checkpoint-activations", action="store_true", help="compute activations twice: less memory, more time")
     add("--log-every", type=positive_int, default=50, metavar="UPDATES", help="between two records (default 50)")

@@ -11,7 +11,7 @@ import torch
 
 from fastattn.params import UNBOUNDED, AttentionParams, Buffers
 from tests.support.attention_struct import BiasGrad, PerRow, Rows, Scores, Struct
-from tests.support.packing import NO_BIAS_GRAD, assert_fields, buffers, cuda, launcher, pack, problem, qkv, rows, scores
+from tests.support.packing import NO_BIAS_GRAD, assert_fields, buffers, launcher, pack, problem, qkv, rows, scores
 
 SOURCES = Path(__file__).parents[2] / "csrc"
 HEADER = SOURCES / "attention.h"

@@ -25,7 +25,7 @@ from examples.wmt14.progress import read_log
 from examples.wmt14.subwords import Subwords
 from examples.wmt14.trainer import Trainer
 from examples.wmt14.validation import Score, Validation
-from fastattn import Transformer
+from fastattn import Transformer, use_backend
 from fastattn.nmt.batches import TokenBatches
 from fastattn.nmt.data import ParallelTokens
 from fastattn.nmt.generation import Hypothesis, greedy_search, translate
@@ -128,7 +128,8 @@ def test_description_of_the_run(finished, data):
     description = json.loads((finished / "config.json").read_text(encoding="utf-8"))
     assert description["config"]["name"] == "smoke" and description["config"]["updates"] == 12
     assert description["config"]["transformer"]["d_model"] == 32
-    assert description["data"] == str(data) and description["seed"] == 1 and description["packed"] is False
+    assert description["data"] == str(data) and description["seed"] == 1
+    assert description["packed"] is True and description["attention"] == "cpu"
 
 
 def test_checkpointed_activations(data, tmp_path):
@@ -192,6 +193,9 @@ def test_refusals(finished, data, tmp_path):
     assert "was trained with seed 1, got 2" in refusal([*options, "--seed", "2"])
     assert "was trained with updates 12, got 13" in refusal([*options, "--updates", "13"])
     assert "was trained with precision 'fp32', got 'bf16'" in refusal([*options, "--precision", "bf16"])
+    assert "was trained with packed True, got False" in refusal([*options, "--batches", "padded"])
+    with use_backend("reference"):
+        assert "was trained with attention 'cpu', got 'reference'" in refusal([*options, "--batches", "packed"])
     assert train.main([*options, "--keep-last", "1"]) == 0
     new = tmp_path / "new"
     assert "--config: must be one of base_en_de" in refusal([*command(data, new), "--config", "large"])
