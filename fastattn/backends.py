@@ -306,7 +306,7 @@ def use_backend(name: str) -> Iterator[None]:
     Holds for this thread and this asyncio task. A compiled function is compiled anew for it.
 
     Args:
-        name: "triton", "cuda", "torch" or "reference" (plain torch, differentiable any number of times).
+        name: "triton", "cuda", "cpu", "torch" or "reference" (plain torch, differentiable any number of times).
 
     Raises:
         ValueError: there is no such backend.
