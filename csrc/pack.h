@@ -20,8 +20,8 @@ namespace py = pybind11;
 // clang-format off
 // Positions in fastattn.params.AttentionParams.
 enum ParamsField {
-    kQ, kK, kV, kMask, kBias, kSeed, kCuSeqlensQ, kCuSeqlensK, kMaxSeqlenQ, kMaxSeqlenK,
-    kScale, kDropoutP, kLeft, kRight, kBottomRight, kParamsFields
+    kQ, kK, kV, kMask, kBias, kSeed, kCuSeqlensQ, kCuSeqlensK, kSequsedK, kMaxSeqlenQ,
+    kMaxSeqlenK, kScale, kSoftcap, kDropoutP, kLeft, kRight, kBottomRight, kParamsFields
 };
 
 // Positions in fastattn.params.Buffers.
@@ -80,10 +80,10 @@ inline int to_length(py::handle number, const char* name) {
 }
 
 // Of dense tensors: a longer one would be memory of others.
-inline void check_length(py::handle number, index_t length, const char* name) {
-    if (to_index(number) != length) {
+inline void check_length(int number, index_t length, const char* name) {
+    if (number != length) {
         throw py::value_error(std::string(name) + ": must be the tensor's length " + std::to_string(length) + ", got " +
-                              std::to_string(to_index(number)));
+                              std::to_string(number));
     }
 }
 
@@ -240,13 +240,16 @@ inline void set_sizes(AttentionParams& params, const py::tuple& p, const Layout&
         params.batch = static_cast<int>(shape(field(p, kCuSeqlensQ), 1, "cu_seqlens_q")[0] - 1);
     } else {
         params.batch = static_cast<int>(q[0]);
-        check_length(field(p, kMaxSeqlenQ), q[2], "max_seqlen_q");
-        check_length(field(p, kMaxSeqlenK), k[2], "max_seqlen_k");
     }
     params.nheads = static_cast<int>(q[1]);
     params.nheads_k = static_cast<int>(k[1]);
+    params.seqused_k = contiguous<const int>(field(p, kSequsedK), "seqused_k");
     params.seqlen_q = to_length(field(p, kMaxSeqlenQ), "max_seqlen_q");
     params.seqlen_k = to_length(field(p, kMaxSeqlenK), "max_seqlen_k");
+    if (!layout.is_packed) {
+        check_length(params.seqlen_q, q[2], "max_seqlen_q");
+        check_length(params.seqlen_k, k[2], "max_seqlen_k");
+    }
     params.head_dim = static_cast<int>(q.last());
     params.head_dim_v = static_cast<int>(v.last());
 }
@@ -288,6 +291,7 @@ inline AttentionParams pack(int element, const py::tuple& p, const py::tuple& bu
     if (params.bias.data != nullptr) params.bias_type = bias_type(field(p, kBias));
     params.dbias = bias_grad(field(buffers, kDbiasPartial), field(buffers, kDbias));
     params.scale = static_cast<float>(to_double(field(p, kScale)));
+    params.softcap = static_cast<float>(to_double(field(p, kSoftcap)));
     params.left = to_int(field(p, kLeft), "left");
     params.right = to_int(field(p, kRight), "right");
     params.bottom_right = PyObject_IsTrue(field(p, kBottomRight).ptr());

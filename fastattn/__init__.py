@@ -4,6 +4,7 @@ from . import flops as flops  # whose formulas are registered by the import
 from .backends import FastattnFallbackWarning, use_backend
 from .functional import explain, scaled_dot_product_attention, varlen_attention
 from .integrations.torch import replace_attention
+from .merging import merge_attention
 from .modules import MultiHeadAttention
 from .nmt.config import TransformerConfig
 from .nmt.transformer import Transformer
@@ -14,6 +15,7 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "explain",
+    "merge_attention",
     "replace_attention",
     "scaled_dot_product_attention",
     "use_backend",

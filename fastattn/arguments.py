@@ -30,6 +30,8 @@ def attention_params(
     attn_bias: Tensor | None = None,
     window: Window = None,
     causal_align: CausalAlign = "top-left",
+    softcap: float | None = None,
+    seqused_k: Tensor | None = None,
 ) -> AttentionParams:
     """The checked arguments of one dense call, as `scaled_dot_product_attention` takes them; no seed is drawn yet."""
     query, key, value = _attended(query, key, value)
@@ -45,15 +47,19 @@ def attention_params(
     if type(q) is not Tensor and q.is_nested:
         check_jagged(attn_mask=attn_mask, attn_bias=attn_bias, window=window)
         check_jagged(dropout_p=dropout_p or None, causal_align=causal_align if bottom_right else None)
+        check_jagged(softcap=softcap, seqused_k=seqused_k)
     mask = bias = None
     if attn_mask is not None or attn_bias is not None:
         if attn_bias is not None and type(attn_bias) is not Tensor:
             tensors.check("attn_bias", attn_bias)
         shape = (*shapes.leading(q, query, key, value), seqlen_q, seqlen_k)
         mask, bias = _mask_and_bias(attn_mask, attn_bias, query, shape)
+    if seqused_k is not None:
+        _check_seqused(seqused_k, q, q.shape[0], [seqlen_k])
     return AttentionParams(
-        q, k, v, mask, bias, None, None, None, seqlen_q, seqlen_k,
-        float(head_dim) ** -0.5 if scale is None else values.scale(scale), dropout_p, left, right, bottom_right,
+        q, k, v, mask, bias, None, None, None, seqused_k, seqlen_q, seqlen_k,
+        float(head_dim) ** -0.5 if scale is None else values.scale(scale),
+        0.0 if softcap is None else values.softcap(softcap), dropout_p, left, right, bottom_right,
     )  # fmt: skip
 
 
@@ -74,6 +80,8 @@ def varlen_attention_params(
     causal_align: CausalAlign = "bottom-right",
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    seqused_k: Tensor | None = None,
 ) -> AttentionParams:
     """The checked arguments of one packed call, as `varlen_attention` takes them; no seed is drawn yet."""
     query, key, value = _attended(query, key, value)
@@ -89,11 +97,29 @@ def varlen_attention_params(
             tensors.check(name, x)
     shape = (cu_seqlens_q.size(0) - 1, query.shape[1], max_seqlen_q, max_seqlen_k)
     mask, bias = _mask_and_bias(attn_mask, attn_bias, query, shape)
+    if seqused_k is not None:
+        _check_seqused(seqused_k, query, shape[0], _readable_lengths(cu_seqlens_k))
     return AttentionParams(
-        query, key, value, mask, bias, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        float(query.shape[-1]) ** -0.5 if scale is None else values.scale(scale),
+        query, key, value, mask, bias, None, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k,
+        float(query.shape[-1]) ** -0.5 if scale is None else values.scale(scale), values.softcap(softcap),
         values.probability("dropout_p", dropout_p), left, right, bottom_right,
     )  # fmt: skip
+
+
+def with_seed(p: AttentionParams, dropout_seed: Tensor | None = None) -> AttentionParams:
+    """The same call with the seed of its dropout, if it has dropout: the given one, or one that is drawn.
+
+    Raises:
+        ValueError: dropout_seed is not (1,) int64 on query's device.
+    """
+    if dropout_seed is not None:
+        tensors.check("dropout_seed", dropout_seed)
+        tensors.check_device("dropout_seed", dropout_seed, p.q)
+        if dropout_seed.dtype != torch.int64 or tuple(dropout_seed.shape) != (1,):
+            got = f"{dropout_seed.dtype}, {tuple(dropout_seed.shape)}"
+            raise ValueError(f"dropout_seed: must be int64 of shape (1,), got {got}")
+        return p if p.dropout_p == 0 else p.replace(seed=dropout_seed)
+    return draw_seed(p)
 
 
 def draw_seed(p: AttentionParams) -> AttentionParams:
@@ -226,7 +252,7 @@ def _check_cu_seqlens(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, side: str)
 
 
 def check_lengths(p: AttentionParams) -> None:
-    """The lengths of a packed call, once more where tensors may have changed since it was made; CPU tensors only.
+    """The lengths that tensors hold, once more where these may have changed since the call; CPU tensors only.
 
     Raises:
         ValueError: they are not what they have to be.
@@ -237,6 +263,10 @@ def check_lengths(p: AttentionParams) -> None:
     ):
         if cu_seqlens is not None:
             _check_values(x, cu_seqlens, max_seqlen, side)
+    if p.seqused_k is not None:
+        lengths = [p.k.shape[-2]] if p.cu_seqlens_k is None else _readable_lengths(p.cu_seqlens_k)
+        if lengths is not None:
+            _check_used_values(p.seqused_k, lengths)
 
 
 def _check_values(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, side: str) -> None:
@@ -254,6 +284,39 @@ def _check_values(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, side: str) -> 
         raise ValueError(f"{name}: must not exceed the {total} tokens there are, got {edges[-1]}")
     if largest > max_seqlen:
         raise ValueError(f"max_seqlen_{side}: must be at least the longest length {largest}, got {max_seqlen}")
+
+
+def _readable_lengths(cu_seqlens: Tensor) -> list[int] | None:
+    """The lengths of packed sequences, or None where they cannot be read without waiting for them."""
+    if not cu_seqlens.is_cpu or type(cu_seqlens) is not Tensor or torch.compiler.is_compiling():
+        return None
+    edges = compat.to_list(cu_seqlens)
+    return [end - start for start, end in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def _check_seqused(seqused_k: Tensor, query: Tensor, batch: int, lengths: list[int] | None) -> None:
+    """Class, dtype, shape and device always; the values where they can be read without waiting for them.
+
+    Args:
+        lengths: of the keys, one for each sequence or one for all.
+    """
+    tensors.check("seqused_k", seqused_k)
+    tensors.check_device("seqused_k", seqused_k, query)
+    if seqused_k.dtype != torch.int32 or tuple(seqused_k.shape) != (batch,):
+        got = f"{seqused_k.dtype}, {tuple(seqused_k.shape)}"
+        raise ValueError(f"seqused_k: must be int32 of shape (batch,) = ({batch},), got {got}")
+    if lengths is not None:
+        _check_used_values(seqused_k, lengths)
+
+
+def _check_used_values(seqused_k: Tensor, lengths: list[int]) -> None:
+    if not seqused_k.is_cpu or type(seqused_k) is not Tensor or torch.compiler.is_compiling():
+        return
+    used = compat.to_list(seqused_k)
+    for b, n in enumerate(used):
+        length = lengths[b if len(lengths) == len(used) else 0]
+        if not 0 <= n <= length:
+            raise ValueError(f"seqused_k: must be in [0, {length}], the keys of sequence {b}, got {n}")
 
 
 def _check_same_batch(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:

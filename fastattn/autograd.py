@@ -62,6 +62,8 @@ def _operands(p: AttentionParams) -> AttentionParams:
         if cu_seqlens_k is cu_seqlens_q:
             cu_seqlens_k = cu_seqlens_k.view_as(cu_seqlens_k)
         p = p.replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if p.seqused_k is not None:
+        p = p.replace(seqused_k=p.seqused_k.contiguous())
     is_plain = q is not k and q is not v and k is not v
     if is_plain and q.stride()[-1] == k.stride()[-1] == v.stride()[-1] == 1:
         return p

@@ -44,6 +44,8 @@ class CallTraits(NamedTuple):
     is_jagged: bool = False  # its query, key and value are nested tensors
     is_traced_band: bool = False  # torch.jit.trace is recording a band other than torch's causal one
     is_recorded: bool = False  # into a program that may run elsewhere
+    has_softcap: bool = False
+    has_seqused: bool = False  # lengths of the keys that are fewer than their places
 
 
 def traits(p: AttentionParams, return_lse: bool) -> CallTraits:
@@ -64,6 +66,8 @@ def traits(p: AttentionParams, return_lse: bool) -> CallTraits:
         type(q) is not torch.Tensor and q.is_nested,
         is_jit_tracing and torch_sdpa.needs_band(p),
         is_jit_tracing or torch.compiler.is_exporting(),
+        p.softcap != 0,
+        p.seqused_k is not None,
     )
 
 
@@ -88,6 +92,8 @@ SDPA_DIFFERS: tuple[tuple[str, Callable[[CallTraits], bool]], ...] = (
     ("it takes no packed sequences", lambda call: call.is_packed),
     ("it does not return the log-sum-exp", lambda call: call.return_lse),
     ("its dropout bits are its own", lambda call: call.dropout_p > 0),
+    ("it has no softcap", lambda call: call.has_softcap),
+    ("it takes no lengths of keys", lambda call: call.has_seqused),
     ("it wants the bias in the query's dtype", lambda call: call.bias_dtype not in (None, call.dtype)),
     ("it loses the bias's gradient of an empty problem", lambda call: call.is_empty),
     ("its kernels have no forward-mode derivative", lambda call: call.has_tangent),

@@ -37,17 +37,22 @@ def backward_flops(*args: Any, **kwargs: Any) -> int:
 def _scores(p: AttentionParams) -> int:
     """How many scores there are."""
     nheads = p.q.shape[1]
+    used = None if p.seqused_k is None or not _is_readable(p.seqused_k) else p.seqused_k.tolist()
     if p.cu_seqlens_q is None or p.cu_seqlens_k is None:
-        return p.q.shape[0] * nheads * p.max_seqlen_q * p.max_seqlen_k
+        return nheads * p.max_seqlen_q * (p.q.shape[0] * p.max_seqlen_k if used is None else sum(used))
     lengths_q = _lengths(p.cu_seqlens_q, p.max_seqlen_q)
-    lengths_k = _lengths(p.cu_seqlens_k, p.max_seqlen_k)
+    lengths_k = used or _lengths(p.cu_seqlens_k, p.max_seqlen_k)
     return nheads * sum(n * m for n, m in zip(lengths_q, lengths_k, strict=True))
 
 
 def _lengths(cu_seqlens: Tensor, max_seqlen: int) -> list[int]:
-    if type(cu_seqlens) is Tensor and not cu_seqlens.is_meta:
+    if _is_readable(cu_seqlens):
         return cu_seqlens.diff().tolist()
     return [max_seqlen] * (cu_seqlens.shape[0] - 1)
+
+
+def _is_readable(x: Tensor) -> bool:
+    return type(x) is Tensor and not x.is_meta
 
 
 def register(counter: ModuleType) -> None:

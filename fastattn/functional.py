@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import autograd, backends, overrides, reference, shapes
-from .arguments import CausalAlign, Window, attention_params, check_jagged, draw_seed, varlen_attention_params
+from . import autograd, backends, merging, overrides, reference, shapes
+from .arguments import CausalAlign, Window, attention_params, check_jagged, varlen_attention_params, with_seed
 from .backends import Explanation, Route
 from .params import AttentionParams
 
@@ -25,8 +25,13 @@ def scaled_dot_product_attention(
     attn_bias: Tensor | None = None,
     window: Window = None,
     causal_align: CausalAlign = "top-left",
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_seed: bool = False,
+) -> Tensor | tuple[Tensor | None, ...]:
     """Fused softmax(scale * Q K^T + bias) V over the allowed keys, with dropout of the weights.
 
     Equivalent, without storing the scores, to::
@@ -95,18 +100,23 @@ def scaled_dot_product_attention(
         return overrides.hand_over(
             scaled_dot_product_attention, query, key, value, attn_mask=attn_mask, dropout_p=dropout_p,
             is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, attn_bias=attn_bias, window=window,
-            causal_align=causal_align, return_lse=return_lse,
+            causal_align=causal_align, softcap=softcap, sinks=sinks, seqused_k=seqused_k, dropout_seed=dropout_seed,
+            return_lse=return_lse, return_seed=return_seed,
         )  # fmt: skip
     p = attention_params(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        attn_bias=attn_bias, window=window, causal_align=causal_align,
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attn_bias=attn_bias, window=window,
+        causal_align=causal_align, softcap=softcap, seqused_k=seqused_k,
     )  # fmt: skip
-    out, lse = attend(draw_seed(p), return_lse)
+    p = with_seed(p, dropout_seed)
+    if sinks is None:
+        out, lse = attend(p, return_lse)
+    else:
+        out, lse = attend_with_sinks(p, sinks)
     if not query.dim() == key.dim() == value.dim() == 4:
         leading = shapes.leading(out, query, key, value)
         out = out.reshape(*leading, *out.shape[2:])
         lse = None if lse is None else lse.reshape(*leading, *lse.shape[2:])
-    return out if lse is None else (out, lse)
+    return _results(out, lse, p.seed, return_lse, return_seed)
 
 
 def varlen_attention(
@@ -126,8 +136,13 @@ def varlen_attention(
     causal_align: CausalAlign = "bottom-right",
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_seed: bool = False,
+) -> Tensor | tuple[Tensor | None, ...]:
     """Fused attention of sequences packed one behind the other without padding; each attends to its own keys only.
 
     Equivalent to `scaled_dot_product_attention` of every sequence by itself::
@@ -172,15 +187,29 @@ def varlen_attention(
             varlen_attention, query, key, value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
             max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, attn_mask=attn_mask, attn_bias=attn_bias,
             dropout_p=dropout_p, is_causal=is_causal, window=window, causal_align=causal_align, scale=scale,
-            enable_gqa=enable_gqa, return_lse=return_lse,
+            enable_gqa=enable_gqa, softcap=softcap, sinks=sinks, seqused_k=seqused_k, dropout_seed=dropout_seed,
+            return_lse=return_lse, return_seed=return_seed,
         )  # fmt: skip
     p = varlen_attention_params(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         attn_mask=attn_mask, attn_bias=attn_bias, dropout_p=dropout_p, is_causal=is_causal, window=window,
-        causal_align=causal_align, scale=scale, enable_gqa=enable_gqa,
+        causal_align=causal_align, scale=scale, enable_gqa=enable_gqa, softcap=softcap, seqused_k=seqused_k,
     )  # fmt: skip
-    out, lse = attend(draw_seed(p), return_lse)
-    return out if lse is None else (out, lse)
+    p = with_seed(p, dropout_seed)
+    if sinks is None:
+        out, lse = attend(p, return_lse)
+    else:
+        out, lse = attend_with_sinks(p, sinks)
+    return _results(out, lse, p.seed, return_lse, return_seed)
+
+
+def _results(
+    out: Tensor, lse: Tensor | None, seed: Tensor | None, return_lse: bool, return_seed: bool
+) -> Tensor | tuple[Tensor | None, ...]:
+    """What was asked for: out, (out, lse), (out, seed) or (out, lse, seed)."""
+    if return_seed:
+        return (out, lse, seed) if return_lse else (out, seed)
+    return (out, lse) if return_lse else out
 
 
 def explain(*args: Any, return_lse: bool = False, **kwargs: Any) -> Explanation:
@@ -197,8 +226,14 @@ def explain(*args: Any, return_lse: bool = False, **kwargs: Any) -> Explanation:
     # By position, the fifth argument is cu_seqlens_k of a packed call, dropout_p of a dense one.
     has_fifth = len(args) > 4 and isinstance(args[4], Tensor)
     is_packed = has_fifth or not kwargs.keys().isdisjoint(("cu_seqlens_q", "cu_seqlens_k"))
+    sinks, seed = kwargs.pop("sinks", None), kwargs.pop("dropout_seed", None)
+    kwargs.pop("return_seed", None)
     p = (varlen_attention_params if is_packed else attention_params)(*args, **kwargs)
-    call = backends.traits(p, return_lse)
+    if seed is not None:
+        with_seed(p, seed)
+    if sinks is not None:
+        merging.check_sinks(sinks, p.q)
+    call = backends.traits(p, return_lse or sinks is not None)
     is_operator = backends.choose(call).route_of(call) is Route.OPERATOR
     copied = autograd.copied(p) if is_operator else []
     notes = tuple(f"{name} is copied, because its last dimension is not contiguous" for name in copied)
@@ -219,6 +254,14 @@ def attend(p: AttentionParams, return_lse: bool = False) -> tuple[Tensor, Tensor
     else:
         out, lse = backend.kernels().attention(p)
     return out, lse if return_lse else None
+
+
+def attend_with_sinks(p: AttentionParams, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse of a call whose heads have a sink each, a key without a value that every query sees."""
+    merging.check_sinks(sinks, p.q)
+    out, lse = attend(p, return_lse=True)
+    assert lse is not None
+    return merging.with_sinks(out, lse, sinks, p.is_packed())
 
 
 def attention_weights(p: AttentionParams) -> Tensor:

@@ -79,6 +79,8 @@ def run_backward(
     dout = with_contiguous_rows(dout)
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv, dbias = _empty_grads(p, needs_dbias)
+    if p.seqused_k is not None:  # kernels fill the gradients of the keys that there are
+        dk.zero_(), dv.zero_()
     backward = Backward(out, lse, dout, dlse, dq, dk, dv, dbias if needs_dbias else None)
     backends.get(backend).kernels().attention_bwd(backward, p)
     return dq, dk, dv, dbias
@@ -98,7 +100,7 @@ def _check(args: tuple[Any, ...]) -> None:
     _check_devices(p, args[-1])
     if compat.has_tangent(x for x in args if isinstance(x, Tensor)):
         raise NotImplementedError("a graph's attention has no forward-mode derivative; use_backend('reference') has")
-    if p.is_packed() and compat.innermost_transformation() is None:  # under which no graph is run, but made
+    if (p.is_packed() or p.seqused_k is not None) and compat.innermost_transformation() is None:  # under which no graph is run, but made
         check_lengths(p)
 
 

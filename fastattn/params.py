@@ -13,7 +13,7 @@ class AttentionParams(NamedTuple):
     """One attention problem: checked, four-dimensional (dense) or packed.
 
     Key j is allowed for query i iff -left <= j - (i + shift) <= right, where shift is seqlen_k - seqlen_q of that
-    sequence if bottom_right, else 0, and iff the mask is True there.
+    sequence if bottom_right, else 0, and iff the mask is True there. seqlen_k is what seqused_k leaves of it.
     """
 
     # The tensors come first.
@@ -25,9 +25,11 @@ class AttentionParams(NamedTuple):
     seed: Tensor | None  # (1,) int64; None without dropout
     cu_seqlens_q: Tensor | None  # (batch + 1,) int32; None when dense
     cu_seqlens_k: Tensor | None
+    seqused_k: Tensor | None  # (batch,) int32, how many keys of each sequence there are; None: all
     max_seqlen_q: int  # bounds every length; when dense, the length
     max_seqlen_k: int
     scale: float
+    softcap: float  # the scaled scores become softcap * tanh(scores / softcap); 0: they do not
     dropout_p: float
     left: int
     right: int

@@ -6,10 +6,12 @@ and the backward computes the weights again instead of storing them.
 
 Notation (Vaswani et al. 2017, eq. 1; Dao 2023, Algorithms 1 and 2), row by row of the score matrix:
 
-    S = scale * Q K^T + bias, -inf where a key is not allowed      lse = log(sum(exp(S)))      P = exp(S - lse)
+    Z = scale * Q K^T      S = softcap * tanh(Z / softcap) + bias, or Z + bias, and -inf where a key is not allowed
+    lse = log(sum(exp(S)))          P = exp(S - lse)
     out = (keep * P / (1 - p)) V          delta = rowsum(P * dP) - dlse, where rowsum(P * dP) = rowsum(out * dout)
     dV = (keep * P / (1 - p))^T dout      dP = keep / (1 - p) * (dout V^T)      dS = P * (dP - delta)
-    dQ = scale * dS K                     dK = scale * dS^T Q                   dbias = dS summed where it broadcast
+    dbias = dS summed where it broadcast            dZ = (1 - tanh(Z / softcap)^2) * dS, or dS
+    dQ = scale * dZ K                     dK = scale * dZ^T Q
 
 float16 and bfloat16 inputs are computed in float32, everything else in its own precision.
 """
@@ -68,7 +70,15 @@ def _full_precision(p: AttentionParams) -> AbstractContextManager[Any]:
 def _allowed(p: AttentionParams, shift: int | Tensor) -> Tensor:
     """Which keys a query may attend to, broadcastable to (batch, nheads, seqlen_q, seqlen_k), bool."""
     allowed = _band(p, p.q.size(-2), p.k.size(-2), shift)
+    if p.seqused_k is not None:
+        allowed = allowed & (torch.arange(p.k.size(-2), device=p.q.device) < _used(p)[:, None, None, None])
     return allowed if p.mask is None else allowed & p.mask
+
+
+def _used(p: AttentionParams) -> Tensor:
+    """The keys that there are of each sequence of a dense problem, (batch,) int64."""
+    assert p.seqused_k is not None
+    return p.seqused_k.long().clamp(0, p.k.size(-2))
 
 
 def _seen(x: Tensor, p: AttentionParams, allowed: Tensor) -> Tensor:
@@ -82,11 +92,18 @@ def _seen(x: Tensor, p: AttentionParams, allowed: Tensor) -> Tensor:
     return x.masked_fill(~allowed.any(-2)[..., None], 0.0)
 
 
-def _scores(p: AttentionParams, allowed: Tensor) -> Tensor:
+def _capped_tanh(p: AttentionParams, allowed: Tensor) -> tuple[Tensor, Tensor | None]:
+    """S without bias and mask, (batch, nheads, seqlen_q, seqlen_k), and tanh(Z / softcap), or None without softcap."""
+    z = p.scale * (p.q.to(_compute_dtype(p.q)) @ _seen(p.k, p, allowed).transpose(-1, -2))
+    if p.softcap == 0:
+        return z, None
+    tanh = torch.tanh(z / p.softcap)
+    return p.softcap * tanh, tanh
+
+
+def _scores(p: AttentionParams, allowed: Tensor, capped: Tensor) -> Tensor:
     """S, (batch, nheads, seqlen_q, seqlen_k)."""
-    s = p.scale * (p.q.to(_compute_dtype(p.q)) @ _seen(p.k, p, allowed).transpose(-1, -2))
-    if p.bias is not None:
-        s = s + p.bias.to(s.dtype)
+    s = capped if p.bias is None else capped + p.bias.to(capped.dtype)
     return s.masked_fill(~allowed, -INF)
 
 
@@ -112,7 +129,7 @@ def _dropout_factor(p: AttentionParams, sequences: Tensor | None, s: Tensor) -> 
     return keep_mask(p.seed, sequences, s.size(1), s.size(2), s.size(3), p.dropout_p).to(s.dtype) * rescale
 
 
-def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
+def softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     """P and lse over the last dimension; a row of -inf has weights 0, lse -inf and zero gradients."""
     row_max = s.detach().amax(-1, keepdim=True) if s.size(-1) else s.new_zeros(*s.shape[:-1], 1)
     row_max = row_max.masked_fill(row_max == -INF, 0.0)
@@ -124,23 +141,26 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     return exp / row_sum, lse.squeeze(-1)
 
 
-def _dense_shift(p: AttentionParams) -> int:
-    return p.k.size(-2) - p.q.size(-2) if p.bottom_right else 0
+def _dense_shift(p: AttentionParams) -> int | Tensor:
+    if not p.bottom_right:
+        return 0
+    return (p.k.size(-2) if p.seqused_k is None else _used(p)[:, None, None, None]) - p.q.size(-2)
 
 
 def attention_weights(p: AttentionParams) -> Tensor:
     """keep * P / (1 - p) of a dense problem, (batch, nheads, seqlen_q, seqlen_k), differentiable, in full precision."""
     with _full_precision(p):
-        s = _scores(p, _allowed(p, _dense_shift(p)))
-        weights, factor = _softmax(s)[0], _dropout_factor(p, None, s)
+        allowed = _allowed(p, _dense_shift(p))
+        s = _scores(p, allowed, _capped_tanh(p, allowed)[0])
+        weights, factor = softmax(s)[0], _dropout_factor(p, None, s)
         return weights if factor is None else weights * factor
 
 
 def _dense(p: AttentionParams, shift: int | Tensor, sequences: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """out and lse; `sequences` (batch,) are the batch indices that dropout counts with, None for 0, 1, 2 ..."""
     allowed = _allowed(p, shift)
-    s = _scores(p, allowed)
-    weights, lse = _softmax(s)
+    s = _scores(p, allowed, _capped_tanh(p, allowed)[0])
+    weights, lse = softmax(s)
     factor = _dropout_factor(p, sequences, s)
     if factor is not None:
         weights = weights * factor
@@ -154,8 +174,9 @@ def _dense_grad(
     dtype = _compute_dtype(p.q)
     dout = dout.to(dtype)
     allowed = _allowed(p, shift)
-    s = _scores(p, allowed)
-    weights, _ = _softmax(s)
+    capped, tanh = _capped_tanh(p, allowed)
+    s = _scores(p, allowed, capped)
+    weights, _ = softmax(s)
     dp = dout @ _seen(p.v, p, allowed).transpose(-1, -2)
     factor = _dropout_factor(p, sequences, s)
     kept = weights
@@ -165,8 +186,9 @@ def _dense_grad(
     if dlse is not None:
         delta = delta - dlse
     ds = weights * (dp - delta[..., None])
-    dq = p.scale * (ds @ _seen(p.k, p, allowed))
-    dk = p.scale * (ds.transpose(-1, -2) @ p.q.to(dtype))
+    dz = ds if tanh is None else (1 - tanh * tanh) * ds
+    dq = p.scale * (dz @ _seen(p.k, p, allowed))
+    dk = p.scale * (dz.transpose(-1, -2) @ p.q.to(dtype))
     dv = kept.transpose(-1, -2) @ dout
     if p.k.size(1) != p.q.size(1):
         dk, dv = (x.unflatten(1, (p.k.size(1), -1)).sum(2) for x in (dk, dv))
@@ -193,6 +215,7 @@ class _Bucket(NamedTuple):
             v=_pad(p.v, self.rows_k),
             mask=inside if mask is None else mask & inside,
             bias=self.crop(p.bias),
+            seqused_k=None,
         )
 
     def crop(self, x: Tensor | None) -> Tensor | None:
@@ -219,6 +242,8 @@ def _buckets(p: AttentionParams) -> list[_Bucket]:
     assert p.cu_seqlens_q is not None and p.cu_seqlens_k is not None
     starts_q, starts_k = p.cu_seqlens_q.long(), p.cu_seqlens_k.long()
     len_q, len_k = starts_q.diff().clamp(0, p.max_seqlen_q), starts_k.diff().clamp(0, p.max_seqlen_k)
+    if p.seqused_k is not None:
+        len_k = torch.minimum(len_k, p.seqused_k.long().clamp(min=0))
 
     def bucket(sequences: Tensor, seqlen_q: int, seqlen_k: int) -> _Bucket:
         n_q, n_k = len_q[sequences], len_k[sequences]

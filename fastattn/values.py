@@ -39,6 +39,17 @@ def scale(x: Any) -> float:
     return x
 
 
+def softcap(x: Any) -> float:
+    """The bound of the scores; 0 for None, which is none."""
+    if x is None:
+        return 0.0
+    if type(x) is not float:
+        x = _number("softcap", x, "must be None or a finite number above 0")
+    if not 0.0 < x < inf:
+        raise ValueError(f"softcap: must be None or a finite number above 0, got {x}")
+    return x
+
+
 def probability(name: str, x: Any) -> float:
     """A number in [0, 1]."""
     if type(x) is not float:

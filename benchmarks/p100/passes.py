@@ -89,9 +89,10 @@ def params(pass_: Pass, seqlen: int | None = None) -> AttentionParams:
     q, k, v = (_lazy(shape, pass_.dtype, pass_.seqlen) for _ in range(3))
     plain = AttentionParams(
         *(q, k, v),
-        *(None, None, None, None, None),
+        *(None, None, None, None, None, None),
         *(seqlen or pass_.seqlen, seqlen or pass_.seqlen),
         scale=1 / math.sqrt(pass_.head_dim),
+        softcap=0.0,
         dropout_p=0.0,
         left=UNBOUNDED,
         right=UNBOUNDED,

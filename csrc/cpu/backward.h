@@ -12,8 +12,8 @@ using Part = CpuKernels::Part;
 
 long backward_scratch(const AttentionParams& p) {
     const long d = padded(p.head_dim), dv = padded(p.head_dim_v), n = staggered(kBlockN);
-    return 2 * n * (d + dv) + kBlockN * d + kBlockM * (2 * d + dv) + 2 * kBlockM * n + 2 * kBlockM + words_scratch(p) +
-           14 * 16;
+    return 2 * n * (d + dv) + kBlockN * d + kBlockM * (2 * d + dv) + 3 * kBlockM * n + 2 * kBlockM + words_scratch(p) +
+           15 * 16;
 }
 
 template <class E>
@@ -33,7 +33,7 @@ class Backward {
         k = scratch.take(n * d), v = scratch.take(n * dv), k_rows = scratch.take(kBlockN * d);
         dk_sum = scratch.take(n * d), dv_sum = scratch.take(n * dv), dq = scratch.take(kBlockM * d);
         q = scratch.take(kBlockM * d), dout = scratch.take(kBlockM * dv);
-        weights = scratch.take(kBlockM * n), dweights = scratch.take(kBlockM * n);
+        weights = scratch.take(kBlockM * n), dweights = scratch.take(kBlockM * n), slopes = scratch.take(kBlockM * n);
         lse = scratch.take(kBlockM), delta = scratch.take(kBlockM);
         dropout = {take_words(p, scratch), p.dropout_threshold, p.dropout_rescale};
         if (s.seqlen_q <= kChunk && s.seqlen_k <= kBlockN) look_ahead();
@@ -53,7 +53,7 @@ class Backward {
     float *k, *v;                     // transposed
     float *k_rows, *dk_sum, *dv_sum;  // of a block of keys
     float *q, *dout, *dq, *lse, *delta;  // of a block of queries
-    float *weights, *dweights;
+    float *weights, *dweights, *slopes;
     Dropout dropout;
     Ahead ahead;
 
@@ -103,6 +103,7 @@ class Backward {
         const E *from_k = rows_of<E>(p.k, s.b, h_k, s.first_k + j0), *from_v = rows_of<E>(p.v, s.b, h_k, s.first_k + j0);
         copy_transposed(k, row, from_k, p.k.row, count, p.head_dim);
         copy_transposed(v, row, from_v, p.v.row, count, p.head_dim_v);
+        clear_unseen_columns(k, row, p.head_dim, keys, j0, count);
         clear_unseen_columns(v, row, p.head_dim_v, keys, j0, count);
         if (!part.has_dq) return;
         copy_rows(k_rows, d, from_k, p.k.row, count, p.head_dim, 1.0f);
@@ -123,12 +124,14 @@ class Backward {
         copy_queries(block, h);
         multiply_scores(block.rows, block.keys, p.head_dim, {q, d, 1}, k, k_row, weights, block.row, block.band);
         multiply_scores(block.rows, block.keys, p.head_dim_v, {dout, dv, 1}, v, k_row, dweights, block.row, block.band);
+        if (p.softcap != 0.0f) cap_scores(weights, slopes, block, softcap_of(p));
         const bool has_mask = !keys.all || keys.begin > 0;
         if (p.bias.data != nullptr || has_mask) add_bias_and_mask(weights, p, s, h, block, has_mask);
         if (dropout.words != nullptr)
             random_words(dropout.words, *p.seed, s.b, h, block.i0, block.rows, block.j0, block.row);
         softmax_gradient(weights, dweights, block, dropout, lse, delta, ahead);
         if (p.dbias.partial != nullptr) add_to_dbias(block, h);
+        if (p.softcap != 0.0f) multiply_slopes(dweights, slopes, block);
     }
 
     void copy_queries(const Block& block, int h) {

@@ -75,6 +75,7 @@ void attend_few(const AttentionParams& p, int b, int h, float* memory) {
         const Block block(p, s, 0, rows, j0, count, row);
         multiply_keys_in_place(rows, count, p.head_dim, q, d, rows_of<E>(p.k, b, h_k, s.first_k + j0), p.k.row, scores,
                                row);
+        if (p.softcap != 0.0f) cap_scores(scores, nullptr, block, softcap_of(p));
         if (p.bias.data != nullptr || !keys.all) add_bias_and_mask(scores, p, s, h, block, !keys.all);
         if (dropout.words != nullptr) random_words(dropout.words, *p.seed, b, h, 0, rows, j0, row);
         softmax(scores, block, dropout, running, out, dv, j0 == first, nothing);

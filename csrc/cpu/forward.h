@@ -3,6 +3,7 @@
 #pragma once
 
 #include "dropout.h"
+#include "softcap.h"
 #include "softmax.h"
 
 namespace fastattn {
@@ -83,6 +84,7 @@ void attend(const AttentionParams& p, int b, int h, int i_begin, int i_end, floa
             const bool is_first = !has_keys[i / kBlockM];
             has_keys[i / kBlockM] = true;
             multiply_scores(block.rows, count, p.head_dim, {q + i * d, d, 1}, k, k_row, scores, row, block.band);
+            if (p.softcap != 0.0f) cap_scores(scores, nullptr, block, softcap_of(p));
             if (p.bias.data != nullptr || !keys.all) add_bias_and_mask(scores, p, s, h, block, !keys.all);
             if (dropout.words != nullptr) random_words(dropout.words, *p.seed, b, h, block.i0, block.rows, j0, row);
             softmax(scores, block, dropout, {running.largest + i, running.sum + i}, out + i * dv, dv, is_first, ahead);

@@ -23,6 +23,7 @@ struct Sequence {
             seqlen_q = static_cast<int>(clamp(clamp(p.cu_seqlens_q[b + 1], p.total_q) - first_q, p.seqlen_q));
             seqlen_k = static_cast<int>(clamp(clamp(p.cu_seqlens_k[b + 1], p.total_k) - first_k, p.seqlen_k));
         }
+        if (p.seqused_k != nullptr) seqlen_k = static_cast<int>(clamp(p.seqused_k[b], seqlen_k));
         shift = p.bottom_right ? seqlen_k - seqlen_q : 0;
     }
 };

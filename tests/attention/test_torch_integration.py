@@ -35,7 +35,7 @@ CASES = [
 def operator_arguments(case: Case) -> tuple[list[Any], list[Any]]:
     """Arguments of attention_fwd and attention_bwd."""
     (q, k, v, bias), arguments = case.make()
-    arguments.pop("return_lse")
+    del arguments["return_lse"], arguments["sinks"]
     params = varlen_attention_params if case.packed else attention_params
     p = draw_seed(params(q, k, v, attn_bias=bias, **arguments))
     out, lse = torch.ops.fastattn.attention_fwd(*p, "torch")

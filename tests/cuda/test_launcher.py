@@ -83,7 +83,7 @@ def test_largest_stream_and_device(launcher, stub):
         ({"grid": (1, 1, 65536)}, "grid: must be within .* \\(1, 1, 65536\\)"),
         ({"grid": (-1, 1, 1)}, "grid: must be within .* \\(-1, 1, 1\\)"),
         ({"grid": (0, -1, 1)}, "grid: must be within .* \\(0, -1, 1\\)"),
-        ({"p": P[:-1]}, "p: must have 15 fields, got 14"),
+        ({"p": P[:-1]}, "p: must have 17 fields, got 16"),
     ],
 )
 def test_refused_before_the_driver_is_asked(launcher, stub, changes, message):

@@ -52,7 +52,7 @@ def test_dense():
         "dbias": NO_BIAS_GRAD,
         **{"cu_seqlens_q": None, "cu_seqlens_k": None, "total_q": 0, "total_k": 0},
         **{"batch": 3, "nheads": 4, "nheads_k": 2, "seqlen_q": 5, "seqlen_k": 7, "head_dim": 8, "head_dim_v": 12},
-        **{"scale": -0.5, "left": 3, "right": 0, "bottom_right": 1},
+        **{"seqused_k": None, "scale": -0.5, "softcap": 0.0, "left": 3, "right": 0, "bottom_right": 1},
         **{"seed": None, "dropout_threshold": 0, "dropout_rescale": 1.0},
     }
     assert packed["k"] == {"data": k.data_ptr(), "batch": 7 * 16, "head": 8, "row": 16, "is_aligned": 1}
@@ -105,7 +105,8 @@ def test_no_queries_and_no_keys():
 
 def test_longest_sequences():
     """Lengths below 2^29 are packed: a band's edge and a position then add up within 32 bits."""
-    packed = pack(problem(*qkv(), max_seqlen_q=2**29 - 1, max_seqlen_k=2**29 - 1))
+    longest = torch.empty(1, 1, 1, 8).expand(1, 1, 2**29 - 1, 8)
+    packed = pack(problem(longest, longest, longest))
     assert_fields(packed, {"seqlen_q": 2**29 - 1, "seqlen_k": 2**29 - 1})
 
 

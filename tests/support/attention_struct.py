@@ -37,8 +37,9 @@ class Struct(ctypes.Structure):
         *((name, PerRow) for name in ("dlse", "delta", "dq_sum")),
         ("dbias", BiasGrad),
         *(("cu_seqlens_q", c_void_p), ("cu_seqlens_k", c_void_p), ("total_q", c_longlong), ("total_k", c_longlong)),
+        ("seqused_k", c_void_p),
         *((name, c_int) for name in ("batch", "nheads", "nheads_k", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v")),
-        ("scale", c_float),
+        *(("scale", c_float), ("softcap", c_float)),
         *((name, c_int) for name in ("left", "right", "bottom_right")),
         *(("seed", c_void_p), ("dropout_threshold", c_uint), ("dropout_rescale", c_float)),
     )

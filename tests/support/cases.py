@@ -24,6 +24,9 @@ AXES: dict[str, list[Any]] = {
     "return_lse": [False, True],
     "layout": ["heads-outer", "heads-inner", "expanded", "strided", "odd-rows"],
     "scale": [None, 0.3, -0.5, 0.0],
+    "softcap": [None, 3.0],
+    "sinks": [False, True],
+    "used": [False, True],
     "seqlens": [(17, 63), (64, 65), (63, 17), (128, 127), (1, 129), (129, 1), (0, 5), (5, 0), (1, 1), (150, 200)],
     "dims": [
         (8, 8),
@@ -67,6 +70,9 @@ class Case:
     return_lse: bool = True
     layout: str = "heads-outer"
     scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    used: bool = False  # of some sequences not all keys, by seqused_k
     seqlens: tuple[int, int] = (17, 23)
     dims: tuple[int, int] = (16, 16)
     batch: int = 3
@@ -97,7 +103,9 @@ class Case:
         (nheads, nheads_k), (seqlen_q, seqlen_k), (head_dim, head_dim_v) = self.heads, self.seqlens, self.dims
         arguments: dict[str, Any] = dict(BANDS[self.band])
         arguments |= {"dropout_p": self.dropout_p, "scale": self.scale, "enable_gqa": nheads != nheads_k}
-        arguments |= {"return_lse": self.return_lse}
+        arguments |= {"return_lse": self.return_lse, "softcap": self.softcap}
+        arguments["sinks"] = torch.randn(nheads, generator=generator) * 3 if self.sinks else None
+        arguments["seqused_k"] = self._used(seqlen_k)
         arguments["attn_mask"] = self._mask(generator)
         lengths_q, lengths_k = self._lengths(seqlen_q), self._lengths(seqlen_k)
         sizes = [(nheads, seqlen_q, head_dim), (nheads_k, seqlen_k, head_dim), (nheads_k, seqlen_k, head_dim_v)]
@@ -116,6 +124,12 @@ class Case:
 
     def _lengths(self, longest: int) -> list[int]:
         return [longest, longest // 2, 0, (longest + 1) // 2][: self.batch]
+
+    def _used(self, longest: int) -> Tensor | None:
+        """All keys of the first sequence, part of those of the others, none of those of the last."""
+        lengths = self._lengths(longest) if self.packed else [longest] * self.batch
+        used = [n * (self.batch - 1 - b) // max(1, self.batch - 1) for b, n in enumerate(lengths)]
+        return torch.tensor(used, dtype=torch.int32) if self.used else None
 
     def _adversarial(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Normal values with rows of very different size, in the layout of the case."""

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import functional, reference
+from fastattn import functional, merging, reference
 from fastattn.arguments import attention_params, draw_seed, varlen_attention_params
 from tests.support.cases import Case
 from tests.support.tolerance import Condition, assert_close_to_oracle
 from tests.support.unseen_keys import may_hold_anything, poison_unseen_keys, unseen_keys
 
-NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
+GRADS = ("dq", "dk", "dv", "dbias", "dsinks")
 
 
 def call(tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -29,29 +29,33 @@ def call_reference(tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> tu
     """Plain torch, differentiated by autograd."""
     q, k, v, bias = tensors
     arguments = dict(arguments)
-    return_lse = arguments.pop("return_lse")
+    return_lse, sinks = arguments.pop("return_lse"), arguments.pop("sinks")
     packed = "cu_seqlens_q" in arguments
     params = varlen_attention_params if packed else attention_params
     out, lse = reference.attention(draw_seed(params(q, k, v, attn_bias=bias, **arguments)))
+    if sinks is not None:
+        out, lse = merging.with_sinks(out, lse, sinks, packed)
     return (out, lse) if return_lse else (out,)
 
 
 def condition(case: Case) -> Condition:
     """The numbers that the tolerance depends on, sequence by sequence."""
     (q, k, v, bias), arguments = case.make()
-    for name in ("return_lse", "max_seqlen_q", "max_seqlen_k"):
+    for name in ("return_lse", "max_seqlen_q", "max_seqlen_k", "sinks"):
         arguments.pop(name, None)
     dropout_p, mask = arguments.pop("dropout_p"), arguments.pop("attn_mask")
     upstream = _upstream([q.new_empty(*q.shape[:-1], v.size(-1))])[0]
     if not case.packed:
         return dense_condition((q, k, v, upstream), mask, bias, dropout_p, arguments)
+    used = arguments.pop("seqused_k")
     edges_q, edges_k = (arguments.pop(f"cu_seqlens_{side}").tolist() for side in "qk")
     found = []
     for b in range(case.batch):
         rows, keys = slice(edges_q[b], edges_q[b + 1]), slice(edges_k[b], edges_k[b + 1])
         sequence = [x[part].transpose(0, 1)[None] for x, part in ((q, rows), (k, keys), (v, keys), (upstream, rows))]
         seen = [x if x is None else _of_sequence(x, b, sequence[0].size(2), sequence[1].size(2)) for x in (mask, bias)]
-        found.append(dense_condition(tuple(sequence), *seen, dropout_p, arguments))
+        own = arguments | {"seqused_k": None if used is None else used[b : b + 1]}
+        found.append(dense_condition(tuple(sequence), *seen, dropout_p, own))
     terms = {name: max(c.terms[name] for c in found) for name in found[0].terms}
     return Condition(max(c.scores for c in found), terms)
 
@@ -77,7 +81,7 @@ def dense_condition(
     scale = abs(p.scale)
     dk = (terms.transpose(-1, -2) @ q.abs()).unflatten(1, (-1, group)).sum(2)
     dbias = terms if bias is None else terms.sum_to_size(p.bias.shape)
-    sums = {"dq": scale * (terms @ k), "dk": scale * dk, "dbias": dbias}
+    sums = {"dq": scale * (terms @ k), "dk": scale * dk, "dbias": dbias, "dsinks": terms.sum((0, 2, 3))}
     return Condition(_largest(scores[weights > 0]), {name: _largest(x) for name, x in sums.items()})
 
 
@@ -99,17 +103,19 @@ def run(function: Any, case: Case, dtype: torch.dtype, device: str = "cpu", unse
     """
     tensors, arguments = case.make(device)
     inputs = tuple(None if x is None else leaf(x, dtype) for x in tensors)
+    if arguments["sinks"] is not None:
+        arguments["sinks"] = leaf(arguments["sinks"], torch.promote_types(dtype, torch.float32))
     if unseen:
         poison_unseen_keys(inputs, arguments)
-    before = [x.detach().clone() for x in inputs if x is not None]
+    leaves = dict(zip(GRADS, (*inputs, arguments["sinks"]), strict=True))
+    wanted = {name: x for name, x in leaves.items() if x is not None}
+    before = [x.detach().clone() for x in wanted.values()]
     torch.manual_seed(1)
     results = function(inputs, arguments)
-    wanted = [x for x in inputs if x is not None]
-    grads = torch.autograd.grad(results, wanted, _upstream(results))
-    for x, copy in zip(wanted, before, strict=True):
+    grads = torch.autograd.grad(results, list(wanted.values()), _upstream(results))
+    for x, copy in zip(wanted.values(), before, strict=True):
         assert torch.equal(x.nan_to_num(), copy.nan_to_num()), "an input was modified"
-    named = dict(zip(NAMES, results, strict=False))
-    named |= dict(zip(NAMES[2:], grads, strict=False))
+    named = dict(zip(("out", "lse"), results, strict=False)) | dict(zip(wanted, grads, strict=True))
     return {name: x.detach().cpu() for name, x in named.items()}
 
 

@@ -16,7 +16,7 @@ def image(element: str, capability: tuple[int, int]) -> bytes:
 
 def problem(scale: float = 0.25) -> AttentionParams:
     q, k, v = torch.randn(3, 2, 4, 5, 64).unbind()
-    return AttentionParams(q, k, v, None, None, None, None, None, 5, 5, scale, 0.0, UNBOUNDED, 0, False)
+    return AttentionParams(q, k, v, None, None, None, None, None, None, 5, 5, scale, 0.0, 0.0, UNBOUNDED, 0, False)
 
 
 P = problem()

@@ -18,7 +18,7 @@ cuda = pytest.importorskip("fastattn.cuda_kernels.attention")
 
 def problem(q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> AttentionParams:
     p = AttentionParams(
-        q, k, v, None, None, None, None, None, q.size(-2), k.size(-2), 0.25, 0.0, UNBOUNDED, UNBOUNDED, False
+        q, k, v, None, None, None, None, None, None, q.size(-2), k.size(-2), 0.25, 0.0, 0.0, UNBOUNDED, UNBOUNDED, False
     )
     return p.replace(**changes)
 

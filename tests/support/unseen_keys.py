@@ -22,23 +22,32 @@ def unseen_keys(tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tenso
         bool, (batch, nheads_k, seqlen_k), packed (total_k, nheads_k).
     """
     q, k, v, bias = tensors
-    given = {name: x for name, x in arguments.items() if name != "return_lse"}
+    given = {name: x for name, x in arguments.items() if name not in ("return_lse", "sinks")}
     packed = "cu_seqlens_q" in given
     p = (varlen_attention_params if packed else attention_params)(q, k, v, attn_bias=bias, **given)
     mask = None if p.mask is None or p.mask.size(2) != 1 else p.mask
+    used = None if p.seqused_k is None else p.seqused_k.tolist()
     if p.cu_seqlens_q is None or p.cu_seqlens_k is None:
-        return ~_seen(mask, p, q.size(2), k.size(2)).expand(k.shape[:3])
+        unseen = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
+        for b in range(len(k)):
+            n = k.size(2) if used is None else used[b]
+            unseen[b, :, :n] = ~_seen(_of_sequence(mask, b), p, q.size(2), n)[0]
+        return unseen
     unseen = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
     edges = zip(p.cu_seqlens_q.tolist(), p.cu_seqlens_k.tolist(), strict=True)
     for b, ((first_q, first_k), (end_q, end_k)) in enumerate(itertools.pairwise(edges)):
-        own = mask if mask is None or mask.size(0) == 1 else mask[b : b + 1]
-        seen = _seen(own, p, end_q - first_q, end_k - first_k)
-        unseen[first_k:end_k] = ~seen.expand(1, k.size(HEADS), -1)[0].T
+        n = end_k - first_k if used is None else used[b]
+        seen = _seen(_of_sequence(mask, b), p, end_q - first_q, n)
+        unseen[first_k : first_k + n] = ~seen.expand(1, k.size(HEADS), -1)[0].T
     return unseen
 
 
+def _of_sequence(mask: Tensor | None, b: int) -> Tensor | None:
+    return mask if mask is None or mask.size(0) == 1 else mask[b : b + 1]
+
+
 def _seen(mask: Tensor | None, p: AttentionParams, seqlen_q: int, seqlen_k: int) -> Tensor:
-    """The keys that some query of a sequence may see, (1 or batch, 1 or nheads_k, seqlen_k)."""
+    """The keys that some query of a sequence may see, (1, 1 or nheads_k, seqlen_k)."""
     query, key = (torch.arange(n, device=p.q.device) for n in (seqlen_q, seqlen_k))
     offset = key - query[:, None] - (seqlen_k - seqlen_q if p.bottom_right else 0)
     seen = ((offset >= -p.left) & (offset <= p.right)).any(0)[None, None]

@@ -306,7 +306,7 @@ def test_agrees_with_the_cuda_kernels(packed: bool) -> None:
 
 @pytest.mark.parametrize(("allowed", "precision"), [("highest", "tf32x3"), ("high", "tf32")])
 def test_float32_products_are_exact_unless_the_user_allows_tf32(allowed: str, precision: str) -> None:
-    p = AttentionParams(*[torch.empty(1, 1, 1, 16)] * 3, *[None] * 5, 1, 1, 1.0, 0.0, 1, 1, False)
+    p = AttentionParams(*[torch.empty(1, 1, 1, 16)] * 3, *[None] * 6, 1, 1, 1.0, 0.0, 0.0, 1, 1, False)
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(allowed)
     try:
