@@ -36,10 +36,12 @@ def scaled_dot_product_attention(
 
     Equivalent, without storing the scores, to::
 
-        scores = scale * query @ key.transpose(-1, -2) + attn_bias
-        scores = scores.masked_fill(~(attn_mask & band), -inf)
-        lse = scores.logsumexp(-1)
-        weights = dropout(exp(scores - lse), dropout_p)
+        scores = scale * query @ key.transpose(-1, -2)
+        scores = softcap * tanh(scores / softcap)                # if there is a softcap
+        scores = scores + attn_bias
+        scores = scores.masked_fill(~(attn_mask & band & (key_index < seqused_k)), -inf)
+        lse = cat([scores, sinks], -1).logsumexp(-1)             # a sink is one more score of every row
+        weights = dropout(exp(scores - lse), dropout_p)          # of which no weight is left
         out = weights @ value
 
     Args:
@@ -76,12 +78,21 @@ def scaled_dot_product_attention(
                 0 0 0 1 1
 
         causal_align: "top-left" (torch's rule) or "bottom-right" (FlashAttention's), for is_causal and window.
+        softcap: a number above 0: scores approach it, in either direction, and do not pass it (Gemma 2).
+        sinks: (nheads,) float, a logit of each head that takes weight and has no value (GPT-OSS). Differentiable.
+        seqused_k: (batch,) int32 on query's device, batch being the product of the dimensions before the heads: how many
+            of each sequence's keys there are; what k and v hold behind them does not matter. Bottom-right counts from
+            them. Checked by value on the CPU; on a GPU lengths are clamped.
+        dropout_seed: (1,) int64 on query's device: the seed of this call's dropout, the same mask anywhere; None draws
+            one.
         return_lse: also return the log-sum-exp of the rows.
+        return_seed: also return the seed of the dropout.
 
     Returns:
         out: (..., nheads, seqlen_q, head_dim_v), query's dtype. A query with no allowed key gets 0, and zero gradients.
         lse, if asked for: (..., nheads, seqlen_q), natural log, float32 (float64 for float64 inputs), differentiable;
-        -inf for a query with no allowed key.
+        sinks included; -inf for a query with no allowed key, or its sink. `merge_attention` needs it.
+        seed, if asked for, the last: (1,) int64, or None without dropout.
 
     Determinism: forward and backward are bitwise reproducible for one seed, backend and device.
 
@@ -164,14 +175,16 @@ def varlen_attention(
         max_seqlen_q, max_seqlen_k: ints in [0, 2**31); no sequence is longer.
         attn_mask, attn_bias: as in `scaled_dot_product_attention`, broadcast to (batch, nheads, max_seqlen_q,
             max_seqlen_k) and indexed by the position inside the sequence.
-        dropout_p, is_causal, scale, enable_gqa, window, causal_align, return_lse: as in `scaled_dot_product_attention`,
-            per sequence; the default alignment is bottom-right.
+        dropout_p, is_causal, scale, enable_gqa, window, causal_align, softcap, sinks, dropout_seed, return_lse,
+            return_seed: as in `scaled_dot_product_attention`, per sequence; the default alignment is bottom-right.
+        seqused_k: (batch,) int32: how many of each sequence's keys there are; cu_seqlens_k says where it starts.
 
     Returns:
         out: (total_q, nheads, head_dim_v), query's dtype. Tokens past cu_seqlens_q[-1] and queries with no allowed key
         get 0 and zero gradients.
         lse, if asked for: (nheads, total_q), natural log, float32 (float64 for float64 inputs), differentiable; -inf
-        for those tokens.
+        for those tokens, or their sink.
+        seed, if asked for, the last: (1,) int64, or None without dropout.
 
     Determinism: forward and backward are bitwise reproducible for one seed, backend and device.
 

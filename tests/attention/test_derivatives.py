@@ -21,7 +21,7 @@ pytestmark = [
 
 X, K, V = (torch.randn(1, 2, n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (4, 5, 6))
 V = V[:, :, :5]
-EDGES_Q, EDGES_K = cumulative([1, 3]), cumulative([3, 2])
+EDGES_Q, EDGES_K, USED = cumulative([1, 3]), cumulative([3, 2]), torch.tensor([2, 2], dtype=torch.int32)
 
 
 def attend(*tensors: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
@@ -36,6 +36,11 @@ def packed(x: Tensor, **arguments: Any) -> Tensor:
 def dropped(x: Tensor) -> Tensor:
     torch.manual_seed(5)
     return fastattn.scaled_dot_product_attention(x, K, V, dropout_p=0.4)
+
+
+def merged(x: Tensor) -> Tensor:
+    parts = [attend(x, K[:, :, keys], V[:, :, keys]) for keys in (slice(2), slice(2, 5))]
+    return fastattn.merge_attention(*zip(*parts, strict=True))[0]
 
 
 def default(x: Tensor) -> Tensor:
@@ -55,6 +60,10 @@ CALLS: dict[str, Function] = {
         attend(X, K, V, attn_bias=x[..., :1])[0] + attend(X, K, V, attn_bias=x[..., 1:2] * K[0, 0, :, 0])[0]
     ),
     "keys and values": lambda x: attend(K, x, x.flip(-1))[0],
+    "softcap": lambda x: attend(x, K, V, softcap=0.7)[0],
+    "sinks": lambda x: attend(x, K, V, sinks=x[0, :, 0, 0])[0],
+    "lengths": lambda x: packed(x, seqused_k=USED),
+    "merged": merged,
 }
 MODES = FIRST | FORWARD | SECOND
 SOME_MODES = {name: MODES[name] for name in ("vmap of grad", "is_grads_batched", "func.jvp", "grad of grad", "third")}
@@ -79,8 +88,8 @@ def test_of_every_result_and_operand(name: str, mode: str) -> None:
 
 def test_references_own_derivatives_are_those_of_finite_differences() -> None:
     x = X[:, :, :2].clone().requires_grad_()
-    for name in ("both", "packed", "bias", "keys and values"):
-        inputs = (X.clone().requires_grad_(),) if name == "packed" else (x,)
+    for name in ("both", "packed", "bias", "keys and values", "softcap", "sinks", "lengths", "merged"):
+        inputs = (X.clone().requires_grad_(),) if name in ("packed", "lengths") else (x,)
         call = CALLS[name] if name != "bias" else lambda x: attend(X[:, :, :2], K, V, attn_bias=x[..., :1])[0]
         with fastattn.use_backend("reference"):
             assert torch.autograd.gradcheck(call, inputs, check_forward_ad=True)

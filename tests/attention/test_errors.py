@@ -13,7 +13,7 @@ import fastattn
 
 Q, K, V = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 6)
 X = torch.randn(10, 4, 8)
-CU = torch.tensor([0, 4, 10], dtype=torch.int32)
+CU, USED = torch.tensor([0, 4, 10], dtype=torch.int32), torch.tensor([4, 9], dtype=torch.int32)
 
 DENSE: list[tuple[dict[str, Any], str]] = [
     ({"query": Q[0, 0, 0]}, "query: must be (..., heads, seqlen, head_dim), got shape (8,)"),
@@ -117,6 +117,28 @@ DENSE: list[tuple[dict[str, Any], str]] = [
     ({"window": (-1, 0)}, "window: must be (left, right), each an int >= 0 or None, got (-1, 0)"),
     ({"window": (1.5, 0)}, "window: must be (left, right), each an int >= 0 or None, got (1.5, 0)"),
     ({"causal_align": "center"}, "causal_align: must be one of ('top-left', 'bottom-right'), got 'center'"),
+    ({"softcap": 0}, "softcap: must be None or a finite number above 0, got 0.0"),
+    ({"softcap": -1.0}, "softcap: must be None or a finite number above 0, got -1.0"),
+    ({"softcap": float("inf")}, "softcap: must be None or a finite number above 0, got inf"),
+    ({"softcap": float("nan")}, "softcap: must be None or a finite number above 0, got nan"),
+    ({"softcap": "1"}, "softcap: must be None or a finite number above 0, got '1'"),
+    ({"softcap": torch.tensor(1.0)}, "softcap: must be None or a finite number above 0, got a Tensor of shape ()"),
+    ({"sinks": 0.0}, "sinks: must be a tensor, got 0.0"),
+    ({"sinks": torch.zeros(3)}, "sinks: must be floats of shape (nheads,) = (4,), got torch.float32, (3,)"),
+    ({"sinks": torch.zeros(4, 1)}, "sinks: must be floats of shape (nheads,) = (4,), got torch.float32, (4, 1)"),
+    ({"sinks": torch.zeros(4).int()}, "sinks: must be floats of shape (nheads,) = (4,), got torch.int32, (4,)"),
+    ({"sinks": torch.zeros(4, device="meta")}, "sinks: is on meta, query on cpu"),
+    ({"seqused_k": [9, 9]}, "seqused_k: must be a tensor, got [9, 9]"),
+    ({"seqused_k": USED.long()}, "seqused_k: must be int32 of shape (batch,) = (2,), got torch.int64, (2,)"),
+    ({"seqused_k": USED[:1]}, "seqused_k: must be int32 of shape (batch,) = (2,), got torch.int32, (1,)"),
+    ({"seqused_k": USED.to("meta")}, "seqused_k: is on meta, query on cpu"),
+    ({"seqused_k": USED + 1}, "seqused_k: must be in [0, 9], the keys of sequence 1, got 10"),
+    ({"seqused_k": USED - 5}, "seqused_k: must be in [0, 9], the keys of sequence 0, got -1"),
+    ({"dropout_seed": 7}, "dropout_seed: must be a tensor, got 7"),
+    ({"dropout_seed": USED}, "dropout_seed: must be int64 of shape (1,), got torch.int32, (2,)"),
+    ({"dropout_seed": torch.zeros(1)}, "dropout_seed: must be int64 of shape (1,), got torch.float32, (1,)"),
+    ({"dropout_seed": torch.tensor(1)}, "dropout_seed: must be int64 of shape (1,), got torch.int64, ()"),
+    ({"dropout_seed": torch.zeros(1, device="meta").long()}, "dropout_seed: is on meta, query on cpu"),
 ]
 
 PACKED: list[tuple[dict[str, Any], str]] = [
@@ -150,6 +172,11 @@ PACKED: list[tuple[dict[str, Any], str]] = [
     ({"enable_gqa": None}, "enable_gqa: must be True or False, got None"),
     ({"attn_mask": torch.ones(2, 4, 6, 5) > 0}, "attn_mask: shape (2, 4, 6, 5) does not broadcast to (2, 4, 6, 6)"),
     ({"dropout_p": 2.0}, "dropout_p: must be in [0, 1], got 2.0"),
+    ({"softcap": 0.0}, "softcap: must be None or a finite number above 0, got 0.0"),
+    ({"sinks": torch.zeros(5)}, "sinks: must be floats of shape (nheads,) = (4,), got torch.float32, (5,)"),
+    ({"seqused_k": CU}, "seqused_k: must be int32 of shape (batch,) = (2,), got torch.int32, (3,)"),
+    ({"seqused_k": USED}, "seqused_k: must be in [0, 6], the keys of sequence 1, got 9"),
+    ({"dropout_seed": CU.long()}, "dropout_seed: must be int64 of shape (1,), got torch.int64, (3,)"),
 ]  # fmt: skip
 
 

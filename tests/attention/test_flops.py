@@ -54,6 +54,15 @@ def test_dense_is_counted_as_torchs_own_kernels_are():
     assert counted(lambda *qkv: fastattn.scaled_dot_product_attention(*qkv, return_lse=True)[0], q, k, v) == expected
 
 
+def test_lengths_of_keys_are_counted():
+    used = torch.tensor([2, 7], dtype=torch.int32)
+
+    def call(*qkv):
+        return fastattn.scaled_dot_product_attention(*qkv, enable_gqa=True, seqused_k=used)
+
+    assert counted(call, *dense())[0] == 2 * H * N * (2 + 7) * (D + DV)
+
+
 def test_packed_counts_the_lengths():
     lengths = [3, 0, 5, 1]
     edges = torch.tensor([0, 3, 3, 8, 9], dtype=torch.int32)
