@@ -31,7 +31,7 @@ def scaled_dot_product_attention(
     dropout_seed: Tensor | None = None,
     return_lse: bool = False,
     return_seed: bool = False,
-) -> Tensor | tuple[Tensor | None, ...]:
+) -> Tensor | tuple[Any, ...]:
     """Fused softmax(scale * Q K^T + bias) V over the allowed keys, with dropout of the weights.
 
     Equivalent, without storing the scores, to::
@@ -80,9 +80,9 @@ def scaled_dot_product_attention(
         causal_align: "top-left" (torch's rule) or "bottom-right" (FlashAttention's), for is_causal and window.
         softcap: a number above 0: scores approach it, in either direction, and do not pass it (Gemma 2).
         sinks: (nheads,) float, a logit of each head that takes weight and has no value (GPT-OSS). Differentiable.
-        seqused_k: (batch,) int32 on query's device, batch being the product of the dimensions before the heads: how many
-            of each sequence's keys there are; what k and v hold behind them does not matter. Bottom-right counts from
-            them. Checked by value on the CPU; on a GPU lengths are clamped.
+        seqused_k: (batch,) int32 on query's device, batch being the product of the dimensions before the heads: how
+            many of each sequence's keys there are; what k and v hold behind them does not matter. Bottom-right counts
+            from them. Checked by value on the CPU; on a GPU lengths are clamped.
         dropout_seed: (1,) int64 on query's device: the seed of this call's dropout, the same mask anywhere; None draws
             one.
         return_lse: also return the log-sum-exp of the rows.
@@ -153,7 +153,7 @@ def varlen_attention(
     dropout_seed: Tensor | None = None,
     return_lse: bool = False,
     return_seed: bool = False,
-) -> Tensor | tuple[Tensor | None, ...]:
+) -> Tensor | tuple[Any, ...]:
     """Fused attention of sequences packed one behind the other without padding; each attends to its own keys only.
 
     Equivalent to `scaled_dot_product_attention` of every sequence by itself::
@@ -218,7 +218,7 @@ def varlen_attention(
 
 def _results(
     out: Tensor, lse: Tensor | None, seed: Tensor | None, return_lse: bool, return_seed: bool
-) -> Tensor | tuple[Tensor | None, ...]:
+) -> Tensor | tuple[Any, ...]:
     """What was asked for: out, (out, lse), (out, seed) or (out, lse, seed)."""
     if return_seed:
         return (out, lse, seed) if return_lse else (out, seed)

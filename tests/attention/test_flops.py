@@ -79,7 +79,9 @@ def test_packed_without_numbers_counts_the_longest_length():
         edges = torch.empty(4, dtype=torch.int32)
         operator = torch.ops.fastattn.attention_fwd
         q, k, v = packed([9])
-        operator(q, k, v, None, None, None, edges, edges, None, 5, 6, 1.0, 0.0, 0.0, 2**31 - 1, 2**31 - 1, False, "torch")
+        operator(
+            q, k, v, None, None, None, edges, edges, None, 5, 6, 1.0, 0.0, 0.0, 2**31 - 1, 2**31 - 1, False, "torch"
+        )
     assert counter.get_total_flops() == 3 * H * 5 * 6 * 2 * (D + DV)
 
 
