@@ -100,9 +100,8 @@ def _check(args: tuple[Any, ...]) -> None:
     _check_devices(p, args[-1])
     if compat.has_tangent(x for x in args if isinstance(x, Tensor)):
         raise NotImplementedError("a graph's attention has no forward-mode derivative; use_backend('reference') has")
-    if (
-        p.is_packed() or p.seqused_k is not None
-    ) and compat.innermost_transformation() is None:  # under which no graph is run, but made
+    has_lengths = p.is_packed() or p.seqused_k is not None
+    if has_lengths and compat.innermost_transformation() is None:  # under which no graph is run, but made
         check_lengths(p)
 
 
