@@ -95,9 +95,7 @@ class Executor(attention.Device):
     def multiprocessors(self, device: torch.device) -> int:
         return self._multiprocessors
 
-    def launch(
-        self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers
-    ) -> None:
+    def launch(self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers) -> None:
         launch = launch_of(kernel, element, grid, p, b)
         self.kernels.library(kernel, element).launch(
             kernel,
