@@ -11,9 +11,7 @@ ISAS: tuple[str, ...]  # "avx512", "avx2", "baseline": those that run here, the 
 BLOCK_M: int  # queries of a block
 BLOCK_N: int  # keys of a block
 
-def attention_fwd(
-    isa: str, element: str, threads: int, p: AttentionParams, buffers: tuple[Tensor | None, ...]
-) -> None:
+def attention_fwd(isa: str, element: str, threads: int, p: AttentionParams, buffers: tuple[Tensor | None, ...]) -> None:
     """Fill out and lse; tokens of no sequence get 0 and -inf.
 
     Args:
@@ -27,9 +25,7 @@ def attention_fwd(
         ValueError: there is no such instruction set or element, or what _launcher.pack refuses.
     """
 
-def attention_bwd(
-    isa: str, element: str, threads: int, p: AttentionParams, buffers: tuple[Tensor | None, ...]
-) -> None:
+def attention_bwd(isa: str, element: str, threads: int, p: AttentionParams, buffers: tuple[Tensor | None, ...]) -> None:
     """Fill dq, dk and dv, and add to dbias_partial; tokens of no sequence get 0.
 
     dq_sum is needed unless dq is float32. Args and errors are those of attention_fwd.
