@@ -79,7 +79,7 @@ struct Block {
 FASTATTN_INLINE Floats inside(Floats x, int j, int begin, int end, float beyond = -kInfinity) {
     if (j >= begin && j + kLanes <= end) return x;
     const Ints key = iota() + j;
-    return (key >= begin) & (key < end) ? x : splat(beyond);
+    return ((key >= begin) & (key < end)) ? x : splat(beyond);
 }
 
 // ---- mask and bias
