@@ -29,19 +29,19 @@ void multiply_keys_in_place(int rows, int keys, int dims, const float* q, int q_
 
 // out (+)= weights v, without the rows of v that no query sees.
 template <int kRows, class E>
-void multiply_values_in_place(const Keys& seen, int j0, int keys, int dims, const float* weights, int weights_row,
-                              const E* v, index_t v_row, float* out, int out_row, bool adds) {
+void multiply_values_in_place(const Keys& seen, const Block& block, int dims, const float* weights, const E* v,
+                              index_t v_row, float* out, int out_row, bool adds) {
     constexpr int kVectors = 4;
     for (int d = 0; d < dims; d += kVectors * kLanes) {
         const int vectors = min(kVectors, padded(dims - d) / kLanes);
         Floats sums[kRows][kVectors] = {};
-        for (int j = 0; j < keys; ++j) {
-            if (!seen.sees(j0 + j)) continue;
+        for (int j = block.begin(0); j < block.keys; ++j) {
+            if (!seen.sees(block.j0 + j)) continue;
             const E* row = v + j * v_row + d;
             for (int x = 0; x < vectors; ++x) {
                 const Floats value = load_some(row + x * kLanes, dims - d - x * kLanes);
 #pragma GCC unroll 4
-                for (int r = 0; r < kRows; ++r) sums[r][x] += weights[r * weights_row + j] * value;
+                for (int r = 0; r < kRows; ++r) sums[r][x] += weights[r * block.row + j] * value;
             }
         }
         for (int r = 0; r < kRows; ++r)
@@ -83,7 +83,7 @@ void attend_few(const AttentionParams& p, int b, int h, float* memory) {
                               : rows == 2 ? multiply_values_in_place<2, E>
                               : rows == 3 ? multiply_values_in_place<3, E>
                                           : multiply_values_in_place<4, E>;
-        multiply(keys, j0, count, p.head_dim_v, scores, row, v, p.v.row, out, dv, j0 > first);
+        multiply(keys, block, p.head_dim_v, scores, v, p.v.row, out, dv, j0 > first);
     }
     store_results<E>(p, s, h, 0, rows, out, dv, running);
 }
