@@ -15,6 +15,7 @@ from fastattn import functional
 from fastattn.arguments import attention_params
 from tests.support.cases import SEVERAL_TILES, UNSEEN_KEYS, WITHIN_ONE_TILE, Case
 from tests.support.contract import check, check_unseen_keys
+from tests.support.cpu_checks import check_excluded_keys, check_first_keys
 from tests.support.cpu_runs import assert_right, assert_same_bits, each_isa, on_cpu, results
 from tests.support.unseen_keys import heads_with_nan
 
@@ -146,21 +147,15 @@ def test_a_key_matters_to_those_heads_alone_that_see_it(isa: str) -> None:
 @pytest.mark.parametrize("first", [1, 3, 4, 5, 8, 16, 20, 256, 260])
 def test_keys_before_the_first_that_a_query_sees(first: int, seqlen_q: int, isa: str) -> None:
     """Padding on the left, and a band that begins there."""
-    seqlen_k = max(seqlen_q, 20) + first
-    q, k, v = (torch.randn(1, 2, n, 16) for n in (seqlen_q, seqlen_k, seqlen_k))
-    mask = torch.arange(seqlen_k) >= first
-    for limits in (
-        {"attn_mask": mask},
-        {"attn_mask": mask & (torch.arange(seqlen_k) != first + 2)},
-        {"window": (seqlen_k - seqlen_q - first, None), "causal_align": "bottom-right"},
-    ):
-        with on_cpu(isa):
-            clean = results(q, k, v, **limits)
-            poisoned = [x.clone() for x in (k, v)]
-            for x in poisoned:
-                x[:, :, :first] = torch.nan
-            assert_same_bits(results(q, *poisoned, **limits), clean)
-        assert not any(clean[name][:, :, :first].any() for name in ("dk", "dv"))
+    with on_cpu(isa):
+        check_first_keys(first, seqlen_q)
+
+
+@each_isa
+@pytest.mark.parametrize("seqlen_q", [1, 4, 5, 60])
+def test_keys_that_a_mask_excludes_among_others(seqlen_q: int, isa: str) -> None:
+    with on_cpu(isa):
+        check_excluded_keys(seqlen_q)
 
 
 @each_isa

@@ -11,6 +11,7 @@ from torch import Tensor
 import fastattn
 from fastattn import _cpu
 from fastattn.cpu_kernels import attention as cpu
+from tests.support.cpu_checks import all_halves, check_rounding
 from tests.support.cpu_runs import assert_same_bits, each_isa, on_cpu, results
 
 HALF_TYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -183,11 +184,6 @@ def test_dropout_of_everything_and_of_nothing(seqlen_q: int, seqlen_k: int, isa:
 # ---- conversions ----
 
 
-def all_halves(dtype: torch.dtype) -> Tensor:
-    """Every bit pattern, as (256, 1, 1, 256)."""
-    return torch.arange(65536).to(torch.uint16).view(dtype).view(256, 1, 1, 256)
-
-
 @each_isa
 @HALF_TYPES
 @pytest.mark.parametrize("seqlen_q", [1, 6])
@@ -219,17 +215,8 @@ def test_every_half_number_in_a_score(seqlen_q: int, dtype: torch.dtype, isa: st
 @each_isa
 @HALF_TYPES
 def test_half_numbers_are_rounded_half_to_even(dtype: torch.dtype, isa: str) -> None:
-    """out is the mean of two neighbours; dv is the sum of two gradients, of any size, that may overflow."""
-    a = all_halves(dtype)
-    b = (torch.arange(65536) + 1).to(torch.uint16).view(dtype).view_as(a)
-    dout = torch.cat([a, a.flatten()[torch.randperm(65536)].view_as(a)], 2)
-    v, q = torch.cat([a, b], 2), torch.zeros(256, 1, 6, 8, dtype=dtype)
     with on_cpu(isa):
-        out = fastattn.scaled_dot_product_attention(q, q[:, :, :2], v)
-        dv = results(q[:, :, :2], q[:, :, :1], a, dout=dout)["dv"]
-    mean, total = ((x[:, :, :1].double() + x[:, :, 1:].double()).float() for x in (v, dout))
-    torch.testing.assert_close(out, (mean / 2).to(dtype).expand_as(out), rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(dv, total.to(dtype), rtol=0, atol=0, equal_nan=True)
+        check_rounding(dtype)
 
 
 # ---- 2^x ----
