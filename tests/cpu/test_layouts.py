@@ -12,6 +12,7 @@ from torch import Tensor
 from fastattn.arguments import attention_params, draw_seed
 from fastattn.cpu_kernels import attention as cpu
 from fastattn.params import Backward, Forward
+from tests.support.cpu_checks import check_keys_apart
 from tests.support.cpu_runs import assert_same_bits, each_isa, on_cpu, results
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -128,6 +129,12 @@ def test_elements_that_share_memory(dim: int, isa: str) -> None:
     expected["dbias"] = expected["dbias"].expand_as(actual["dbias"])
     torch.testing.assert_close(actual.pop("dbias"), expected.pop("dbias"), rtol=1e-5, atol=1e-5)
     assert_same_bits(actual, expected)
+
+
+@each_isa
+def test_keys_of_mask_and_bias_that_lie_apart(isa: str) -> None:
+    with on_cpu(isa):
+        check_keys_apart()
 
 
 @each_isa

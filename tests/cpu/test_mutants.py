@@ -20,8 +20,9 @@ QUICK = ("-O0",)
 
 
 def machine_code(library: Path, folder: Path) -> bytes:
-    code = folder / f"{library.name}.text"
-    subprocess.run(["objcopy", "-O", "binary", "--only-section=.text", library, code], check=True)
+    """Its instructions and constants."""
+    code = folder / f"{library.name}.code"
+    subprocess.run(["objcopy", "-O", "binary", "-j", ".text", "-j", ".rodata", library, code], check=True)
     return code.read_bytes()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import fastattn
-from tests.support.cpu_runs import assert_same_bits, results
+from tests.support.cpu_runs import assert_right, assert_same_bits, results
 
 
 def all_halves(dtype: torch.dtype) -> torch.Tensor:
@@ -52,3 +52,10 @@ def check_excluded_keys(seqlen_q: int) -> None:
     poisoned = [x.masked_fill(~mask[:, None], torch.nan) for x in (k, v)]
     assert_same_bits(results(q, *poisoned, attn_mask=mask), clean)
     assert not any(clean[name][:, :, ~mask].any() for name in ("dk", "dv"))
+
+
+def check_keys_apart() -> None:
+    """The keys of a mask and of a bias lie apart in memory."""
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (9, 21, 21))
+    bias, mask = torch.randn(1, 2, 21, 9).transpose(2, 3), (torch.rand(1, 2, 21, 9) > 0.2).transpose(2, 3)
+    assert_right(q, k, v, bias, attn_mask=mask)
