@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from fastattn.cpu_kernels import attention
-from tests.support.cpu_library import CSRC, Library, build, on_library
+from tests.support.cpu_library import CSRC, Library, build, changed, on_library
 from tests.support.cpu_mutants import GROUPS, Mutant
 from tests.support.cpu_runs import in_threads
 
@@ -44,11 +43,7 @@ def test_sabotaged_kernels_are_caught(name: str, tmp_path: Path) -> None:
     original = build(mutant.isa, QUICK)
     run(original, mutant)
 
-    csrc = tmp_path / "csrc"
-    shutil.copytree(CSRC / "cpu", csrc / "cpu")
-    shutil.copy(CSRC / "attention.h", csrc)
-    file = csrc / "cpu" / mutant.file
-    file.write_text(file.read_text().replace(mutant.old, mutant.new))
+    csrc = changed(tmp_path, mutant.file, mutant.old, mutant.new)
     sabotaged = build(mutant.isa, QUICK, csrc, cache=tmp_path)
     with pytest.raises(AssertionError):
         run(sabotaged, mutant)

@@ -7,6 +7,7 @@ with on_library(build("baseline", flags=SANITIZED)):
 from __future__ import annotations
 
 import ctypes
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.support.poison import fresh_memory_is_nan
 
 CSRC = ROOT / "csrc"
 DRIVER = ROOT / "tests" / "cpu" / "driver.cpp"
+STANDALONE = DRIVER.with_name("standalone.cpp")
 CACHE = ROOT / "build" / "cpu"
 ISA_FLAGS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
@@ -34,11 +36,12 @@ COMMON = (
     *("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
 )
 OPTIMIZED = ("-O2",)
-# What one of them finds ends the process; null + offset is what an empty tensor's rows are.
+# What one of them finds ends the process. Not an offset to null, where the rows of an empty tensor are.
 SANITIZED = (
     *("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "-fno-sanitize=pointer-overflow",
 )
+RACES = ("-O1", "-g", "-fsanitize=thread")
 
 
 def build(isa: str, flags: tuple[str, ...] = OPTIMIZED, csrc: Path = CSRC, cache: Path = CACHE) -> Path:
@@ -50,13 +53,24 @@ def build(isa: str, flags: tuple[str, ...] = OPTIMIZED, csrc: Path = CSRC, cache
     Raises:
         BuildError: no compiler, or it refuses the sources.
     """
-    options = [*COMMON, *flags, *ISA_FLAGS[isa], f"-DFASTATTN_ISA={isa}", f"-I{csrc / 'cpu'}"]
-    files = with_headers(csrc / "cpu" / "kernels.cpp") + with_headers(csrc / "cpu" / "work.h") + [DRIVER]
+    return _linked(DRIVER, f"{isa}.so", isa, ("-shared", *flags), csrc, cache, compiler()[0])
+
+
+def build_standalone(
+    isa: str, flags: tuple[str, ...] = OPTIMIZED, csrc: Path = CSRC, cache: Path = CACHE, cxx: str | None = None
+) -> Path:
+    """The program that compares the kernels with a plain computation; cxx: another compiler, for another machine."""
+    return _linked(STANDALONE, isa, isa, flags, csrc, cache, cxx or compiler()[0])
+
+
+def _linked(source: Path, name: str, isa: str, flags: tuple[str, ...], csrc: Path, cache: Path, cxx: str) -> Path:
+    options = [*COMMON, *flags, *ISA_FLAGS[isa], f"-DFASTATTN_ISA={isa}"]
+    headers = [file for name in ("kernels.cpp", "work.h") for file in with_headers(csrc / "cpu" / name)]
 
     def make(target: Path) -> None:
-        run([compiler()[0], *options, "-shared", str(DRIVER), "-o", str(target), "-ldl", "-lpthread"])
+        run([cxx, *options, f"-I{csrc / 'cpu'}", str(source), "-o", str(target), "-ldl", "-lpthread"])
 
-    return cached(f"{isa}.so", files, [*COMMON, *flags, isa], make, cache)
+    return cached(name, [*headers, DRIVER, source], [cxx, *options], make, cache)
 
 
 class Library:
@@ -84,6 +98,17 @@ class Library:
     ) -> None:
         packed = _launcher.pack(element, p, buffers)
         self.loaded.fastattn_run(packed, int(is_backward), _launcher.ELEMENTS.index(element), threads)
+
+
+def changed(folder: Path, file: str, old: str, new: str) -> Path:
+    """A copy of csrc in the folder, in one file of which a text is replaced."""
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC / "cpu", csrc / "cpu")
+    shutil.copy(CSRC / "attention.h", csrc)
+    path = csrc / "cpu" / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    return csrc
 
 
 @contextmanager
