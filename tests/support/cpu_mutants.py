@@ -174,7 +174,7 @@ BACKWARD = {
         "backward.h",
         "        if (!are_seen) fill_zero(dk_sum",
         "        if (false) fill_zero(dk_sum",
-        replace(PLAIN, mask="all-false", band="window"),
+        replace(PLAIN, band="window"),
     ),
     "gradient of the bias in the first queries": mutant("backward.h", "? 0 : block.i0 + i)", "? 0 : i)", BIASED),
     "gradient of the bias in the first keys": mutant(
