@@ -55,8 +55,8 @@ FASTATTN_INLINE void softmax(float* scores, const Block& block, const Dropout& d
     }
 }
 
-// weights: from scores to P, rescaled where dropout keeps them; dweights: from dP to dS. delta: rowsum(out dout) - dlse;
-// lse: in units of ln 2, and infinite where a row has no key.
+// weights: from scores to P, rescaled where dropout keeps them; dweights: from dP to dS.
+// delta: rowsum(out dout) - dlse; lse: in units of ln 2, and infinite where a row has no key.
 FASTATTN_INLINE void softmax_gradient(float* weights, float* dweights, const Block& block, const Dropout& dropout,
                                       const float* lse, const float* delta, Ahead& ahead) {
     const int first = block.first_vector(), last = block.last_vector();

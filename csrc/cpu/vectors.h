@@ -122,13 +122,17 @@ FASTATTN_INLINE V zip_high(V a, V b) {
 // Reductions whose result is in every lane.
 template <int kStep = kLanes / 2>
 FASTATTN_INLINE Floats sum(Floats x) {
-    if constexpr (kStep == 0) return x;
-    else return sum<kStep / 2>(x + swap_lanes<kStep>(x, AllLanes{}));
+    if constexpr (kStep == 0)
+        return x;
+    else
+        return sum<kStep / 2>(x + swap_lanes<kStep>(x, AllLanes{}));
 }
 template <int kStep = kLanes / 2>
 FASTATTN_INLINE Floats largest(Floats x) {
-    if constexpr (kStep == 0) return x;
-    else return largest<kStep / 2>(max(x, swap_lanes<kStep>(x, AllLanes{})));
+    if constexpr (kStep == 0)
+        return x;
+    else
+        return largest<kStep / 2>(max(x, swap_lanes<kStep>(x, AllLanes{})));
 }
 
 // A square of kLanes vectors, in place.

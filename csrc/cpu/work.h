@@ -57,12 +57,13 @@ inline void forward(const CpuKernels& kernels, const AttentionParams& p, int ele
 inline void backward_with_bias(const CpuKernels& kernels, const AttentionParams& p, int element, int threads) {
     const int group = p.nheads / p.nheads_k, sums = p.dbias.batch == 1 ? p.dbias.copies : p.batch;
     const int parts = p.dbias.heads == 1 ? 1 : p.nheads_k, heads = p.nheads_k / parts;
-    for_each_task(static_cast<long>(sums) * parts, kernels.backward_scratch(p), threads, [&](long task, float* scratch) {
-        const int first = task % parts * heads;
-        for (int b = task / parts; b < p.batch; b += sums)
-            for (int h = first * group; h < (first + heads) * group; h += group)
-                kernels.backward[element](p, b, {h, h + group, 0, p.seqlen_q, 0, p.seqlen_k, true, true}, scratch);
-    });
+    for_each_task(
+        static_cast<long>(sums) * parts, kernels.backward_scratch(p), threads, [&](long task, float* scratch) {
+            const int first = task % parts * heads;
+            for (int b = task / parts; b < p.batch; b += sums)
+                for (int h = first * group; h < (first + heads) * group; h += group)
+                    kernels.backward[element](p, b, {h, h + group, 0, p.seqlen_q, 0, p.seqlen_k, true, true}, scratch);
+        });
 }
 
 // A task for each key head, of five products.
@@ -99,10 +100,12 @@ inline void backward(const CpuKernels& kernels, const AttentionParams& p, int el
     }
     threads = useful_threads(p, 5, threads);
     const bool is_one_block = p.seqlen_k <= kernels.block_n && p.seqlen_q <= kernels.chunk;
-    if (p.dbias.partial != nullptr) backward_with_bias(kernels, p, element, threads);
+    if (p.dbias.partial != nullptr)
+        backward_with_bias(kernels, p, element, threads);
     else if (is_one_block || static_cast<long>(p.batch) * p.nheads_k >= threads)
         backward_by_heads(kernels, p, element, threads);
-    else backward_by_blocks(kernels, p, element, threads);
+    else
+        backward_by_blocks(kernels, p, element, threads);
 }
 
 }  // namespace fastattn

@@ -78,7 +78,7 @@ UNSEEN = {
         "forward.h", "clear_unseen_rows(v, dv, dv, keys, j0, count);", "", partial(check_excluded_keys, 60)
     ),
     "values that few queries do not see not skipped": mutant(
-        "few_queries.h", "if (!seen.sees(block.j0 + j)) continue;", "", partial(check_excluded_keys, 3)
+        "few_queries.h", "if (!keys.sees(block.j0 + j)) continue;", "", partial(check_excluded_keys, 3)
     ),
     "values before the band not skipped": mutant(
         "few_queries.h", "int j = block.begin(0)", "int j = 0", partial(check_first_keys, 5, 3)
@@ -172,8 +172,8 @@ BACKWARD = {
     "dk and dv of the last queries alone": mutant("backward.h", "                    are_seen = true;\n", ""),
     "dk of keys that no query sees not cleared": mutant(
         "backward.h",
-        "        if (!are_seen) fill_zero(dk_sum",
-        "        if (false) fill_zero(dk_sum",
+        "        if (!are_seen) clear_dkv",
+        "        if (false) clear_dkv",
         replace(PLAIN, band="window"),
     ),
     "gradient of the bias in the first queries": mutant("backward.h", "? 0 : block.i0 + i)", "? 0 : i)", BIASED),
