@@ -57,9 +57,7 @@ def launching_on_the_stub() -> Iterator[None]:
         def multiprocessors(self, device: torch.device) -> int:
             return 56
 
-        def launch(
-            self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers
-        ) -> None:
+        def launch(self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers) -> None:
             _launcher.launch(kernel, element, 0, 0, grid, p, b)
 
     _launcher.set_image_source(lambda element, capability: b"")

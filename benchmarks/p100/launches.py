@@ -30,9 +30,7 @@ class Launch:
 KERNELS = {kernel.name: kernel for kernel in _launcher.KERNELS}
 
 
-def launch_of(
-    kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, buffers: Buffers
-) -> Launch:
+def launch_of(kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, buffers: Buffers) -> Launch:
     """The launch that Device.launch is asked for."""
     k = KERNELS[kernel]
     read = [(x, field, False) for field, x in p._asdict().items() if isinstance(x, Tensor)]
@@ -54,9 +52,7 @@ class Recorder(attention.Device):
     def multiprocessors(self, device: torch.device) -> int:
         return self._multiprocessors
 
-    def launch(
-        self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers
-    ) -> None:
+    def launch(self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers) -> None:
         self.launches.append(launch_of(kernel, element, grid, p, b))
 
 
