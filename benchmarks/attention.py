@@ -2,7 +2,9 @@
 
     python -m benchmarks.attention          on a GPU; --quick for two minutes, --smoke for tiny cases on any machine
 
-On a CPU it is benchmarks.cpu_attention that times. Each provider is first compared with the float64 reference; one that is wrong or unavailable gets a row with the reason
+On a CPU it is benchmarks.cpu_attention that times.
+
+Each provider is first compared with the float64 reference; one that is wrong or unavailable gets a row with the reason
 and no numbers. What limits attention at the lengths of sentences is bandwidth: beside the times stand the bytes that
 any attention has to move, their share of the rate of a plain copy, and the share of what that rate and the rate of a
 matrix product together allow, both measured first. Writes attention.csv and attention.json; finally prints who wins.

@@ -50,6 +50,7 @@ def numbers(
 
 
 def line(measured: list[dict[str, Any]]) -> str:
+    """The rows of one provider for the terminal."""
     timed = [
         f"{row['pass']} {row['p50_ms']} ms ({row['percent_of_roofline']} %)" for row in measured if "p50_ms" in row
     ]

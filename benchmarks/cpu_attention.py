@@ -24,18 +24,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import cpu_cases, cpu_targets, host, roofline
+from benchmarks import cpu_cases, cpu_rates, cpu_targets, host
 from benchmarks.attention_columns import COLUMNS, line, numbers
-from benchmarks.cases import AttentionCase, short
+from benchmarks.cases import AttentionCase, AttentionInputs
 from benchmarks.command import Command, parse
 from benchmarks.comparison import comparisons, print_comparisons
+from benchmarks.cpu_rates import CPU, Rates, using_threads
 from benchmarks.gate import Gate, Wrong
 from benchmarks.providers import Call, Provider, Unavailable, cpu_providers
 from benchmarks.result_table import ResultTable, read
-from benchmarks.roofline import Roofline
 from benchmarks.timing import TimedCall, cpu_clock, time_in_turns
 
-CPU = torch.device("cpu")
 CPU_COLUMNS = (*COLUMNS, "cpu", "isa", "threads", "clock", "load_before")
 THREADS = (1, 2)
 HELD_TO = "avx2"
@@ -87,7 +86,7 @@ def key_of_turns(case: AttentionCase) -> tuple[object, ...]:
 
 
 def in_turns(
-    cases: Iterable[AttentionCase], command: Command, threads: Iterable[int], roofs: dict[int, Roofline]
+    cases: Iterable[AttentionCase], command: Command, threads: Iterable[int], rates: dict[int, Rates]
 ) -> Iterator[dict[str, Any]]:
     """The rows of the cases; their lines go to the terminal."""
     ordered = sorted(cases, key=lambda case: [str(part) for part in key_of_turns(case)])
@@ -106,7 +105,7 @@ def in_turns(
                     yield case.columns() | {"provider": provider.name} | reason
         for count in threads:
             if entries:
-                yield from rows_of(entries, command, count, roofs[count])
+                yield from rows_of(entries, command, count, rates[count])
 
 
 def providers_of(case: AttentionCase) -> list[Provider]:
@@ -116,7 +115,7 @@ def providers_of(case: AttentionCase) -> list[Provider]:
     return [known[name] for name in names if case.layout != "packed" or name.startswith("fastattn")]
 
 
-def rows_of(entries: list[Entry], command: Command, threads: int, roof: Roofline) -> Iterator[dict[str, Any]]:
+def rows_of(entries: list[Entry], command: Command, threads: int, rates: Rates) -> Iterator[dict[str, Any]]:
     """The rows of calls that take turns, with a number of threads."""
     seconds, least = command.sized((0.0, 2), (0.8, 4), (3.0, 7))
     calls = {i: entry.timed() for i, entry in enumerate(entries)}
@@ -126,30 +125,12 @@ def rows_of(entries: list[Entry], command: Command, threads: int, roof: Roofline
         note = provider.describe(gate.inputs)
         measured = [
             {"pass": which, "note": note}
-            | numbers(case, gate.inputs.bytes(which), which, time, roof, peak=None)
-            | percent_of_peak(case, which, time.p50_ms, roof)
+            | numbers(case, gate.inputs.bytes(which), which, time, rates.roof(), rates.peak_of(case.dtype))
             for which, time in times[i].items()
         ]
         print(f"{case}, {threads} threads  {provider.name:<16} {line(measured)}", flush=True)
         described = case.columns() | {"provider": provider.name} | columns_of_host(threads)
         yield from (described | row for row in measured)
-
-
-def percent_of_peak(case: AttentionCase, which: str, ms: float, roof: Roofline) -> dict[str, str]:
-    """The share of the measured rate of matrix products: nobody publishes what this CPU's cores do at most."""
-    rate = roof.product_tflops[case.dtype]
-    return {"percent_of_peak": f"{100 * case.flops(which) / ms * 1e-9 / rate:.1f}"}
-
-
-@contextmanager
-def using_threads(count: int) -> Iterator[None]:
-    """Inside, torch and the kernels work with so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def columns_of_host(threads: int) -> dict[str, Any]:
@@ -174,13 +155,17 @@ def memory_rows(command: Command) -> Iterator[dict[str, Any]]:
         except (Unavailable, Wrong) as error:
             yield described | {"no_numbers_because": f"unavailable: {error}"}
             continue
-        inputs = case.make(CPU)
-        with using_threads(1), provider.context():
-            call = provider.prepare(inputs)
-            leaves = list(inputs.leaves().values())
-            peak = host.peak_memory_mib(lambda: torch.autograd.grad(call(), leaves, inputs.dout))
+        peak = peak_of(provider, case.make(CPU))
         print(f"{case}  {provider.name:<16} {peak} MiB beyond the inputs", flush=True)
-        yield described | {"peak_memory_mib": peak, "note": f"a matrix of all scores takes {scores_mib(case):.0f} MiB"}
+        yield described | {"peak_memory_mib": peak, "note": f"all scores would take {scores_mib(case):.0f} MiB"}
+
+
+def peak_of(provider: Provider, inputs: AttentionInputs) -> float | None:
+    """MiB of a forward and backward pass, with one thread."""
+    leaves = list(inputs.leaves().values())
+    with using_threads(1), provider.context():
+        call = provider.prepare(inputs)
+        return host.peak_memory_mib(lambda: torch.autograd.grad(call(), leaves, inputs.dout))
 
 
 def scores_mib(case: AttentionCase) -> float:
@@ -217,24 +202,9 @@ def every_case(command: Command) -> list[AttentionCase]:
     return command.sized(cpu_cases.smoke_cases, cpu_cases.quick_cases, cpu_cases.every_case)()
 
 
-def measured_roofs(cases: Iterable[AttentionCase], threads: Iterable[int]) -> dict[int, Roofline]:
-    """The rates of this CPU, by threads."""
-    dtypes = tuple(dict.fromkeys(case.dtype for case in cases))
-    roofs = {}
-    for count in threads:
-        with using_threads(count):
-            roofs[count] = roofline.measure(CPU, dtypes)
-    return roofs
-
-
-def rates_of(roofs: dict[int, Roofline]) -> dict[str, Any]:
-    """The rates as the JSON beside a table has them."""
-    tflops = {
-        f"{short(dtype)}, {count} threads": round(rate, 3)
-        for count, roof in roofs.items()
-        for dtype, rate in roof.product_tflops.items()
-    }
-    return {"copy_gb_s": round(roofs[max(roofs)].copy_gb_s, 1), "product_tflops": tflops}
+def dtypes_of(cases: Iterable[AttentionCase]) -> list[torch.dtype]:
+    """The dtypes among the cases."""
+    return list(dict.fromkeys(case.dtype for case in cases))
 
 
 def run(command: Command) -> int:
@@ -242,16 +212,16 @@ def run(command: Command) -> int:
     cases = every_case(command)
     threads = [count for count in THREADS if count <= (os.cpu_count() or 1)]
     load = host.load()
-    roofs = measured_roofs(cases, threads)
-    with ResultTable(command, "attention", CPU_COLUMNS, **rates_of(roofs)) as table:
-        for row in in_turns(cases, command, threads, roofs):
+    rates = cpu_rates.measure(dtypes_of(cases), threads)
+    with ResultTable(command, "attention", CPU_COLUMNS, **cpu_rates.as_json(rates)) as table:
+        for row in in_turns(cases, command, threads, rates):
             table.add(**row, load_before=load)
         for row in memory_rows(command):
             table.add(**row, load_before=load)
         for held in held_rows(command):
             table.add(**held)
     print_comparisons(comparisons(table.rows))
-    found = cpu_targets.verdicts(table.rows)
+    found = cpu_targets.verdicts(table.rows) + cpu_targets.memory_verdicts(table.rows)
     with ResultTable(command, "attention_targets", cpu_targets.COLUMNS) as targets:
         for verdict in found:
             targets.add(**verdict._asdict())
@@ -265,9 +235,9 @@ def main(arguments: list[str] | None = None) -> int:
     if command is None:
         return 1
     cases = held_cases(command)
-    load, roofs = host.load(), measured_roofs(cases, [1])
-    with ResultTable(command, "attention", CPU_COLUMNS, **rates_of(roofs)) as table:
-        for row in in_turns(cases, command, [1], roofs):
+    load, rates = host.load(), cpu_rates.measure(dtypes_of(cases), [1])
+    with ResultTable(command, "attention", CPU_COLUMNS, **cpu_rates.as_json(rates)) as table:
+        for row in in_turns(cases, command, [1], rates):
             table.add(**row, load_before=load)
     return 0
 
