@@ -176,16 +176,16 @@ def scores_mib(case: AttentionCase) -> float:
 # ---- another instruction set, in a process of its own ----
 
 
-def held_rows(command: Command) -> list[dict[str, str]]:
-    """The rows of `main` in a process whose libraries are all held to AVX2; none where that is the best anyway."""
+def held_run(command: Command) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """The table of `main` in a process whose libraries are all held to AVX2; empty where that is the best anyway."""
     if host.instruction_set() in (None, "baseline", HELD_TO) or not held_cases(command):
-        return []
+        return [], {}
     with tempfile.TemporaryDirectory() as folder:
         options = [] if command.size == "full" else [f"--{command.size}"]
         filters = ["--filter", *(pattern.pattern for pattern in command.patterns)] if command.patterns else []
         line = [sys.executable, "-m", "benchmarks.cpu_attention", "--device", "cpu", *options, "--out", folder]
         subprocess.run([*line, *filters], check=True, env=os.environ | ENVIRONMENT)
-        return read(Path(folder, "attention.csv"))[0]
+        return read(Path(folder, "attention.csv"))
 
 
 def held_cases(command: Command) -> list[AttentionCase]:
@@ -213,16 +213,19 @@ def run(command: Command) -> int:
     threads = [count for count in THREADS if count <= (os.cpu_count() or 1)]
     load = host.load()
     rates = cpu_rates.measure(dtypes_of(cases), threads)
-    with ResultTable(command, "attention", CPU_COLUMNS, **cpu_rates.as_json(rates)) as table:
+    origin = cpu_rates.as_json(rates) | {"load_before": load}
+    with ResultTable(command, "attention", CPU_COLUMNS, **origin) as table:
         for row in in_turns(cases, command, threads, rates):
             table.add(**row, load_before=load)
         for row in memory_rows(command):
             table.add(**row, load_before=load)
-        for held in held_rows(command):
-            table.add(**held)
+        held, held_origin = held_run(command)
+        for row in held:
+            table.add(**row)
     print_comparisons(comparisons(table.rows))
     found = cpu_targets.verdicts(table.rows) + cpu_targets.memory_verdicts(table.rows)
-    with ResultTable(command, "attention_targets", cpu_targets.COLUMNS) as targets:
+    origin = {"load_before": load, f"held_to_{HELD_TO}": held_origin}
+    with ResultTable(command, "attention_targets", cpu_targets.COLUMNS, **origin) as targets:
         for verdict in found:
             targets.add(**verdict._asdict())
     cpu_targets.print_verdicts(found)
@@ -236,7 +239,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     cases = held_cases(command)
     load, rates = host.load(), cpu_rates.measure(dtypes_of(cases), [1])
-    with ResultTable(command, "attention", CPU_COLUMNS, **cpu_rates.as_json(rates)) as table:
+    origin = cpu_rates.as_json(rates) | {"load_before": load}
+    with ResultTable(command, "attention", CPU_COLUMNS, **origin) as table:
         for row in in_turns(cases, command, [1], rates):
             table.add(**row, load_before=load)
     return 0

@@ -36,7 +36,7 @@ def facts() -> dict[str, Any]:
         "instruction_set": instruction_set(),
         "instruction_set_of_torch": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "is_quiet": is_quiet(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
     }
 
 
@@ -45,9 +45,11 @@ def load() -> float:
     return round(os.getloadavg()[0], 2)
 
 
-def is_quiet() -> bool:
-    """Whether nothing else seems to run here."""
-    return load() <= QUIET_LOAD
+def busy_note(load_before: float) -> str | None:
+    """What to say of times that were taken beside other work; None if the machine was quiet."""
+    if load_before <= QUIET_LOAD:
+        return None
+    return f"not quiet: a load of {load_before} before it began, more than {QUIET_LOAD}"
 
 
 def _cpuinfo() -> dict[str, str]:
