@@ -61,6 +61,7 @@ TARGETS = (
     Target("two threads, long, dropout", "long", "torch-math", 1.2, threads=2, masks=("dropout",)),
     Target("AVX2, packed", "wmt-avx2", "torch-flash", 1.5, layouts=PACKED),
     Target("a search's few queries", "decode", "torch-default", 1.0, which="forward"),
+    Target("two threads, few queries", "decode", "torch-default", 1.0, threads=2, which="forward"),
 )
 
 

@@ -85,8 +85,8 @@ def attention(rows: list[Row]) -> Figure | None:
     rows = [row for row in rows if row["pass"] == "both" and row["suite"] in ("short", "long")]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        names = ("suite", "head_dim", "mask", "dtype", "threads")
-        groups.setdefault(tuple(row.get(name, "") for name in names), []).append(row)
+        key = tuple(row.get(name, "") for name in ("suite", "head_dim", "mask", "dtype", "threads"))
+        groups.setdefault(key, []).append(row)
     groups = {key: group for key, group in groups.items() if len({row["seqlen_k"] for row in group}) > 1}
     if not groups:
         return None
