@@ -47,8 +47,8 @@ def is_ours(name: str) -> bool:
 def comparisons(rows: list[Row]) -> list[Comparison]:
     """The comparison of every case and pass in which both sides have a time.
 
-    fastattn-torch, which is torch's own kernel, is on neither side, nor is fastattn, which chooses among them. Who has no packed attention has to pad: the
-    padded batch of the same sentences is a peer of the packed one.
+    On neither side are fastattn-torch, which is torch's own kernel, and fastattn, which chooses among those. Who has
+    no packed attention has to pad: the padded batch of the same sentences is a peer of the packed one.
     """
     timed = [row for row in rows if row["p50_ms"] and row["provider"] not in ("fastattn-torch", "fastattn")]
     groups: dict[tuple[str, ...], list[Row]] = {}

@@ -21,8 +21,9 @@ Written by `python -m benchmarks.summary` from the tables in these folders, whic
 JSON file beside it with device, driver, versions, commit and command. Times are medians unless the column says that
 they are minima.
 """
-WITHOUT_KERNELS = """Here fastattn attends with torch's kernels. These tables show the routes that exist without its own, and
-what a call costs the host; they say nothing of the speed of fastattn's own kernels.
+WITHOUT_KERNELS = """\
+Here fastattn attends with torch's kernels. These tables show the routes that exist without its own, and what
+a call costs the host; they say nothing of the speed of fastattn's own kernels.
 """
 # What of each table is shown: its title and its columns.
 SHOWN = {
