@@ -91,6 +91,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if command.device.type == "cpu":
         return cpu_attention.run(command)
+    return one_after_another(command)
+
+
+def one_after_another(command: Command) -> int:
+    """Measures provider after provider, prints and writes; returns the exit status."""
     warnings.filterwarnings("ignore", category=UserWarning)  # kernels that refuse warn of it; the rows say it
     cases = command.sized(smoke_cases, quick_cases, every_case)()
     chosen = [(case, provider) for case in cases for provider in all_providers() if command.wants(case, provider.name)]
