@@ -261,7 +261,7 @@ def test_published_times_stand_beside_the_case_they_were_measured_on():
 
 def row(provider: str, ms: float, layout: str = "padded", **changes: str) -> dict[str, str]:
     """A row of a table of attention."""
-    described = {name: getattr(case(), name) for name in comparison.CASE}
+    described = case().columns()
     rest = {"layout": layout, "mask": layout, "provider": provider, "pass": "both", "p50_ms": str(ms)}
     return {name: str(value) for name, value in (described | rest | changes).items()}
 
@@ -271,6 +271,20 @@ def test_the_fastest_of_ours_meets_the_fastest_of_the_others():
     rows += [row("fastattn-torch", 1.0), row("torch-cudnn", 0.1) | {"p50_ms": ""}]
     (found,) = comparison.comparisons(rows)
     assert (found.ours, found.peer, found.speedup()) == ("fastattn-triton", "torch-flash", 2.5)
+
+
+def test_times_with_other_threads_are_not_compared():
+    of_one = [
+        row("fastattn-cpu", 2.0, threads="1"),
+        row("torch-math", 6.0, threads="1"),
+        row("fastattn", 1.0, threads="1"),
+    ]
+    of_two = [row("fastattn-cpu", 1.0, threads="2"), row("torch-math", 2.0, threads="2")]
+    found = comparison.comparisons([*of_one, *of_two])
+    assert [(c.ours, c.speedup(), c.case.split()[-1]) for c in found] == [
+        ("fastattn-cpu", 3.0, "1t"),
+        ("fastattn-cpu", 2.0, "2t"),
+    ]
 
 
 def test_a_packed_batch_meets_the_padded_one_of_the_same_sentences():

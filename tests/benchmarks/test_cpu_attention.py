@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -10,7 +11,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import attention, cpu_attention, cpu_cases, cpu_peak, cpu_targets, host, lengths
+from benchmarks import attention, cpu_attention, cpu_cases, cpu_peak, cpu_targets, host, lengths, shared_library
 from benchmarks.cases import MASKS, AttentionCase
 from benchmarks.comparison import CASE
 from benchmarks.cpu_rates import Rates, using_threads
@@ -215,6 +216,18 @@ def test_nothing_is_faster_than_multiply_adds_in_registers():
         found = time_in_turns({"product": TimedCall(lambda: a @ a)}, cpu_clock(1), 0.2, 3)
     assert 2e-9 * 256**3 / found["product"]["forward"].p50_ms < 1.1 * peak
     assert peak > cpu_peak.peak_tflops("baseline") or host.instruction_set() == "baseline"
+
+
+def test_multiply_adds_are_made_and_counted(tmp_path):
+    library = tmp_path / "cpu_peak.so"
+    try:
+        shared_library.build(cpu_peak.SOURCE, library)  # vectors of four numbers, twelve of them
+    except BuildError as error:
+        pytest.skip(str(error))
+    multiply_add = ctypes.CDLL(str(library)).multiply_add
+    multiply_add.restype, total = ctypes.c_double, ctypes.c_float(0.5)
+    assert multiply_add(ctypes.c_long(1), ctypes.byref(total)) == 2 * 12 * 4
+    assert total.value == 0.5 + 4 * sum(0.5 * i + 0.5 for i in range(12))
 
 
 def test_shares_are_of_the_peak_where_it_is_known():

@@ -19,6 +19,7 @@ from benchmarks import (
     decode,
     example_steps,
     gate,
+    host,
     layers,
     lengths,
     multi_head_attention,
@@ -260,5 +261,20 @@ def test_summary_lists_every_loss(results, capsys):
     assert f"| long | 0.50x | {long} | {long} |" in page and "| wmt | 1.50x |" in page
     assert page.count("| fastattn-cuda | 2.0 | torch-math | 1.0 | 0.50x |") == long
     assert "4.25" in page and "commit 0123456789 with changes" in page
-    assert "![layers](cpu/layers.png)" in page and "say nothing of the speed of fastattn's own kernels" in page
+    assert "![layers](cpu/layers.png)" in page and f"kernels {host.instruction_set()}, torch " in page
     assert "LOST" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("origin", "says_it"),
+    [
+        ({"device": "CPU x", "backends": {"float32": "cpu"}}, False),
+        ({"device": "CPU x", "backends": {"float32": "torch"}}, True),
+        ({"device": "CPU x"}, True),  # of the time before there were such kernels
+        ({"device": "Tesla P100"}, False),
+    ],
+)
+def test_the_summary_says_where_fastattns_kernels_did_not_run(origin, says_it):
+    text = summary.opening(origin)
+    assert text.startswith(f"\n## {origin['device']}\n")
+    assert ("say nothing of the speed of fastattn's own kernels" in text) == says_it
