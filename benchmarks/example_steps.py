@@ -1,6 +1,6 @@
 """Times training steps of the examples' models on a CPU: padded and packed, attention by torch and by the CPU kernels.
 
-    python -m benchmarks.example_steps          two minutes; --quick for one, --smoke for seconds
+    python -m benchmarks.example_steps --device cpu          two minutes; --quick for one, --smoke for seconds
 
 The models of examples/quickstart.py and of multi30k_fast in examples/wmt14, on batches of the lengths that they train
 on. A step is forward, loss in chunks, backward and Adam; its time is what one thread worked, the median of steps that
