@@ -177,7 +177,7 @@ def test_blocks_that_the_band_excludes_are_never_read(isa: str) -> None:
 @pytest.mark.parametrize("features", FEATURES, ids=str)
 def test_few_queries(features: dict[str, Any], seqlen_q: int, isa: str) -> None:
     with on_cpu(isa):
-        for seqlen_k in (1, 15, 64, 257, 530):
+        for seqlen_k in (15, 257) if seqlen_q % 2 else (1, 64, 530):
             check(Case(seqlens=(seqlen_q, seqlen_k), heads=(4, 2), dims=(20, 40), **features))
 
 
@@ -252,7 +252,9 @@ def test_tokens_of_no_sequence(dtype: torch.dtype, isa: str) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16], ids=str
+)
 @pytest.mark.parametrize("shape", list(itertools.product((1, 3), (1, 4), (1, 19), (1, 21))), ids=str)
 def test_bias_gradient_of_every_shape(shape: tuple[int, ...], dtype: torch.dtype, isa: str) -> None:
     """Beside the reference: a bias of the query's dtype or, next to half types, of float32."""

@@ -142,7 +142,7 @@ def working(call: Callable[[], object]) -> int:
     before = nanoseconds()
     call()
     spent = [time - before.get(task, 0) for task, time in nanoseconds().items()]
-    return sum(x > sum(spent) / 20 for x in spent)
+    return sum(x > sum(spent) / 100 for x in spent)
 
 
 @pytest.mark.skipif(not (TASKS / str(os.getpid()) / "schedstat").exists(), reason="needs Linux's /proc with schedstat")
