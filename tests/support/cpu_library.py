@@ -13,28 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+import pytest
 from torch import Tensor
 
 import fastattn
 from fastattn import _launcher
-from fastattn.cpu_kernels import attention
+from fastattn.cpu_kernels.sources import kernel_options
 from fastattn.params import AttentionParams
 from tests.simt.build import ROOT, cached, compiler, run, with_headers
+from tests.support.cpu_runs import NOT_BUILT
 from tests.support.poison import fresh_memory_is_nan
 
+attention = pytest.importorskip("fastattn.cpu_kernels.attention", reason=NOT_BUILT)
 CSRC = ROOT / "csrc"
 DRIVER = ROOT / "tests" / "cpu" / "driver.cpp"
 STANDALONE = DRIVER.with_name("standalone.cpp")
 CACHE = ROOT / "build" / "cpu"
-ISA_FLAGS = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
-    "avx2": ("-mavx2", "-mfma"),
-    "baseline": (),
-}
-COMMON = (
-    *("-std=c++17", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=fast"),
-    *("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
-)
 OPTIMIZED = ("-O2",)
 # What one of them finds ends the process. Not an offset to null, where the rows of an empty tensor are.
 SANITIZED = (
@@ -64,7 +58,7 @@ def build_standalone(
 
 
 def _linked(source: Path, name: str, isa: str, flags: tuple[str, ...], csrc: Path, cache: Path, cxx: str) -> Path:
-    options = [*COMMON, *flags, *ISA_FLAGS[isa], f"-DFASTATTN_ISA={isa}"]
+    options = [*kernel_options(isa, "x86_64"), "-fno-gnu-unique", *flags]
     headers = [file for name in ("kernels.cpp", "work.h") for file in with_headers(csrc / "cpu" / name)]
 
     def make(target: Path) -> None:
