@@ -16,7 +16,7 @@ build_native = importlib.import_module("build_native")
 class BuildNative(Command):
     """A step of "build", after that of the Python files."""
 
-    description = "build the CUDA kernels and their launcher"
+    description = "build the CUDA kernels with their launcher, and the CPU kernels"
     user_options = []
     editable_mode = False  # set by setuptools
 
@@ -46,10 +46,10 @@ class BuildWithNative(build):
 
 
 class NativeDistribution(Distribution):
-    """Is for one platform and Python if anything is built."""
+    """Is for one platform and Python if anything is built: the CPU kernels, and the CUDA kernels only beside them."""
 
     def has_ext_modules(self):
-        return build_native.why_pure_python(build_native.Settings.read(os.environ)) is None
+        return build_native.why_no_cpu(build_native.Settings.read(os.environ)) is None
 
 
 setup(distclass=NativeDistribution, cmdclass={"build": BuildWithNative, "build_native": BuildNative})

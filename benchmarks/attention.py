@@ -2,6 +2,8 @@
 
     python -m benchmarks.attention          on a GPU; --quick for two minutes, --smoke for tiny cases on any machine
 
+On a CPU it is benchmarks.cpu_attention that times.
+
 Each provider is first compared with the float64 reference; one that is wrong or unavailable gets a row with the reason
 and no numbers. What limits attention at the lengths of sentences is bandwidth: beside the times stand the bytes that
 any attention has to move, their share of the rate of a plain copy, and the share of what that rate and the rate of a
@@ -19,7 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import published, roofline
+from benchmarks import cpu_attention, roofline
+from benchmarks.attention_columns import COLUMNS, line, numbers
 from benchmarks.cases import DTYPES, AttentionCase, every_case, quick_cases, short, smoke_cases
 from benchmarks.command import Command, parse
 from benchmarks.comparison import comparisons, print_comparisons
@@ -28,16 +31,8 @@ from benchmarks.provenance import device_name
 from benchmarks.providers import Provider, Unavailable, all_providers
 from benchmarks.result_table import ResultTable
 from benchmarks.roofline import Roofline
-from benchmarks.timing import PassTime, peak_memory_mib, time_for
+from benchmarks.timing import peak_memory_mib, time_for
 from fastattn.peaks import peak_tflops
-
-CASE_COLUMNS = ("suite", "workload", "layout", "batch", "nheads", "seqlen_q", "seqlen_k", "head_dim", "mask", "dtype")
-COLUMNS = (
-    *CASE_COLUMNS,
-    *("provider", "pass", "p50_ms", "p20_ms", "p80_ms", "tflops", "percent_of_peak", "gb_s", "percent_of_copy"),
-    *("percent_of_roofline", "peak_memory_mib", "published_fused_ms", "published_vanilla_ms", "note"),
-    "no_numbers_because",
-)
 
 
 def measure(
@@ -67,37 +62,6 @@ def measure(
     ]
 
 
-def numbers(
-    case: AttentionCase, moved: int, which: str, time: PassTime, roof: Roofline, peak: float | None
-) -> dict[str, Any]:
-    """The columns of one pass; none but the reason if it seems faster than the device can be.
-
-    Args:
-        case: what was timed.
-        moved: bytes.
-        which: the pass.
-        time: that it took.
-        roof: the device's measured rates.
-        peak: TFLOP/s that nothing on the device can exceed; None where they are not known.
-    """
-    flops = case.flops(which)
-    tflops = flops / time.p50_ms * 1e-9
-    if peak is not None and tflops > peak:
-        return {"no_numbers_because": f"wrong: {tflops:.1f} TFLOP/s, the device's peak is {peak}"}
-    gb_s = moved / time.p50_ms * 1e-6
-    theirs = published.times(which, (case.batch, case.nheads, case.seqlen_q, case.head_dim), case.dtype)
-    published_ms = {} if theirs is None or case.suite != "published" else theirs._asdict()
-    return {
-        **{name: f"{milliseconds:.4f}" for name, milliseconds in time._asdict().items()},
-        "tflops": f"{tflops:.3f}",
-        "percent_of_peak": None if peak is None else f"{100 * tflops / peak:.1f}",
-        "gb_s": f"{gb_s:.1f}",
-        "percent_of_copy": f"{100 * gb_s / roof.copy_gb_s:.1f}",
-        "percent_of_roofline": f"{100 * roof.share(flops, moved, case.dtype, time.p50_ms):.1f}",
-        **{f"published_{name}": milliseconds for name, milliseconds in published_ms.items()},
-    }
-
-
 def rows(command: Command, chosen: list[tuple[AttentionCase, Provider]], roof: Roofline) -> Iterator[dict[str, Any]]:
     """Every row, as it is measured; a line for each case and provider goes to the terminal."""
     from tqdm import tqdm  # parse() says what to install where it is missing
@@ -114,17 +78,10 @@ def rows(command: Command, chosen: list[tuple[AttentionCase, Provider]], roof: R
                     measured = [{"no_numbers_because": reason}]
                 else:
                     measured = measure(case, provider, gate, command.device, roof, seconds)
-                bar.write(f"  {provider.name:<16} {_line(measured)}")
+                bar.write(f"  {provider.name:<16} {line(measured)}")
                 yield from (case.columns() | {"provider": provider.name} | row for row in measured)
                 bar.update()
             del gate  # before the next one's tensors are made
-
-
-def _line(measured: list[dict[str, Any]]) -> str:
-    timed = [
-        f"{row['pass']} {row['p50_ms']} ms ({row['percent_of_roofline']} %)" for row in measured if "p50_ms" in row
-    ]
-    return "  ".join([*timed, measured[0].get("note", "")]) if timed else measured[0]["no_numbers_because"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -132,6 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
     command = parse("attention", "Time attention.", arguments, packages=["tqdm"])
     if command is None:
         return 1
+    if command.device.type == "cpu":
+        return cpu_attention.run(command)
+    return one_after_another(command)
+
+
+def one_after_another(command: Command) -> int:
+    """Measures provider after provider, prints and writes; returns the exit status."""
     warnings.filterwarnings("ignore", category=UserWarning)  # kernels that refuse warn of it; the rows say it
     cases = command.sized(smoke_cases, quick_cases, every_case)()
     chosen = [(case, provider) for case in cases for provider in all_providers() if command.wants(case, provider.name)]

@@ -6,7 +6,21 @@ import statistics
 from typing import NamedTuple
 
 Row = dict[str, str]
-CASE = ("suite", "workload", "layout", "batch", "nheads", "seqlen_q", "seqlen_k", "head_dim", "mask", "dtype")
+# threads and instruction set are columns of a CPU's table alone.
+CASE = (
+    "suite",
+    "workload",
+    "layout",
+    "batch",
+    "nheads",
+    "seqlen_q",
+    "seqlen_k",
+    "head_dim",
+    "mask",
+    "dtype",
+    "threads",
+    "isa",
+)
 
 
 class Comparison(NamedTuple):
@@ -33,34 +47,38 @@ def is_ours(name: str) -> bool:
 def comparisons(rows: list[Row]) -> list[Comparison]:
     """The comparison of every case and pass in which both sides have a time.
 
-    fastattn-torch, which is torch's own kernel, is on neither side. Who has no packed attention has to pad: the
-    padded batch of the same sentences is a peer of the packed one.
+    On neither side are fastattn-torch, which is torch's own kernel, and fastattn, which chooses among those. Who has
+    no packed attention has to pad: the padded batch of the same sentences is a peer of the packed one.
     """
-    timed = [row for row in rows if row["p50_ms"] and row["provider"] != "fastattn-torch"]
+    timed = [row for row in rows if row["p50_ms"] and row["provider"] not in ("fastattn-torch", "fastattn")]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in timed:
-        groups.setdefault((*(row[name] for name in CASE), row["pass"]), []).append(row)
+        groups.setdefault((*(row.get(name, "") for name in CASE), row["pass"]), []).append(row)
     found = []
     for key, group in groups.items():
-        padded = [row for row in timed if _is_padded_form(row, group[0])]
+        padded = [row for row in timed if is_padded_form(row, group[0])]
         ours = [row for row in group if is_ours(row["provider"])]
         peers = [row for row in [*group, *padded] if not is_ours(row["provider"])]
         if ours and peers:
             best, peer = (min(side, key=lambda row: float(row["p50_ms"])) for side in (ours, peers))
             name = peer["provider"] + (" (padded)" if peer["layout"] != best["layout"] else "")
             times = float(best["p50_ms"]), float(peer["p50_ms"])
-            found.append(Comparison(key[0], _described(best), best["pass"], best["provider"], times[0], name, times[1]))
+            found.append(Comparison(key[0], described(best), best["pass"], best["provider"], times[0], name, times[1]))
     return found
 
 
-def _is_padded_form(row: Row, other: Row) -> bool:
-    same = all(row[name] == other[name] for name in ("suite", "workload", "dtype", "pass"))
+def is_padded_form(row: Row, other: Row) -> bool:
+    """True if the row is of the padded batch of the sentences that are packed in the other's."""
+    names = ("suite", "workload", "dtype", "pass", "threads", "isa")
+    same = all(row.get(name) == other.get(name) for name in names)
     return same and (row["layout"], other["layout"]) == ("padded", "packed")
 
 
-def _described(row: Row) -> str:
+def described(row: Row) -> str:
+    """The case of a row in words."""
     sizes = "x".join(row[name] for name in ("batch", "nheads", "seqlen_q", "seqlen_k", "head_dim"))
-    return f"{row['workload']} {sizes} {row['layout']} {row['mask']} {row['dtype']}"
+    where = "".join(f" {row[name]}{unit}" for name, unit in (("isa", ""), ("threads", "t")) if row.get(name))
+    return f"{row['workload']} {sizes} {row['layout']} {row['mask']} {row['dtype']}{where}"
 
 
 def medians(found: list[Comparison]) -> dict[str, tuple[float, int, int]]:

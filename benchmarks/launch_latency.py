@@ -27,6 +27,7 @@ from benchmarks import stub_cuda
 from benchmarks.command import Command, parser
 from benchmarks.host_timing import HostCall, HostTime, time_in_turns
 from benchmarks.result_table import ResultTable
+from benchmarks.shared_library import BuildError
 from fastattn import backends
 from fastattn.arguments import attention_params
 from fastattn.params import AttentionParams, Buffers, Forward
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command = Command.of(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         times = measure(command)
-    except stub_cuda.BuildError as error:
+    except BuildError as error:
         print(f"{error}; nothing was measured", file=sys.stderr)
         return 1
     print(f"{'':<44}{'min':>9}{'p50':>9}{'p80':>9}  microseconds")

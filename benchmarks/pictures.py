@@ -85,15 +85,16 @@ def attention(rows: list[Row]) -> Figure | None:
     rows = [row for row in rows if row["pass"] == "both" and row["suite"] in ("short", "long")]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in ("suite", "head_dim", "mask", "dtype")), []).append(row)
+        key = tuple(row.get(name, "") for name in ("suite", "head_dim", "mask", "dtype", "threads"))
+        groups.setdefault(key, []).append(row)
     groups = {key: group for key, group in groups.items() if len({row["seqlen_k"] for row in group}) > 1}
     if not groups:
         return None
     names = ordered(rows, "provider")
     figure, axes = panels(len(groups))
-    for ax, ((suite, head_dim, mask, dtype), group) in zip(axes, groups.items(), strict=True):
+    for ax, ((suite, head_dim, mask, dtype, threads), group) in zip(axes, groups.items(), strict=True):
         curves(ax, group, "provider", names, "seqlen_k", "p50_ms")
-        ax.set_title(f"{suite}, mask {mask}, d {head_dim}, {dtype}")
+        ax.set_title(f"{suite}, mask {mask}, d {head_dim}, {dtype}" + (f", {threads} threads" if threads else ""))
         ax.set_xlabel("length")
         ax.set_ylabel("ms, forward + backward")
     share_legend(figure, axes)
@@ -131,7 +132,8 @@ def attention_batches(rows: list[Row]) -> Figure | None:
     rows = [row for row in rows if row["pass"] == "both" and row["suite"] == "wmt"]
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(f"{row['workload']}, {row['dtype']}", []).append(row)
+        threads = f", {row['threads']} threads" if row.get("threads") else ""
+        groups.setdefault(f"{row['workload']}, {row['dtype']}{threads}", []).append(row)
     if not groups:
         return None
     tallest = max(map(len, groups.values()))
@@ -168,6 +170,18 @@ def transformer_step(rows: list[Row]) -> Figure | None:
         shades = [THEIRS if row["rung"].startswith("torch") else OURS for row in group]
         bars(ax, [row["rung"] for row in group], [float(row["tokens_per_s"]) for row in group], shades, "tokens/s")
         ax.set_title(f"training, {model}, {precision}")
+    return figure
+
+
+def example_steps(rows: list[Row]) -> Figure | None:
+    """The speed of every way to train, for each example and precision."""
+    groups = list(dict.fromkeys((row["example"], row["precision"]) for row in rows))
+    figure, axes = panels(len(groups), 5.0, 2.0, columns=3)
+    for ax, (example, precision) in zip(axes, groups, strict=True):
+        group = [row for row in rows if (row["example"], row["precision"]) == (example, precision)]
+        shades = [THEIRS if row["backend"] == "torch" else OURS for row in group]
+        bars(ax, [row["way"] for row in group], [float(row["tokens_per_s"]) for row in group], shades, "tokens/s")
+        ax.set_title(f"training, {example}, {precision}, one thread")
     return figure
 
 
@@ -216,6 +230,7 @@ DRAWN: tuple[tuple[Callable[[list[Row]], Figure | None], str, str | None], ...] 
     (attention_speedup, "attention", "suite"),
     (multi_head_attention, "multi_head_attention", None),
     (transformer_step, "transformer_step", None),
+    (example_steps, "example_steps", None),
     (decode, "decode", None),
     (layers, "layers", None),
     (overhead, "overhead", None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -12,18 +13,20 @@ from typing import Any
 
 import torch
 
-from fastattn.info import gather
+from benchmarks import host
+from fastattn.backends import CallTraits, choose
+from fastattn.info import DTYPES, HEAD_DIM, gather
 from fastattn.machine import detect
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, such as "Tesla P100-SXM2-16GB", or the CPU's architecture."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+    """The GPU's name, such as "Tesla P100-SXM2-16GB", or the CPU's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {host.model()}"
 
 
 def folder_name(device: torch.device) -> str:
     """The device's name as part of a path, such as tesla-p100-sxm2-16gb."""
-    return device_name(device).lower().replace(" ", "-")
+    return re.sub("[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -35,13 +38,22 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "cuda": report["torch_cuda"],
         "platform": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),  # processes that ran or waited, in the last minute
+        "load_before": host.load(),
+        "cpu": host.facts() if device.type == "cpu" else None,
+        "backends": _choices(device),
         "versions": report["versions"],
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
     }
+
+
+def _choices(device: torch.device) -> dict[str, str]:
+    """The backend that fastattn takes for the usual call, by dtype."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    calls = [CallTraits(device.type, capability, dtype, HEAD_DIM, HEAD_DIM) for dtype in DTYPES]
+    return {str(call.dtype).removeprefix("torch."): choose(call).name for call in calls}
 
 
 def _git(*arguments: str) -> str | None:

@@ -55,7 +55,7 @@ def all_providers() -> list[Provider]:
         Provider("torch-default", _torch, describe=_choice_of_torch),
         Provider("torch-varlen", _torch_varlen),
         Provider("torch-flex", _flex, compiles=True),
-        Provider("cublas-softmax", _products_and_softmax),
+        Provider("torch-products", _products_and_softmax),
         Provider("flash-attn-2", partial(_flash_attn, "flash_attn")),
         Provider("flash-attn-3", partial(_flash_attn, "flash_attn_interface")),
         Provider("flash-attn-4", partial(_flash_attn, "flash_attn.cute")),
@@ -63,10 +63,21 @@ def all_providers() -> list[Provider]:
     ]
 
 
+def cpu_providers() -> dict[str, Provider]:
+    """The ways that are compared on a CPU, by name: our kernels, fastattn's own choice, then torch's."""
+    ours = [
+        Provider("fastattn-cpu", fastattn_call, partial(fastattn.use_backend, "cpu"), False),
+        Provider("fastattn", fastattn_call, has_own_dropout=False, describe=_choice_of_fastattn),
+    ]
+    kinds = ("torch-flash", "torch-math", "torch-default", "torch-products")
+    theirs = [provider for provider in all_providers() if provider.name in kinds]
+    return {provider.name: provider for provider in [*ours, *theirs]}
+
+
 # ---- ours ----
 
 
-def fastattn_call(p: AttentionInputs) -> Call:
+def fastattn_call(p: AttentionInputs) -> partial[Tensor]:
     """fastattn's public function for these inputs."""
     options = {"attn_mask": p.mask, "attn_bias": p.bias, "dropout_p": p.dropout_p, "is_causal": p.is_causal}
     dense: Callable[..., Any] = fastattn.scaled_dot_product_attention
@@ -75,6 +86,12 @@ def fastattn_call(p: AttentionInputs) -> Call:
         return partial(dense, p.q, p.k, p.v, **options)
     lengths = (p.cu_seqlens_q, p.cu_seqlens_k, p.max_seqlen_q, p.max_seqlen_k)
     return partial(packed, p.q, p.k, p.v, *lengths, **options)
+
+
+def _choice_of_fastattn(p: AttentionInputs) -> str:
+    """The backend that fastattn takes by itself."""
+    call = fastattn_call(p)
+    return f"runs {fastattn.explain(*call.args, **call.keywords).backend}"
 
 
 # ---- torch's ----

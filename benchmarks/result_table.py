@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from benchmarks.command import Command
+from benchmarks.host import busy_note
 from benchmarks.provenance import provenance
 
 
@@ -20,13 +22,15 @@ class ResultTable:
         command: whose folder is written to.
         name: of the benchmark.
         columns: of the table; a row may leave some out.
-        measured: what else to say in the JSON.
+        measured: what else to say in the JSON, or better than `provenance` does.
     """
 
     def __init__(self, command: Command, name: str, columns: Iterable[str], **measured: Any) -> None:
         command.folder.mkdir(parents=True, exist_ok=True)
         self.csv = command.folder / f"{name}.csv"
         origin = provenance(command.device) | {"size": command.size} | measured
+        if command.device.type == "cpu" and (note := busy_note(origin["load_before"])):
+            print(note, file=sys.stderr)
         self.csv.with_suffix(".json").write_text(json.dumps(origin, indent=2) + "\n")
         self.rows: list[dict[str, str]] = []
         self._file = self.csv.open("w", newline="")

@@ -21,17 +21,36 @@ Written by `python -m benchmarks.summary` from the tables in these folders, whic
 JSON file beside it with device, driver, versions, commit and command. Times are medians unless the column says that
 they are minima.
 """
-ON_A_CPU = """On a CPU fastattn attends with torch's kernels. These tables show the routes that exist without a GPU, and
-what a call costs the host; they say nothing of the speed of fastattn's own kernels.
+WITHOUT_KERNELS = """\
+Here fastattn attends with torch's kernels. These tables show the routes that exist without its own, and what
+a call costs the host; they say nothing of the speed of fastattn's own kernels.
 """
 # What of each table is shown: its title and its columns.
 SHOWN = {
+    "attention_targets": (
+        "What the CPU kernels have to reach",
+        ("target", "case", "peer", "unit", "ours", "theirs", "ratio", "wanted", "goal", "verdict"),
+    ),
     "multi_head_attention": ("The module", ("workload", "provider", "dtype", "pass", "p50_ms", "peak_memory_mib")),
     "transformer_step": (
         "Training steps",
         ("model", "precision", "rung", "tokens_per_s", "step_ms", "peak_memory_mib", "paper_days"),
     ),
-    "decode": ("Beam search", ("model", "precision", "way", "sentences", "tokens", "tokens_per_s")),
+    "example_steps": (
+        "Training steps of the examples",
+        (
+            "example",
+            "precision",
+            "way",
+            "tokens_per_s",
+            "step_ms",
+            "before",
+            "saved_percent",
+            "wanted_percent",
+            "verdict",
+        ),
+    ),
+    "decode": ("Beam search", ("model", "precision", "way", "backend", "sentences", "tokens", "tokens_per_s")),
     "layers": ("One layer of each kind", ("dtype", "seqlen", "layer", "p50_ms", "peak_memory_mib")),
     "overhead": ("What a call costs the host", ("op", "min_us", "peer", "peer_min_us", "limit_us", "verdict")),
     "launch_latency": ("The host's part of a launch", ("op", "min_us", "p50_us", "p80_us")),
@@ -90,12 +109,29 @@ def origin_of(origin: dict[str, Any]) -> str:
     parts += [f"commit {(origin['commit'] or 'unknown')[:10]}{changed}", origin["date"][:10]]
     if origin["device"].startswith("CPU"):
         parts.append(f"load {origin['load_before']} on {origin['cores']} cores before it began")
+        parts.append(instruction_sets(origin))
     if "copy_gb_s" in origin:
         parts.append(f"a copy moves {origin['copy_gb_s']} GB/s")
     if "product_tflops" in origin:
         rates = [f"{name} {rate}" for name, rate in origin["product_tflops"].items()]
         parts.append(f"matrix products do {', '.join(rates)} TFLOP/s")
+    if origin.get("float32_peak_tflops"):
+        rates = [f"{name} {rate}" for name, rate in origin["float32_peak_tflops"].items()]
+        parts.append(f"multiply-adds in registers {', '.join(rates)} TFLOP/s")
     return "; ".join(part for part in parts if part) + f"; `{origin['command']}`\n"
+
+
+def instruction_sets(origin: dict[str, Any]) -> str:
+    """The instruction sets of the kernels and of torch, where the table says them."""
+    cpu = origin.get("cpu")
+    return "" if cpu is None else f"kernels {cpu['instruction_set']}, torch {cpu['instruction_set_of_torch']}"
+
+
+def opening(origin: dict[str, Any]) -> str:
+    """The head of a device's tables."""
+    runs_on = origin.get("backends", {}).get("float32", "torch")
+    is_torch = origin["device"].startswith("CPU") and runs_on == "torch"
+    return f"\n## {origin['device']}\n" + (f"\n{WITHOUT_KERNELS}" if is_torch else "")
 
 
 def section(folder: Path) -> str:
@@ -107,7 +143,7 @@ def section(folder: Path) -> str:
             continue
         rows, origin = read(file)
         if not text:
-            text = f"\n## {origin['device']}\n" + (f"\n{ON_A_CPU}" if origin["device"].startswith("CPU") else "")
+            text = opening(origin)
         if table == "attention":
             text += attention(rows)
         else:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
+MOST_ROUNDS = 300
+Name = TypeVar("Name", bound=Hashable)
 
 
 class PassTime(NamedTuple):
@@ -52,11 +56,7 @@ def time_passes(
         del out
     if on_gpu:
         torch.cuda.synchronize(device)
-    return {
-        "forward": _summary([milliseconds(start, middle) for start, middle, _ in marks]),
-        "backward": _summary([milliseconds(middle, end) for _, middle, end in marks]),
-        "both": _summary([milliseconds(start, end) for start, _, end in marks]),
-    }
+    return _passes(marks, milliseconds)
 
 
 def time_for(
@@ -67,6 +67,64 @@ def time_for(
     if once < 1e3 * seconds:
         once = time_passes(forward, backward, device, 2)["both"].p20_ms
     return time_passes(forward, backward, device, max(3, min(100, int(1e3 * seconds / once))))
+
+
+class TimedCall(NamedTuple):
+    """What takes its turn on a CPU."""
+
+    forward: Callable[[], Any]  # returns the output with its graph
+    backward: Callable[[Any], Any] | None = None  # takes that output; None to time the forward pass alone
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # around both, and not timed
+
+
+def cpu_clock(threads: int) -> Callable[[], float]:
+    """The clock for calls on a CPU: what one thread worked, which others cannot lengthen much, else what passes."""
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def time_in_turns(
+    calls: Mapping[Name, TimedCall], clock: Callable[[], float], seconds: float, least: int
+) -> dict[Name, dict[str, PassTime]]:
+    """Times calls on a CPU that take turns, in a new order each time: what slows the machine slows all of them.
+
+    Args:
+        calls: what is timed, by name.
+        clock: in seconds.
+        seconds: for all of it, about.
+        least: rounds, whatever they take; at least 2.
+
+    Returns:
+        By name "forward", "backward" and "both"; of a call without backward pass "forward" alone.
+    """
+    until = time.perf_counter() + seconds
+    for call in calls.values():
+        _turn(call, clock)  # warms up
+    order, shuffle = list(calls), random.Random(0).shuffle
+    turns: dict[Name, list[tuple[float, float, float]]] = {name: [] for name in calls}
+    rounds = 0
+    while rounds < least or (rounds < MOST_ROUNDS and time.perf_counter() < until):
+        shuffle(order)
+        for name in order:
+            turns[name].append(_turn(calls[name], clock))
+        rounds += 1
+    return {
+        name: {which: time for which, time in _passes(turns[name], _between_times).items() if which in _timed(call)}
+        for name, call in calls.items()
+    }
+
+
+def _turn(call: TimedCall, clock: Callable[[], float]) -> tuple[float, float, float]:
+    with call.context():
+        start = clock()
+        out = call.forward()
+        middle = clock()
+        if call.backward is not None:
+            call.backward(out)
+        return start, middle, clock()
+
+
+def _timed(call: TimedCall) -> tuple[str, ...]:
+    return ("forward",) if call.backward is None else ("forward", "backward", "both")
 
 
 def time_once(run: Callable[[], Any], device: torch.device, repetitions: int) -> PassTime:
@@ -82,6 +140,14 @@ def peak_memory_mib(run: Callable[[], Any], device: torch.device) -> float | Non
     torch.cuda.reset_peak_memory_stats(device)
     run()
     return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
+
+
+def _passes(marks: list[tuple[Any, Any, Any]], milliseconds: Callable[[Any, Any], float]) -> dict[str, PassTime]:
+    return {
+        "forward": _summary([milliseconds(start, middle) for start, middle, _ in marks]),
+        "backward": _summary([milliseconds(middle, end) for _, middle, end in marks]),
+        "both": _summary([milliseconds(start, end) for start, _, end in marks]),
+    }
 
 
 def _mark_cuda() -> torch.cuda.Event:

@@ -127,7 +127,7 @@ class Route(enum.Enum):
     DIFFERENTIABLE = "plain torch operations, differentiable any number of times"  # its module's attention
 
 
-_DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
+DEVICE_NAMES = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Backend:
         """Where it can run, for a reader."""
         if self.devices is None:
             return "any device"
-        return f"a {' or '.join(_DEVICES.get(device, device) for device in self.devices)} device"
+        return f"a {' or '.join(DEVICE_NAMES.get(device, device) for device in self.devices)} device"
 
     def _is_too_old(self, call: CallTraits) -> bool:
         if self.min_capability is None or call.capability is None:

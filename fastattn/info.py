@@ -7,6 +7,7 @@ Exits with 0 when the CPU or every visible GPU has a working backend, with 1 whe
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from . import backends
 from .backends import CallTraits
 from .cuda_kernels import images
-from .machine import Capability, System, VisibleGpu, detect, pair
+from .machine import Capability, CpuKernels, System, VisibleGpu, detect, pair
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIM = 64  # of the call for which the backends are asked; every class of head_dim takes the same path
@@ -34,9 +35,10 @@ def gather(system: System) -> dict[str, Any]:
     Returns:
         "ok"; "versions", "platform", "compiler", "driver", "driver_cuda", "torch_cuda", "torch_archs"; "kernels": those
         compiled, with their "architectures", "nvrtc", "sources", "commit" and the "reason" if there are none;
-        "launcher_problem", "nvrtc", "nvrtc_problem", "cache_dir"; "devices": for the CPU or each GPU its "name",
-        "capability", "torch_has_kernels", "image", "works" and, by dtype, "backends" with the one chosen and "why_not"
-        the preferred ones; "problems": each with its "problem" and a list of "fixes".
+        "launcher_problem", "nvrtc", "nvrtc_problem", "cache_dir"; "cpu_kernels": their "isas", the "isa" that runs, the
+        source of "threads" and the "reason" if none runs; "devices": for the CPU or each GPU its "name", "capability",
+        "torch_has_kernels", "image", "works" and, by dtype, "backends" with the one chosen and "why_not" the preferred
+        ones; "problems": each with its "problem" and a list of "fixes".
     """
     devices = [_device(system, gpu) for gpu in system.gpus or (None,)]
     return {
@@ -59,6 +61,7 @@ def gather(system: System) -> dict[str, Any]:
         "nvrtc": system.nvrtc,
         "nvrtc_problem": system.nvrtc_problem,
         "cache_dir": system.cache_dir,
+        "cpu_kernels": dataclasses.asdict(system.cpu_kernels),
         "devices": devices,
         "problems": _problems(system, devices),
     }
@@ -74,7 +77,7 @@ def _device(system: System, gpu: VisibleGpu | None) -> dict[str, Any]:
     chosen = {}
     for dtype in DTYPES:
         call = CallTraits(device_type, capability, dtype, HEAD_DIM, HEAD_DIM)
-        refusals = {b.name: b.why_not(call) for b in backends.BACKENDS if not b.on_request_only}
+        refusals = {b.name: _why_not(b, call) for b in backends.BACKENDS if not b.on_request_only}
         backend = next(name for name, reasons in refusals.items() if not reasons)
         why_not = {name: reasons for name, reasons in refusals.items() if reasons}
         chosen[str(dtype).removeprefix("torch.")] = {"backend": backend, "why_not": why_not}
@@ -85,9 +88,21 @@ def _device(system: System, gpu: VisibleGpu | None) -> dict[str, Any]:
         "capability": _dotted(capability),
         "torch_has_kernels": has_kernels,
         "image": None if capability is None else _image(system, capability),
-        "works": has_kernels and (is_fused or capability is None),
+        "works": not _is_misled(system.cpu_kernels) if capability is None else has_kernels and is_fused,
         "backends": chosen,
     }
+
+
+def _is_misled(cpu: CpuKernels) -> bool:
+    """Whether there are CPU kernels, but not those that the environment names: every call will raise."""
+    return bool(cpu.isas) and cpu.isa is None
+
+
+def _why_not(backend: backends.Backend, call: CallTraits) -> list[str]:
+    try:
+        return backend.why_not(call)
+    except ValueError as error:  # a variable of the environment, at which every such call will fail
+        return [f"cannot start: {error}"]
 
 
 def _image(system: System, capability: Capability) -> str:
@@ -129,7 +144,7 @@ def _problems(system: System, devices: list[dict[str, Any]]) -> list[dict[str, A
                 ", ".join(system.torch_archs),
             )
             problems.append({"problem": text, "fixes": _torch_fixes(system)})
-        elif device["torch_has_kernels"] and not device["works"]:
+        elif device["capability"] is not None and device["torch_has_kernels"] and not device["works"]:
             reasons = device["backends"]["float32"]["why_not"]
             text = "; ".join(f"{name} {', '.join(why)}" for name, why in reasons.items())
             problems.append({"problem": f"no fused backend for {device['name']}, only torch: {text}", "fixes": []})
@@ -137,6 +152,12 @@ def _problems(system: System, devices: list[dict[str, Any]]) -> list[dict[str, A
         problems.append({"problem": system.kernels_problem, "fixes": ["python scripts/build_native.py"]})
     if system.gpus and system.kernels.reason is not None:
         text = f"fastattn is installed without CUDA kernels: {system.kernels.reason}"
+        problems.append({"problem": text, "fixes": ["once that is mended, install fastattn again"]})
+    cpu = system.cpu_kernels
+    if _is_misled(cpu):
+        problems.append({"problem": f"no attention on the CPU: {cpu.reason}", "fixes": ["unset FASTATTN_CPU_ISA"]})
+    if not cpu.isas and system.compiler is not None and system.platform.startswith("Linux"):
+        text = f"fastattn is installed without CPU kernels: {cpu.reason}"
         problems.append({"problem": text, "fixes": ["once that is mended, install fastattn again"]})
     if system.compiler is None:
         text = "no C++ compiler: torch.compile needs one on the CPU, and so does the installation of fastattn"
@@ -203,12 +224,17 @@ def _kernel_lines(report: dict[str, Any]) -> list[str]:
     if kernels["architectures"]:
         built = f"{' '.join(kernels['architectures'])}, by NVRTC {kernels['nvrtc']} from sources {kernels['sources']}"
         built += f", commit {kernels['commit'][:10]}" if kernels["commit"] else ""
-    launcher, nvrtc_problem = report["launcher_problem"], report["nvrtc_problem"]
+    launcher, nvrtc_problem, cpu = report["launcher_problem"], report["nvrtc_problem"], report["cpu_kernels"]
+    runs = f"none: {cpu['reason']}"
+    if cpu["reason"] is None:
+        threads = "a pool" if cpu["threads"] == "pool" else cpu["threads"]
+        runs = f"{cpu['isa']} of {' '.join(cpu['isas'])}, threads of {threads}"
     return [
         f"{'kernels':<10}{built}",
         f"{'launcher':<10}{'ready' if launcher is None else f'none: {launcher}'}",
         f"{'NVRTC':<10}{report['nvrtc'] or f'none: {nvrtc_problem}'}",
         f"{'cache':<10}{report['cache_dir']}",
+        f"{'cpu':<10}{runs}",
     ]
 
 
@@ -235,8 +261,11 @@ def support_table() -> str:
     lines = ["| backend | device | dtypes | head_dim |", "|---|---|---|---|"]
     for backend in backends.BACKENDS:
         name = f"`{backend.name}`" + (" (on request)" if backend.on_request_only else "")
-        capability = _dotted(backend.min_capability)
-        device = "any" if capability is None else f"CUDA, compute capability >= {capability}"
+        device = (
+            "any" if backend.devices is None else " or ".join(map(backends.DEVICE_NAMES.__getitem__, backend.devices))
+        )
+        if backend.min_capability is not None:
+            device += f", compute capability >= {_dotted(backend.min_capability)}"
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
         head_dim = "any" if backend.max_head_dim is None else f"1 ... {backend.max_head_dim}"
         lines.append(f"| {name} | {device} | {dtypes} | {head_dim} |")

@@ -27,6 +27,16 @@ class VisibleGpu:
 
 
 @dataclass(frozen=True)
+class CpuKernels:
+    """The CPU kernels of an installation, as they are in this process."""
+
+    isas: tuple[str, ...]  # "avx512", "avx2", "baseline": the instruction sets that can run here, the best first
+    isa: str | None  # the one that runs
+    threads: str | None  # what gives them: "OpenMP" or "pool"
+    reason: str | None  # why none runs
+
+
+@dataclass(frozen=True)
 class System:
     """One machine: its software, its visible GPUs and the state of fastattn's installation."""
 
@@ -45,6 +55,7 @@ class System:
     nvrtc: str | None  # "12.9 (its file)": the compiler for run time
     nvrtc_problem: str | None  # why there is none
     cache_dir: str  # of kernels compiled at run time
+    cpu_kernels: CpuKernels
 
 
 def detect(installation: images.Installation = images.HERE) -> System:
@@ -72,6 +83,7 @@ def detect(installation: images.Installation = images.HERE) -> System:
         nvrtc=compiler,
         nvrtc_problem=nvrtc_problem,
         cache_dir=str(images.cache_dir()),
+        cpu_kernels=_cpu_kernels(installation),
     )
 
 
@@ -140,6 +152,19 @@ def _launcher_problem() -> str | None:
     except ImportError as error:
         return str(error)
     return None
+
+
+def _cpu_kernels(installation: images.Installation) -> CpuKernels:
+    try:
+        module = importlib.import_module("._cpu", __package__)
+    except ImportError as error:
+        manifest = installation.manifest()
+        return CpuKernels((), None, None, manifest.get("cpu", manifest).get("reason") or str(error))
+    try:
+        isa = importlib.import_module(".cpu_kernels.attention", __package__).isa()
+    except ValueError as error:  # FASTATTN_CPU_ISA names none of them
+        return CpuKernels(module.ISAS, None, None, str(error))
+    return CpuKernels(module.ISAS, isa, module.threading(), None)
 
 
 def _nvrtc(installation: images.Installation) -> tuple[str | None, str | None]:

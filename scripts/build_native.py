@@ -1,15 +1,16 @@
-"""Builds what is not Python: the CUDA kernels, an image for each element type and architecture, and their launcher.
+"""Builds what is not Python: the CUDA kernels, an image for each element type and architecture, and their launcher; the
+CPU kernels, an object for each instruction set.
 
     python scripts/build_native.py    rebuilds what has changed, into fastattn/ of this tree
 
-Installing fastattn (setup.py) does the same. Ninja works in build/native/, in parallel; each of its edges runs this
-script again, for one image or for the launcher. The results are copied into the package: _kernels/ with the images and
-build.json, which describes them, and _launcher.*.so. Where a tool is missing, build.json says so, and nothing else is
-built. In the environment:
+Installing fastattn (setup.py) does the same. Ninja works in build/native/, in parallel; to make an image it runs this
+script again. The results are copied into the package: _kernels/ with the images and build.json, which describes
+everything, _launcher.*.so and _cpu.*.so. The CPU kernels take a C++ compiler, the CUDA kernels NVRTC besides. Where a
+tool is missing, build.json says so, and what needs it is not built. In the environment:
 
-    FASTATTN_BUILD_CUDA         0: build nothing; 1: fail if a tool is missing
+    FASTATTN_BUILD_CUDA         0: build no CUDA kernels; 1: fail if a tool for them is missing
     FASTATTN_CUDA_ARCHS         such as "60;75;compute_90": machine code for 6.0 and 7.5, PTX for 9.0 and newer
-    FASTATTN_PREBUILT_KERNELS   a folder with images, such as _kernels/ of a wheel: only the launcher is compiled
+    FASTATTN_PREBUILT_KERNELS   a folder with images, such as _kernels/ of a wheel: NVRTC is not needed
     FASTATTN_NVRTC_LIB, CXX     the compilers
     MAX_JOBS                    how many edges run at a time; by default, as many as there are cores
 """
@@ -29,13 +30,15 @@ import sys
 import sysconfig
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "native"
+CPU_WORK = WORK / "cpu"
 LAUNCHER = "_launcher" + sysconfig.get_config_var("EXT_SUFFIX")
+CPU_MODULE = "_cpu" + sysconfig.get_config_var("EXT_SUFFIX")
 
 # The package's modules that import only the standard library, without its __init__, which imports torch.
 _package = types.ModuleType("fastattn_without_torch")
@@ -43,6 +46,7 @@ _package.__path__ = [str(ROOT / "fastattn")]
 sys.modules[_package.__name__] = _package
 nvrtc = importlib.import_module(f"{_package.__name__}.cuda_kernels.nvrtc")
 kernel_sources = importlib.import_module(f"{_package.__name__}.cuda_kernels.sources")
+cpu_sources = importlib.import_module(f"{_package.__name__}.cpu_kernels.sources")
 Arch = kernel_sources.Arch
 
 
@@ -94,24 +98,30 @@ def _supported() -> str:
     return f"; NVRTC {found.version} compiles for {', '.join(map(str, numbers))}"
 
 
-def why_pure_python(settings: Settings) -> str | None:
-    """Why nothing is built, or None if everything needed is there."""
-    if settings.is_wanted is False:
-        return "FASTATTN_BUILD_CUDA=0"
+def why_no_cpu(settings: Settings) -> str | None:
+    """Why the CPU kernels are not built, nor anything else in C++, or None if everything needed is there."""
     if sys.platform != "linux":
-        return f"the kernels are built on Linux, and this is {platform.system()}"
+        return f"the kernels are tested and built on Linux, and this is {platform.system()}"
     missing = []
     if shutil.which(shlex.split(settings.compiler)[0]) is None:
         missing.append(f"no C++ compiler ({settings.compiler})")
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         missing.append("no headers of Python (python3-dev)")
     missing += [f"no package {name}" for name in ("pybind11", "ninja") if importlib.util.find_spec(name) is None]
-    if settings.prebuilt is None:
+    return "; ".join(missing) or None
+
+
+def why_no_cuda(settings: Settings) -> str | None:
+    """Why the CUDA kernels are not built, or None if everything needed is there."""
+    if settings.is_wanted is False:
+        return "FASTATTN_BUILD_CUDA=0"
+    missing = why_no_cpu(settings)
+    if settings.prebuilt is None and sys.platform == "linux":
         try:
             nvrtc.find()
         except nvrtc.NotFound as error:
-            missing.append(str(error))
-    return "; ".join(missing) or None
+            return f"{missing}; {error}" if missing else str(error)
+    return missing
 
 
 # ---- the build ----
@@ -125,21 +135,107 @@ def build(package: Path) -> None:
         RuntimeError: a compiler fails, or a tool is missing although FASTATTN_BUILD_CUDA=1.
     """
     settings, start = Settings.read(os.environ), time.monotonic()
-    if reason := why_pure_python(settings):
-        if settings.is_wanted:
-            raise RuntimeError(f"FASTATTN_BUILD_CUDA=1, but the CUDA kernels cannot be built: {reason}")
-        print(f"fastattn: installed without CUDA kernels: {reason}")
-        _install(package, {"build.json": _json({"reason": reason})}, launcher=None)
-        return
+    no_cpu, no_cuda = why_no_cpu(settings), why_no_cuda(settings)
+    if settings.is_wanted and no_cuda:
+        raise RuntimeError(f"FASTATTN_BUILD_CUDA=1, but the CUDA kernels cannot be built: {no_cuda}")
+    cpu: dict = {"reason": no_cpu} if no_cpu else _build_cpu(settings)
+    manifest: dict = {"reason": no_cuda}
+    files: dict[str, bytes] = {}  # of _kernels/, besides what describes them
+    if no_cuda is None:
+        # In this tree, the sources lie beside the package.
+        manifest, files = _build_cuda(settings, with_sources=package != ROOT / "fastattn")
+    files["build.json"] = _json(manifest | {"cpu": cpu})
+    extensions = {CPU_WORK / CPU_MODULE: no_cpu, WORK / LAUNCHER: no_cuda}
+    _install(package, files, [file for file, reason in extensions.items() if reason is None])
+    images = f"without CUDA kernels: {no_cuda}" if no_cuda else _images_in_words(manifest, files)
+    sets = f"without CPU kernels: {no_cpu}" if no_cpu else f"with CPU kernels for {', '.join(cpu['isas'])}"
+    print(f"fastattn: installed {images}\nfastattn: installed {sets}")
+    print(f"fastattn: {time.monotonic() - start:.0f} s")
+
+
+def _run_ninja(folder: Path, graph: str, jobs: int, failure: str) -> None:
+    """Brings a folder up to date, or raises RuntimeError with these words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(graph)
+    command = [sys.executable, "-m", "ninja", "-C", str(folder), "-j", str(jobs)]
+    sys.stdout.flush()
+    if subprocess.run(command, env=os.environ | _places()).returncode != 0:
+        raise RuntimeError(failure)
+
+
+def _places() -> dict[str, str]:
+    """Variables for the edges' commands.
+
+    A graph does not name where the tools are, because pip and others put them elsewhere each time.
+    """
+    import pybind11
+
+    includes = {"PYBIND11_INCLUDE": pybind11.get_include(), "PYTHON_INCLUDE": sysconfig.get_path("include")}
+    return {"PYTHON": sys.executable, **includes}
+
+
+# ---- C++ ----
+
+
+def _compiler(settings: Settings) -> str:
+    """The C++ compiler as the beginning of a command in a graph."""
+    return shlex.join(shlex.split(settings.compiler)).replace("$", "$$")
+
+
+def _module_options() -> str:
+    """Options in a graph for what includes Python.h and pybind11; another version of it means another compilation."""
+    version = importlib.import_module("pybind11").__version__
+    return f'-DFASTATTN_PYBIND11={version} -isystem "$$PYBIND11_INCLUDE" -isystem "$$PYTHON_INCLUDE"'
+
+
+DEPENDENCIES = {"depfile": "$out.d", "deps": "gcc"}
+WITH_DEPENDENCIES = "$in -o $out -MMD -MF $out.d"
+
+
+# ---- the CPU kernels ----
+
+
+def _build_cpu(settings: Settings) -> dict:
+    """Brings them up to date; returns what describes them."""
+    failure = "the CPU kernels do not compile; CXX names another compiler, CXX=none does without any kernels"
+    _run_ninja(CPU_WORK, cpu_graph(settings), settings.jobs, failure)
+    return {"isas": list(cpu_sources.isas())}
+
+
+def cpu_graph(settings: Settings) -> str:
+    """The text of build.ninja for the CPU kernels: an object for each instruction set, and the module that has them."""
+    from ninja import Writer
+
+    text = io.StringIO()
+    writer, source = Writer(text), "../../../csrc/cpu"
+    writer.rule(
+        "object", f"{_compiler(settings)} $options -c {WITH_DEPENDENCIES}", description="CPU $out", **DEPENDENCIES
+    )
+    writer.rule("link", f"{_compiler(settings)} -shared -s $in -o $out -ldl -lpthread", description="CPU $out")
+    objects = [f"{isa}.o" for isa in cpu_sources.isas()]
+    for isa, name in zip(cpu_sources.isas(), objects, strict=True):
+        options = " ".join(cpu_sources.kernel_options(isa))
+        writer.build(name, "object", f"{source}/kernels.cpp", variables={"options": options})
+    options = " ".join([*cpu_sources.OPTIONS, _module_options()])
+    writer.build("module.o", "object", f"{source}/module.cpp", variables={"options": options})
+    writer.build(CPU_MODULE, "link", ["module.o", *objects])
+    return text.getvalue()
+
+
+# ---- the CUDA kernels ----
+
+CUDA_FAILURE = "the CUDA kernels or their launcher do not compile; FASTATTN_BUILD_CUDA=0 does without them"
+
+
+def _build_cuda(settings: Settings, with_sources: bool) -> tuple[dict, dict[str, bytes]]:
+    """Brings images and launcher up to date; returns what describes them, and the files of _kernels/."""
     sources = kernel_sources.KernelSources.read(ROOT / "csrc")
-    WORK.mkdir(parents=True, exist_ok=True)
     manifest = _take_prebuilt(settings, sources) if settings.prebuilt else _compile(settings, sources)
     folder = settings.prebuilt or WORK
     files = {name: (folder / name).read_bytes() for name in settings.image_names()}
-    if package != ROOT / "fastattn":  # there, the sources lie beside it
+    if with_sources:
         files |= {f"src/{name}": text.encode() for name, text in sources.files.items()}
-    _install(package, files | {"build.json": _json(manifest)}, WORK / LAUNCHER)
-    _report(manifest, files, time.monotonic() - start)
+    return manifest, files
 
 
 def _compile(settings: Settings, sources: kernel_sources.KernelSources) -> dict:
@@ -150,7 +246,7 @@ def _compile(settings: Settings, sources: kernel_sources.KernelSources) -> dict:
         raise ValueError(
             f"FASTATTN_CUDA_ARCHS: {', '.join(unknown)} cannot be built{_supported()} ({compiler.library})"
         )
-    _run_ninja(graph(settings, sources, compiler.version), settings.jobs)
+    _run_ninja(WORK, graph(settings, sources, compiler.version), settings.jobs, CUDA_FAILURE)
     return {
         "sources": sources.digest,
         "commit": _commit(),
@@ -173,15 +269,13 @@ def _take_prebuilt(settings: Settings, sources: kernel_sources.KernelSources) ->
             f"FASTATTN_PREBUILT_KERNELS: {folder} is built from other sources than csrc: "
             f"{manifest['sources']}, not {sources.digest}"
         )
-    _run_ninja(graph(settings, sources, nvrtc_version=None), settings.jobs)
+    _run_ninja(WORK, graph(settings, sources, nvrtc_version=None), settings.jobs, CUDA_FAILURE)
     images = {name: manifest["images"][name] for name in settings.image_names()}
     return manifest | {"architectures": list(map(str, settings.archs)), "images": images}
 
 
 def graph(settings: Settings, sources: kernel_sources.KernelSources, nvrtc_version: str | None) -> str:
-    """The text of build.ninja.
-
-    Nothing in it depends on where the tools are, because pip and others put them elsewhere each time.
+    """The text of build.ninja for images and launcher.
 
     Args:
         settings: what to build.
@@ -207,25 +301,15 @@ def graph(settings: Settings, sources: kernel_sources.KernelSources, nvrtc_versi
                     implicit=how,
                     variables={"element": element, "arch": str(arch)},
                 )
-    compiler = shlex.quote(settings.compiler).replace("$", "$$")
-    pybind11_version = importlib.import_module("pybind11").__version__
+    options = f"-std=c++17 -O2 -DNDEBUG -fPIC -shared -fvisibility=hidden -s {_module_options()}"
     writer.rule(
         "launcher",
-        f"{run} launcher {compiler} {pybind11_version}",
-        depfile="$out.d",
-        deps="gcc",
+        f"{_compiler(settings)} {options} {WITH_DEPENDENCIES} -ldl",
         description="C++ $out",
+        **DEPENDENCIES,
     )
     writer.build(LAUNCHER, "launcher", "../../csrc/launcher.cpp")
     return text.getvalue()
-
-
-def _run_ninja(graph: str, jobs: int) -> None:
-    (WORK / "build.ninja").write_text(graph)
-    command = [sys.executable, "-m", "ninja", "-C", str(WORK), "-j", str(jobs)]
-    sys.stdout.flush()
-    if subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}).returncode != 0:
-        raise RuntimeError("the CUDA kernels or their launcher do not compile; FASTATTN_BUILD_CUDA=0 does without them")
 
 
 def _commit() -> str | None:
@@ -239,12 +323,11 @@ def _json(value: dict) -> bytes:
     return json.dumps(value, indent=1).encode()
 
 
-def _install(package: Path, kernels: Mapping[str, bytes], launcher: Path | None) -> None:
+def _install(package: Path, kernels: Mapping[str, bytes], extensions: Iterable[Path]) -> None:
     """Makes the package's native part these files alone. They replace old ones, which a process may still be using."""
     files = {package / "_kernels" / name: content for name, content in kernels.items()}
-    if launcher is not None:
-        files[package / LAUNCHER] = launcher.read_bytes()
-    for old in (*package.glob("_kernels/**/*"), *package.glob(LAUNCHER)):
+    files |= {package / extension.name: extension.read_bytes() for extension in extensions}
+    for old in (*package.glob("_kernels/**/*"), package / LAUNCHER, package / CPU_MODULE):
         if old.is_file() and old not in files:
             old.unlink()
     for file, content in files.items():
@@ -255,7 +338,8 @@ def _install(package: Path, kernels: Mapping[str, bytes], launcher: Path | None)
             new.replace(file)
 
 
-def _report(manifest: dict, files: Mapping[str, bytes], seconds: float) -> None:
+def _images_in_words(manifest: dict, files: Mapping[str, bytes]) -> str:
+    """What was built of the CUDA kernels; prints a line for each architecture."""
     total = 0
     for arch in manifest["architectures"]:
         images = {name: image for name, image in manifest["images"].items() if f".{arch}." in name}
@@ -269,11 +353,10 @@ def _report(manifest: dict, files: Mapping[str, bytes], seconds: float) -> None:
         print(line)
         total += sum(counts)
     size = sum(len(files[name]) for name in manifest["images"]) / 1e6
-    images = f"{total} kernels in {len(manifest['images'])} images"
-    print(f"fastattn: {images}, {size:.1f} MB, NVRTC {manifest['nvrtc']}, {seconds:.0f} s")
+    return f"with {total} CUDA kernels in {len(manifest['images'])} images, {size:.1f} MB, NVRTC {manifest['nvrtc']}"
 
 
-# ---- the edges, run by ninja in build/native/ ----
+# ---- an image, by ninja in build/native/ ----
 
 
 def image(element: str, arch: str, version: str) -> None:
@@ -291,28 +374,13 @@ def image(element: str, arch: str, version: str) -> None:
         print("\n".join(warnings))
 
 
-def launcher(compiler: str, pybind11_version: str) -> None:
-    """Compiles the launcher."""
-    import pybind11
-
-    if pybind11.__version__ != pybind11_version:
-        raise RuntimeError(f"this is pybind11 {pybind11.__version__}, but the build has begun with {pybind11_version}")
-    includes = [f"-isystem{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
-    options = ["-std=c++17", "-O2", "-DNDEBUG", "-fPIC", "-shared", "-fvisibility=hidden", "-s"]
-    files = ["../../csrc/launcher.cpp", "-o", LAUNCHER, "-MMD", "-MF", f"{LAUNCHER}.d"]
-    command = [*shlex.split(compiler), *options, *includes, *files, "-ldl"]
-    sys.exit(subprocess.run(command).returncode)
-
-
 def main(arguments: list[str]) -> None:
-    """Runs one edge, or everything for this tree."""
+    """Compiles one image, or everything for this tree."""
     match arguments:
         case []:
             build(ROOT / "fastattn")
         case ["image", element, arch, version]:
             image(element, arch, version)
-        case ["launcher", compiler, version]:
-            launcher(compiler, version)
         case _:
             sys.exit(__doc__)
 

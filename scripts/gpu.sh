@@ -5,7 +5,7 @@
 #
 # Where there is no network, FASTATTN_PREBUILT_KERNELS=<folder of images> takes the machine's own Python as it is: it has
 # torch, pytest with xdist, allpairspy, hypothesis, expecttest, ninja, pybind11, tqdm and matplotlib, and only the
-# launcher is compiled.
+# launcher and the CPU kernels are compiled.
 nvidia-smi --list-gpus >/dev/null 2>&1 || {
     echo "make gpu: nvidia-smi lists no GPU here; nothing was done" >&2
     exit 1
@@ -57,7 +57,7 @@ benchmark() {
     part "$1" "$2" python3 -m "benchmarks.$1" "${size[@]}"
 }
 
-if [[ -n "${FASTATTN_PREBUILT_KERNELS:-}" ]]; then part launcher 60 python3 scripts/build_native.py; fi
+if [[ -n "${FASTATTN_PREBUILT_KERNELS:-}" ]]; then part "C++ part" 60 python3 scripts/build_native.py; fi
 part environment 30 python3 -m fastattn.info
 part "gpu tests" 150 python3 -m pytest -m gpu --numprocesses 4
 # The kernels of a P100 on whatever GPU this is: the driver compiles their PTX.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv: a torch that fits this machine, the pinned tools, and fastattn from this folder (editable), with its CUDA
-# kernels. Returns at once when nothing changed; compiles what changed of the kernels when nothing else did. A .venv that
-# is unfinished, moved or for another torch is made anew. FASTATTN_VENV=.venv-NAME makes another one beside it.
+# and CPU kernels. Returns at once when nothing changed; compiles what changed of the kernels when nothing else did. A
+# .venv that is unfinished, moved or for another torch is made anew. FASTATTN_VENV=.venv-NAME makes another one beside it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export FASTATTN_VENV=${FASTATTN_VENV:-.venv}
@@ -21,7 +21,9 @@ read -ra torch <<<"${choice%%  \#*}"
 kind="$PWD $python $("$python" --version) ${torch[*]}"
 files=$(cat requirements-dev.txt pyproject.toml setup.py scripts/setup.sh | sha256sum)
 which="${FASTATTN_BUILD_CUDA-} ${FASTATTN_CUDA_ARCHS-} ${FASTATTN_PREBUILT_KERNELS-}"
-kernels=$(echo "$which" | cat - csrc/* fastattn/cuda_kernels/nvrtc.py fastattn/cuda_kernels/sources.py scripts/build_native.py | sha256sum)
+mapfile -t csrc < <(find csrc -type f | LC_ALL=C sort)
+how=(fastattn/cuda_kernels/{nvrtc,sources}.py fastattn/cpu_kernels/sources.py scripts/build_native.py)
+kernels=$(echo "$which" | cat - "${csrc[@]}" "${how[@]}" | sha256sum)
 last_kind="" last_files="" last_kernels=""
 if [[ -f $finished ]]; then { read -r last_kind && read -r last_files && read -r last_kernels; } <"$finished" || true; fi
 all=("$kind" "$files" "$kernels")
@@ -35,7 +37,7 @@ compile() {
 }
 finish() { printf '%s\n' "${all[@]}" >"$finished"; }
 if [[ "$kind $files" == "$last_kind $last_files" ]]; then
-    echo "set-up: the CUDA kernels"
+    echo "set-up: the kernels"
     compile
     finish
     exit

@@ -50,8 +50,8 @@ class Backward {
     const Sequence s;
     const Part part;
     const int h_k, d, dv, i_end, j_end;
-    float *k, *v;                     // transposed
-    float *k_rows, *dk_sum, *dv_sum;  // of a block of keys
+    float *k, *v;                        // transposed
+    float *k_rows, *dk_sum, *dv_sum;     // of a block of keys
     float *q, *dout, *dq, *lse, *delta;  // of a block of queries
     float *weights, *dweights, *slopes;
     Dropout dropout;
@@ -92,7 +92,7 @@ class Backward {
             }
         }
         if (!part.has_dkv) return;
-        if (!are_seen) fill_zero(dk_sum, static_cast<long>(count) * d), fill_zero(dv_sum, static_cast<long>(count) * dv);
+        if (!are_seen) clear_dkv(count);
         const index_t token = s.first_k + j0;
         store_rows(rows_of<E>(p.dk, s.b, h_k, token), p.dk.row, dk_sum, d, count, p.head_dim, kLn2, false);
         store_rows(rows_of<E>(p.dv, s.b, h_k, token), p.dv.row, dv_sum, dv, count, p.head_dim_v, 1.0f, false);
@@ -100,7 +100,8 @@ class Backward {
 
     void copy_keys(const Keys& keys, int j0, int count) {
         const int row = staggered(count);
-        const E *from_k = rows_of<E>(p.k, s.b, h_k, s.first_k + j0), *from_v = rows_of<E>(p.v, s.b, h_k, s.first_k + j0);
+        const E* from_k = rows_of<E>(p.k, s.b, h_k, s.first_k + j0);
+        const E* from_v = rows_of<E>(p.v, s.b, h_k, s.first_k + j0);
         copy_transposed(k, row, from_k, p.k.row, count, p.head_dim);
         copy_transposed(v, row, from_v, p.v.row, count, p.head_dim_v);
         clear_unseen_columns(k, row, p.head_dim, keys, j0, count);
@@ -110,10 +111,16 @@ class Backward {
         clear_unseen_rows(k_rows, d, d, keys, j0, count);
     }
 
+    void clear_dkv(int count) {
+        fill_zero(dk_sum, static_cast<long>(count) * d);
+        fill_zero(dv_sum, static_cast<long>(count) * dv);
+    }
+
     void add_to_dkv(const Block& block, int count, bool is_first) {
-        if (is_first) fill_zero(dk_sum, static_cast<long>(count) * d), fill_zero(dv_sum, static_cast<long>(count) * dv);
+        if (is_first) clear_dkv(count);
         const Band band = block.transposed();
-        multiply_weights(block.keys, p.head_dim_v, block.rows, {weights, 1, block.row}, dout, dv, dv_sum, dv, band, true);
+        multiply_weights(block.keys, p.head_dim_v, block.rows, {weights, 1, block.row}, dout, dv, dv_sum, dv, band,
+                         true);
         multiply_weights(block.keys, p.head_dim, block.rows, {dweights, 1, block.row}, q, d, dk_sum, d, band, true);
     }
 

@@ -25,7 +25,8 @@ FASTATTN_INLINE void philox(Counters& c, unsigned long long seed) {
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
         Words high0, high1;
-        const Words low0 = multiply_wide(c.of[0], 0xD2511F53u, high0), low1 = multiply_wide(c.of[2], 0xCD9E8D57u, high1);
+        const Words low0 = multiply_wide(c.of[0], 0xD2511F53u, high0);
+        const Words low1 = multiply_wide(c.of[2], 0xCD9E8D57u, high1);
         c = {{high1 ^ c.of[1] ^ key0, low1, high0 ^ c.of[3] ^ key1, low0}};
         key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
     }

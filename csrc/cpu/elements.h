@@ -96,8 +96,10 @@ FASTATTN_INLINE void store_some(E* p, Floats x, int count) {
 // Of a mask: all bits of an element whose byte is not 0.
 FASTATTN_INLINE Ints load_some(const unsigned char* p, int count) {
     Bytes x{};
-    if (count >= kLanes) x = load_vector(p);
-    else __builtin_memcpy(&x, p, count);
+    if (count >= kLanes)
+        x = load_vector(p);
+    else
+        __builtin_memcpy(&x, p, count);
     return __builtin_convertvector(x, Ints) != 0;
 }
 

@@ -7,7 +7,8 @@
 namespace fastattn {
 namespace {
 
-// The accumulators of a tile: 6 x 4, with 4 vectors of the right operand and 1 of the left, in 32 registers; 4 x 3 in 16.
+// The accumulators of a tile: of 32 registers 6 x 4, beside 4 vectors of the right operand and 1 of the left; of 16
+// registers 4 x 3.
 constexpr int kTileRows = kRegisters == 32 ? 6 : 4, kTileVectors = kRegisters == 32 ? 4 : 3;
 
 // Row r, column k lies at data + r * row + k * column: the transpose of what is stored, where column is its row.
@@ -70,7 +71,8 @@ FASTATTN_INLINE void for_each_part(int n, F f) {
 }
 
 // C = A B for the scores of a block: tiles that the band leaves nothing of stay as they are.
-void multiply_scores(int rows, int columns, int k, Left a, const float* b, long b_row, float* c, long c_row, Band band) {
+void multiply_scores(int rows, int columns, int k, Left a, const float* b, long b_row, float* c, long c_row,
+                     Band band) {
     for_each_part(columns, [&](int j, int vectors) {
         for (int i = 0; i < rows; i += kTileRows) {
             const int count = min(rows - i, kTileRows);

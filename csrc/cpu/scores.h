@@ -16,7 +16,7 @@ constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f, kInfinity = __builtin
 struct Keys {
     int begin = 0, end;
     bool all = true;            // the mask has nothing more to say
-    const unsigned char* mask;  // null unless it is the same for all queries and has holes
+    const unsigned char* mask;  // null unless it is the same for all queries and excludes a key before `end`
     index_t step;
 
     Keys(const AttentionParams& p, const Sequence& s, int h) : end(s.seqlen_k), mask(nullptr), step(p.mask.key) {
@@ -30,7 +30,7 @@ struct Keys {
         bool has_holes = false;
         for (int j = begin; j < end; ++j) has_holes |= !mask[j * step];
         all = !has_holes;
-        if (all) mask = nullptr;
+        if (all && begin == 0) mask = nullptr;
     }
 
     bool sees(int j) const { return mask == nullptr || mask[j * step]; }
@@ -79,7 +79,7 @@ struct Block {
 FASTATTN_INLINE Floats inside(Floats x, int j, int begin, int end, float beyond = -kInfinity) {
     if (j >= begin && j + kLanes <= end) return x;
     const Ints key = iota() + j;
-    return (key >= begin) & (key < end) ? x : splat(beyond);
+    return ((key >= begin) & (key < end)) ? x : splat(beyond);
 }
 
 // ---- mask and bias

@@ -55,8 +55,8 @@ FASTATTN_INLINE void softmax(float* scores, const Block& block, const Dropout& d
     }
 }
 
-// weights: from scores to P, rescaled where dropout keeps them; dweights: from dP to dS. delta: rowsum(out dout) - dlse;
-// lse: in units of ln 2, and infinite where a row has no key.
+// weights: from scores to P, rescaled where dropout keeps them; dweights: from dP to dS.
+// delta: rowsum(out dout) - dlse; lse: in units of ln 2, and infinite where a row has no key.
 FASTATTN_INLINE void softmax_gradient(float* weights, float* dweights, const Block& block, const Dropout& dropout,
                                       const float* lse, const float* delta, Ahead& ahead) {
     const int first = block.first_vector(), last = block.last_vector();
@@ -64,7 +64,9 @@ FASTATTN_INLINE void softmax_gradient(float* weights, float* dweights, const Blo
         ahead.fetch_row(4);
         const int begin = block.begin(i), end = block.end(i);
         for (int j = first; j < last; j += kLanes) {
-            const Floats weight = exp2(inside(load(weights + j), j, begin, end) - lse[i]);
+            // Not above 1: huge scores, computed once more, may pass their lse by their rounding. NaN stays.
+            const Floats excess = inside(load(weights + j), j, begin, end) - lse[i];
+            const Floats weight = exp2(excess > 0.0f ? Floats{} : excess);
             Floats dweight = load(dweights + j), kept = weight;
             if (dropout.words != nullptr) {
                 const Ints keeps = dropout.keeps(i * block.row + j);

@@ -1,5 +1,5 @@
-// Threads for the tasks of one call: those of the OpenMP runtime that torch has loaded, so that there is one set of them,
-// with torch's number and the user's OMP_ settings; a pool of our own where there is no such runtime.
+// Threads for the tasks of one call: those of the OpenMP runtime that torch has loaded, so that there is one set of
+// them, with torch's number and the user's OMP_ settings; a pool of our own where there is no such runtime.
 //
 // A child that was forked has no threads, and libgomp would wait for them for ever: it has a pool of its own.
 #pragma once

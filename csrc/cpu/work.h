@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "kernels.h"
@@ -11,12 +12,15 @@ namespace fastattn {
 
 inline int count_blocks(int n, int block) { return (n + block - 1) / block; }
 
+// What one thread does in a microsecond at least, of operations.
+constexpr double kOperations = 5e4, kOperationsInPlace = 1.5e4;
+
 // One thread, where waking others would take longer than they would save.
-inline int useful_threads(const AttentionParams& p, int products, int threads) {
-    constexpr double kWorthwhile = 2e6;  // operations, some 50 us
+inline int useful_threads(const AttentionParams& p, int products, double operations_per_us, int threads) {
+    constexpr double kWorthwhile = 20;  // us
     const double rows = p.cu_seqlens_q == nullptr ? static_cast<double>(p.batch) * p.seqlen_q : p.total_q;
     const double operations = 2.0 * products * rows * p.nheads * p.seqlen_k * std::max(p.head_dim, p.head_dim_v);
-    return operations < kWorthwhile ? 1 : threads;
+    return operations < kWorthwhile * operations_per_us ? 1 : threads;
 }
 
 // Rows of packed tensors that belong to no sequence become 0.
@@ -38,8 +42,9 @@ inline void forward(const CpuKernels& kernels, const AttentionParams& p, int ele
             std::fill(p.lse.data + h * p.lse.head + end, p.lse.data + h * p.lse.head + p.total_q, -HUGE_VALF);
     }
     const long heads = static_cast<long>(p.batch) * p.nheads, scratch_floats = kernels.forward_scratch(p);
-    threads = useful_threads(p, 2, threads);
-    if (p.seqlen_q <= kernels.few) {
+    const bool is_few = p.seqlen_q <= kernels.few;
+    threads = useful_threads(p, 2, is_few ? kOperationsInPlace : kOperations, threads);
+    if (is_few) {
         for_each_task(heads, scratch_floats, threads, [&](long task, float* scratch) {
             kernels.forward_few[element](p, task / p.nheads, task % p.nheads, scratch);
         });
@@ -56,12 +61,13 @@ inline void forward(const CpuKernels& kernels, const AttentionParams& p, int ele
 inline void backward_with_bias(const CpuKernels& kernels, const AttentionParams& p, int element, int threads) {
     const int group = p.nheads / p.nheads_k, sums = p.dbias.batch == 1 ? p.dbias.copies : p.batch;
     const int parts = p.dbias.heads == 1 ? 1 : p.nheads_k, heads = p.nheads_k / parts;
-    for_each_task(static_cast<long>(sums) * parts, kernels.backward_scratch(p), threads, [&](long task, float* scratch) {
-        const int first = task % parts * heads;
-        for (int b = task / parts; b < p.batch; b += sums)
-            for (int h = first * group; h < (first + heads) * group; h += group)
-                kernels.backward[element](p, b, {h, h + group, 0, p.seqlen_q, 0, p.seqlen_k, true, true}, scratch);
-    });
+    for_each_task(
+        static_cast<long>(sums) * parts, kernels.backward_scratch(p), threads, [&](long task, float* scratch) {
+            const int first = task % parts * heads;
+            for (int b = task / parts; b < p.batch; b += sums)
+                for (int h = first * group; h < (first + heads) * group; h += group)
+                    kernels.backward[element](p, b, {h, h + group, 0, p.seqlen_q, 0, p.seqlen_k, true, true}, scratch);
+        });
 }
 
 // A task for each key head, of five products.
@@ -96,12 +102,14 @@ inline void backward(const CpuKernels& kernels, const AttentionParams& p, int el
         clear_rows_behind(p.dk, p.nheads_k, p.head_dim, element_size, p.cu_seqlens_k, p.batch, p.total_k);
         clear_rows_behind(p.dv, p.nheads_k, p.head_dim_v, element_size, p.cu_seqlens_k, p.batch, p.total_k);
     }
-    threads = useful_threads(p, 5, threads);
+    threads = useful_threads(p, 5, kOperations, threads);
     const bool is_one_block = p.seqlen_k <= kernels.block_n && p.seqlen_q <= kernels.chunk;
-    if (p.dbias.partial != nullptr) backward_with_bias(kernels, p, element, threads);
+    if (p.dbias.partial != nullptr)
+        backward_with_bias(kernels, p, element, threads);
     else if (is_one_block || static_cast<long>(p.batch) * p.nheads_k >= threads)
         backward_by_heads(kernels, p, element, threads);
-    else backward_by_blocks(kernels, p, element, threads);
+    else
+        backward_by_blocks(kernels, p, element, threads);
 }
 
 }  // namespace fastattn

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import nvrtc
 from .sources import ELEMENTS, MIN_CAPABILITY, Arch, KernelSources, choose, image_name, options
@@ -75,12 +76,16 @@ class Installation:
     csrc: Path  # the sources, unless that folder contains them: beside the package, if it is editable
     find: Callable[[int | None], nvrtc.Nvrtc] = nvrtc.find  # the compiler for run time
 
-    def installed(self) -> Installed:
-        """The compiled kernels, as scripts/build_native.py describes them in build.json."""
+    def manifest(self) -> dict[str, Any]:
+        """The build.json of scripts/build_native.py."""
         try:
-            manifest = json.loads((self.kernels / "build.json").read_text(encoding="utf-8"))
+            return json.loads((self.kernels / "build.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            manifest = {"reason": "fastattn is not installed: this is a copy of its files"}
+            return {"reason": "fastattn is not installed: this is a copy of its files"}
+
+    def installed(self) -> Installed:
+        """The compiled kernels, as build.json describes them."""
+        manifest = self.manifest()
         return Installed(
             archs=tuple(Arch.parse(arch) for arch in manifest.get("architectures", ())),
             nvrtc=manifest.get("nvrtc"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -12,13 +11,15 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from benchmarks import attention, cases, comparison, gate, lengths, providers, published, roofline
+from benchmarks import attention, attention_columns, cases, comparison, gate, lengths, providers, published, roofline
+from benchmarks.command import parse
+from benchmarks.result_table import read
 from benchmarks.roofline import Roofline
 from benchmarks.timing import PassTime
 from tests.support.benchmark_case import case, packed
 
 CPU = torch.device("cpu")
-ON_THE_CPU = {"torch-math", "torch-flash", "torch-default", "cublas-softmax", "fastattn-torch"}
+ON_THE_CPU = {"torch-math", "torch-flash", "torch-default", "torch-products", "fastattn-torch"}
 
 
 @pytest.fixture
@@ -32,8 +33,7 @@ def no_gpu(monkeypatch):
 def smoke(folder: Path, *options: str) -> list[dict[str, str]]:
     """The rows of the tiny cases, read back."""
     assert attention.main(["--smoke", "--out", str(folder), *options]) == 0
-    with (folder / "attention.csv").open() as file:
-        return list(csv.DictReader(file))
+    return read(folder / "attention.csv")[0]
 
 
 def check(rows: list[dict[str, str]]) -> set[str]:
@@ -50,8 +50,11 @@ def check(rows: list[dict[str, str]]) -> set[str]:
     return {row["provider"] for row in timed}
 
 
-def test_smoke_on_the_cpu(no_gpu, tmp_path, capsys):
-    rows = smoke(tmp_path)
+def test_one_after_another(no_gpu, tmp_path, capsys):
+    """As on a GPU, with what a CPU has."""
+    command = parse("attention", "", ["--smoke", "--out", str(tmp_path)])
+    assert attention.one_after_another(command) == 0
+    rows = read(tmp_path / "attention.csv")[0]
     assert check(rows) == ON_THE_CPU
     assert {row["provider"] for row in rows} == {provider.name for provider in providers.all_providers()}
     assert {row["provider"] for row in rows if row["layout"] == "packed" and row["p50_ms"]} == {"fastattn-torch"}
@@ -71,8 +74,8 @@ def test_smoke_on_the_gpu(tmp_path):
 
 
 def test_filter(no_gpu, tmp_path):
-    rows = smoke(tmp_path, "--filter", "packed.*fastattn-torch")
-    assert {(row["layout"], row["provider"]) for row in rows} == {("packed", "fastattn-torch")}
+    rows = smoke(tmp_path, "--filter", "wmt-dropout.*packed.*fastattn-cpu")
+    assert {(row["layout"], row["provider"]) for row in rows} == {("packed", "fastattn-cpu")}
 
 
 @pytest.mark.parametrize("options", [[], ["--quick"], ["--smoke", "--device", "cuda"]], ids=" ".join)
@@ -164,10 +167,10 @@ def test_what_beats_the_device_gets_no_numbers():
     large = dataclasses.replace(case(), batch=512, nheads=8, seqlen_q=128, seqlen_k=128, head_dim=64)
     tflops = 4 * 512 * 8 * 128**2 * 64 / 1e-3 / 1e12
     roof = Roofline(1e9, {torch.float32: 4 * tflops})
-    numbers = attention.numbers(large, 1, "forward", time, roof, peak=2 * tflops)
+    numbers = attention_columns.numbers(large, 1, "forward", time, roof, peak=2 * tflops)
     assert (numbers["tflops"], numbers["percent_of_peak"]) == (f"{tflops:.3f}", "50.0")
     assert numbers["percent_of_roofline"] == "25.0"
-    numbers = attention.numbers(large, 1, "forward", time, roof, peak=0.9 * tflops)
+    numbers = attention_columns.numbers(large, 1, "forward", time, roof, peak=0.9 * tflops)
     assert list(numbers) == ["no_numbers_because"] and numbers["no_numbers_because"].startswith("wrong: ")
 
 
@@ -246,10 +249,10 @@ def test_published_times_stand_beside_the_case_they_were_measured_on():
     assert len(found) == 30 and all(c.mask == "none" for c in found)
     shape = next(c for c in found if (c.batch, c.seqlen_k, c.dtype) == (8192, 82, torch.float32))
     roof = Roofline(1.0, {torch.float32: 1.0})
-    row = attention.numbers(shape, 1, "forward", PassTime(9.0, 9.0, 9.0), roof, peak=None)
+    row = attention_columns.numbers(shape, 1, "forward", PassTime(9.0, 9.0, 9.0), roof, peak=None)
     assert (row["published_fused_ms"], row["published_vanilla_ms"]) == (5.265, 6.893)
     short = dataclasses.replace(shape, suite="short")
-    row = attention.numbers(short, 1, "forward", PassTime(9.0, 9.0, 9.0), roof, peak=None)
+    row = attention_columns.numbers(short, 1, "forward", PassTime(9.0, 9.0, 9.0), roof, peak=None)
     assert "published_fused_ms" not in row
 
 
@@ -258,7 +261,7 @@ def test_published_times_stand_beside_the_case_they_were_measured_on():
 
 def row(provider: str, ms: float, layout: str = "padded", **changes: str) -> dict[str, str]:
     """A row of a table of attention."""
-    described = {name: getattr(case(), name) for name in comparison.CASE}
+    described = case().columns()
     rest = {"layout": layout, "mask": layout, "provider": provider, "pass": "both", "p50_ms": str(ms)}
     return {name: str(value) for name, value in (described | rest | changes).items()}
 
@@ -268,6 +271,20 @@ def test_the_fastest_of_ours_meets_the_fastest_of_the_others():
     rows += [row("fastattn-torch", 1.0), row("torch-cudnn", 0.1) | {"p50_ms": ""}]
     (found,) = comparison.comparisons(rows)
     assert (found.ours, found.peer, found.speedup()) == ("fastattn-triton", "torch-flash", 2.5)
+
+
+def test_times_with_other_threads_are_not_compared():
+    of_one = [
+        row("fastattn-cpu", 2.0, threads="1"),
+        row("torch-math", 6.0, threads="1"),
+        row("fastattn", 1.0, threads="1"),
+    ]
+    of_two = [row("fastattn-cpu", 1.0, threads="2"), row("torch-math", 2.0, threads="2")]
+    found = comparison.comparisons([*of_one, *of_two])
+    assert [(c.ours, c.speedup(), c.case.split()[-1]) for c in found] == [
+        ("fastattn-cpu", 3.0, "1t"),
+        ("fastattn-cpu", 2.0, "2t"),
+    ]
 
 
 def test_a_packed_batch_meets_the_padded_one_of_the_same_sentences():

@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 import fastattn
+import quickstart
 from benchmarks import (
-    attention,
+    attention_columns,
     cases,
     decode,
+    example_steps,
     gate,
+    host,
     layers,
     lengths,
     multi_head_attention,
@@ -27,7 +30,10 @@ from benchmarks import (
     transformer_step,
 )
 from benchmarks.host_timing import HostTime
+from benchmarks.timing import PassTime
+from examples.wmt14.configs import CONFIGS
 from fastattn import Transformer, TransformerConfig
+from number_translation import Vocabulary
 
 CPU = torch.device("cpu")
 TINY = TransformerConfig(50, 16, 32, 2, num_encoder_layers=2, num_decoder_layers=2, num_target_spaces=0)
@@ -60,6 +66,32 @@ def test_transformer_step(tmp_path):
     assert all(int(row["tokens_per_s"]) > 0 for row in rows)
 
 
+def test_example_steps(tmp_path):
+    pytest.importorskip("fastattn._cpu", reason="fastattn._cpu is not built: it takes a C++ compiler")
+    rows = smoke("example_steps", tmp_path)
+    kinds = [("quickstart", "float32"), ("multi30k_fast", "float32"), ("multi30k_fast", "bfloat16")]
+    assert [(row["example"], row["precision"]) for row in rows[::4]] == kinds
+    assert [row["way"] for row in rows] == 3 * [way.name for way in example_steps.WAYS]
+    assert all(float(row["step_ms"]) > 0 for row in rows)
+    assert [row["way"] for row in rows if row["verdict"]] == 3 * ["cpu, packed"]
+
+
+def test_the_steps_are_of_the_examples_models():
+    examples = example_steps.EXAMPLES
+    model = quickstart.build_model(Vocabulary())
+    assert examples["quickstart"].config == model.config
+    assert examples["multi30k_fast"].config == CONFIGS["multi30k_fast"].model(vocab_size=4000)
+
+
+def test_what_a_step_saves_is_a_share_of_the_time_before():
+    example = example_steps.EXAMPLES["multi30k_fast"]
+    times = {"torch, packed": PassTime(100.0, 0, 0), "torch, padded": PassTime(50.0, 0, 0)}
+    for ms, saved, verdict in ((70.0, "30.0", "reached"), (71.0, "29.0", "missed")):
+        found = example_steps.verdict(example, times | {"cpu, packed": PassTime(ms, 0, 0)})
+        assert (found["saved_percent"], found["verdict"]) == (saved, verdict)
+    assert example_steps.verdict(example, times) == {}
+
+
 def test_days_of_the_paper_are_its_updates_at_our_speed():
     assert transformer_step.paper_days("big", 1000) == f"{300_000 * 50 / 86_400:.2f}"
     assert transformer_step.paper_days("tiny", 1000) is None
@@ -70,12 +102,16 @@ def test_decode(tmp_path):
     rows = smoke("decode", tmp_path)
     assert [row["way"] for row in rows] == [way.name for way in decode.WAYS]
     assert len({row["tokens"] for row in rows}) == 1
+    chosen = fastattn.explain(*torch.zeros(3, 1, 1, 1, 8)).backend
+    assert [row["backend"] for row in rows] == [chosen, "torch", chosen, ""]
 
 
 def test_layers(tmp_path):
     rows = smoke("layers", tmp_path)
     assert {row["layer"] for row in rows} == set(layers.LAYERS)
-    assert {row["note"] for row in rows if "attention" in row["layer"]} == {"torch"}
+    assert {row["note"] for row in rows if "attention" in row["layer"]} == {
+        fastattn.explain(*torch.zeros(3, 1, 1, 1, 16)).backend
+    }
     assert all(int(row["batch"]) * int(row["seqlen"]) == 64 for row in rows)
 
 
@@ -88,7 +124,7 @@ def test_overhead(tmp_path):
     )
     assert all(0 < float(row["min_us"]) <= float(row["p50_us"]) for row in rows.values())
     judged = {name for name, row in rows.items() if row["verdict"]}
-    assert len(judged) == 7 and all(rows[name]["verdict"] in ("ok", "over") for name in judged)
+    assert len(judged) == 8 and all(rows[name]["verdict"] in ("ok", "over") for name in judged)
 
 
 def test_overhead_is_judged_by_the_minimum():
@@ -198,7 +234,7 @@ def results(tmp_path) -> Path:
     (tmp_path / "a-gpu").mkdir()
     (tmp_path / "a-gpu" / "attention.json").write_text(json.dumps(origin))
     with (tmp_path / "a-gpu" / "attention.csv").open("w") as file:
-        writer = csv.DictWriter(file, attention.COLUMNS)
+        writer = csv.DictWriter(file, attention_columns.COLUMNS)
         writer.writeheader()
         for case in (case for case in cases.every_case() if case.dtype == torch.float16):
             for provider, ms in (("fastattn-cuda", 2.0), ("torch-math", 1.0 if case.suite == "long" else 3.0)):
@@ -225,5 +261,20 @@ def test_summary_lists_every_loss(results, capsys):
     assert f"| long | 0.50x | {long} | {long} |" in page and "| wmt | 1.50x |" in page
     assert page.count("| fastattn-cuda | 2.0 | torch-math | 1.0 | 0.50x |") == long
     assert "4.25" in page and "commit 0123456789 with changes" in page
-    assert "![layers](cpu/layers.png)" in page and "say nothing of the speed of fastattn's own kernels" in page
+    assert "![layers](cpu/layers.png)" in page and f"kernels {host.instruction_set()}, torch " in page
     assert "LOST" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("origin", "says_it"),
+    [
+        ({"device": "CPU x", "backends": {"float32": "cpu"}}, False),
+        ({"device": "CPU x", "backends": {"float32": "torch"}}, True),
+        ({"device": "CPU x"}, True),  # of the time before there were such kernels
+        ({"device": "Tesla P100"}, False),
+    ],
+)
+def test_the_summary_says_where_fastattns_kernels_did_not_run(origin, says_it):
+    text = summary.opening(origin)
+    assert text.startswith(f"\n## {origin['device']}\n")
+    assert ("say nothing of the speed of fastattn's own kernels" in text) == says_it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from collections.abc import Callable
 from functools import partial
 
@@ -50,10 +49,7 @@ def finished(tmp_path_factory) -> Tree:
 @pytest.fixture
 def tree(finished, tmp_path) -> Tree:
     """A tree to change: a copy of the finished one."""
-    shutil.copytree(finished.folder, tmp_path / "tree", ignore=shutil.ignore_patterns("__pycache__"))
-    copy = Tree.__new__(Tree)
-    copy.folder, copy.package = tmp_path / "tree", tmp_path / "tree" / "fastattn"
-    return copy
+    return finished.copy(tmp_path / "tree")
 
 
 # ---- installations of the kernels ----

@@ -7,15 +7,26 @@ import sys
 
 import pytest
 
-from tests.support.native_build import IMAGES, LAUNCHER_FILE, ROOT, Settings, build_native, edges, needs_tools
+from tests.support.native_build import (
+    CPU,
+    CPU_EDGES,
+    EXTENSIONS,
+    IMAGES,
+    ISAS,
+    ROOT,
+    Settings,
+    build_native,
+    edges,
+    needs_tools,
+)
 
 # ---- the result ----
 
 
 @needs_tools
 def test_everything_is_built(finished):
-    assert edges(finished.said) == {"6 NVRTC", "1 C++"}
-    assert finished.built == IMAGES | {"build.json", LAUNCHER_FILE}
+    assert edges(finished.said) == {"6 NVRTC", "1 C++", CPU_EDGES}
+    assert finished.built == IMAGES | EXTENSIONS | {"build.json"}
     kernels = finished.package / "_kernels"
     assert all((kernels / name).read_bytes().startswith(b"\x7fELF") for name in IMAGES if name.endswith("cubin"))
     assert all(b".target sm_80" in (kernels / name).read_bytes() for name in IMAGES if name.endswith("ptx"))
@@ -25,7 +36,7 @@ def test_everything_is_built(finished):
 @needs_tools
 def test_build_json_describes_it(finished):
     manifest = finished.manifest
-    assert manifest["architectures"] == ["sm_60", "compute_80"]
+    assert (manifest["architectures"], manifest["cpu"]) == (["sm_60", "compute_80"], CPU)
     assert manifest["nvrtc"] == build_native.nvrtc.find().version
     options = {"sm_60": "--std=c++17 -default-device --ptxas-options=-v", "compute_80": "--std=c++17 -default-device"}
     assert manifest["options"] == options
@@ -45,7 +56,8 @@ def test_the_output_counts_the_kernels(finished):
         r"^  sm_60 +2 \+ 2 \+ 2 = 6 kernels, .* at most \d+ registers, 0 kernels spill$", finished.said, re.M
     )
     assert re.search(r"^  compute_80 +2 \+ 2 \+ 2 = 6 kernels, [\d.]+ MB$", finished.said, re.M)
-    assert re.search(r"^fastattn: 12 kernels in 6 images, .* NVRTC \d+\.\d+, \d+ s$", finished.said, re.M)
+    assert re.search(r"^fastattn: installed with 12 CUDA kernels in 6 images, .* NVRTC \d+\.\d+$", finished.said, re.M)
+    assert f"\nfastattn: installed with CPU kernels for {', '.join(ISAS)}\n" in finished.said
 
 
 # ---- what is done again ----
@@ -70,6 +82,7 @@ def test_nothing_changed_means_no_work(tree):
         ("fastattn/cuda_kernels/sources.py", {"6 NVRTC"}),
         ("csrc/launcher.cpp", {"1 C++"}),
         ("csrc/driver.h", {"1 C++"}),
+        ("csrc/cpu/vectors.h", {f"{len(ISAS) + 1} CPU"}),
         ("fastattn/__init__.py", set()),
     ],
 )
@@ -80,18 +93,19 @@ def test_a_change_rebuilds_what_depends_on_it(tree, touched, expected):
 
 
 @needs_tools
-def test_another_compiler_means_another_launcher(tree, tmp_path):
+def test_another_compiler_compiles_everything_in_cpp(tree, tmp_path):
     compiler = tmp_path / "another c++"
     compiler.write_text('#!/bin/sh\nexec c++ "$@"\n')
     compiler.chmod(0o755)
-    assert edges(tree.build(CXX=f"'{compiler}'")) == {"1 C++"}
+    assert edges(tree.build(CXX=f"'{compiler}'")) == {"1 C++", CPU_EDGES}
 
 
 def test_the_graph_names_no_place():
     pytest.importorskip("ninja")
     pytest.importorskip("pybind11")
     sources = build_native.kernel_sources.KernelSources({"attention.cu": "", "mask.cuh": ""})
-    text = build_native.graph(Settings.read({}), sources, "12.9")
+    settings = Settings.read({})
+    text = build_native.graph(settings, sources, "12.9") + build_native.cpu_graph(settings)
     assert "../../csrc/mask.cuh" in text
     # Isolated builds have their tools in another folder each time, and have to find their work done all the same.
     assert not [place for place in (str(ROOT), sys.prefix, "site-packages", " /") if place in text]
@@ -103,9 +117,9 @@ def test_other_architectures_replace_the_images(tree):
     assert edges(tree.build(FASTATTN_CUDA_ARCHS="75")) == {"3 NVRTC"}
     assert tree.manifest["architectures"] == ["sm_75"]
     images = {f"attention_{element}.sm_75.cubin" for element in ("float32", "float16", "bfloat16")}
-    assert tree.built == images | {"build.json", LAUNCHER_FILE}
+    assert tree.built == images | EXTENSIONS | {"build.json"}
     assert edges(tree.build()) == set()  # the others are still in build/
-    assert tree.built == IMAGES | {"build.json", LAUNCHER_FILE}
+    assert tree.built == IMAGES | EXTENSIONS | {"build.json"}
 
 
 # ---- failure ----

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.native_build import IMAGES, LAUNCHER_FILE, TABLE, Tree, edges, needs_tools
+from tests.support.native_build import (
+    CPU,
+    CPU_EDGES,
+    EXTENSIONS,
+    IMAGES,
+    MODULES,
+    TABLE,
+    Tree,
+    edges,
+    needs_tools,
+)
 
 # ---- images from elsewhere ----
 
@@ -26,9 +36,17 @@ def prebuilt(tree, tmp_path) -> Path:
 @needs_tools
 def test_prebuilt_images_are_taken(tree, prebuilt):
     said = tree.build(FASTATTN_PREBUILT_KERNELS=str(prebuilt), FASTATTN_NVRTC_LIB="/nonexistent")
-    assert edges(said) == {"1 C++"}
-    assert tree.built == IMAGES | {"build.json", LAUNCHER_FILE}
+    assert edges(said) == {"1 C++", CPU_EDGES}
+    assert tree.built == IMAGES | EXTENSIONS | {"build.json"}
     assert tree.manifest == json.loads((prebuilt / "build.json").read_text())
+
+
+@needs_tools
+def test_the_cpu_kernels_are_described_as_they_are_built_here(tree, prebuilt):
+    manifest = json.loads((prebuilt / "build.json").read_text())
+    (prebuilt / "build.json").write_text(json.dumps(manifest | {"cpu": {"reason": "no C++ compiler there"}}))
+    tree.build(FASTATTN_PREBUILT_KERNELS=str(prebuilt))
+    assert tree.manifest["cpu"] == CPU
 
 
 @needs_tools
@@ -81,7 +99,7 @@ def test_an_editable_installation_builds_in_the_tree(tree):
     result = through_setuptools(tree, "build_editable")
     assert result.returncode == 0, result.stderr
     assert edges(result.stdout) == set()  # the tree's script did it before
-    assert tree.built == IMAGES | {"build.json", LAUNCHER_FILE}
+    assert tree.built == IMAGES | EXTENSIONS | {"build.json"}
 
 
 @needs_tools
@@ -94,26 +112,23 @@ def test_an_installation_fails_if_the_kernels_do_not_compile(tree, hook):
 
 
 @needs_tools
-def test_a_wheel_has_images_launcher_and_sources(tree):
+def test_a_wheel_has_images_extensions_and_cuda_sources(tree):
     shutil.rmtree(tree.package / "_kernels")
     assert through_setuptools(tree, "build_wheel").returncode == 0
     (wheel,) = (tree.folder / "dist").glob("*.whl")
     names = {name.removeprefix("fastattn/") for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name}
     sources = {"src/attention.cu", "src/table.h"}
     in_kernels = {f"_kernels/{name}" for name in IMAGES | sources | {"build.json"}}
-    assert names == in_kernels | {
-        LAUNCHER_FILE,
-        "__init__.py",
-        *(f"cuda_kernels/{name}.py" for name in ("__init__", "nvrtc", "sources")),
-    }
-    assert "-none-any" not in wheel.name and tree.built == {LAUNCHER_FILE}
+    assert names == in_kernels | EXTENSIONS | {"__init__.py", *(f"{name}.py" for name in MODULES)}
+    assert "-none-any" not in wheel.name and tree.built == EXTENSIONS
 
 
 def test_a_wheel_without_kernels_is_for_every_machine(tmp_path):
     tree = Tree(tmp_path / "tree")
-    result = through_setuptools(tree, "build_wheel", FASTATTN_BUILD_CUDA="0")
+    result = through_setuptools(tree, "build_wheel", FASTATTN_BUILD_CUDA="0", CXX="none")
     assert result.returncode == 0, result.stderr
     (wheel,) = (tree.folder / "dist").glob("*-py3-none-any.whl")
     archive = zipfile.ZipFile(wheel)
-    assert json.loads(archive.read("fastattn/_kernels/build.json")) == {"reason": "FASTATTN_BUILD_CUDA=0"}
-    assert not [name for name in archive.namelist() if "_launcher" in name]
+    manifest = {"reason": "FASTATTN_BUILD_CUDA=0", "cpu": {"reason": "no C++ compiler (none)"}}
+    assert json.loads(archive.read("fastattn/_kernels/build.json")) == manifest
+    assert not [name for name in archive.namelist() if name.endswith(".so")]

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.support.native_build import Settings, Tree, build_native, lacking, needs_tools
+from tests.support.native_build import CPU, CPU_FILE, Settings, Tree, build_native, lacking, needs_tools
 
 # ---- variables of the environment ----
 
@@ -58,30 +58,32 @@ def test_other_wrong_values(variable, value, rule):
 def test_number_of_jobs(monkeypatch, tmp_path):
     assert (Settings.read({}).jobs, Settings.read({"MAX_JOBS": "3"}).jobs) == (os.cpu_count(), 3)
     commands = []
-    monkeypatch.setattr(build_native, "WORK", tmp_path)
     completed = subprocess.CompletedProcess([], 0)
     monkeypatch.setattr(subprocess, "run", lambda command, **how: commands.append(command) or completed)
-    build_native._run_ninja("", 3)
+    build_native._run_ninja(tmp_path, "", 3, "failed")
     assert commands[0][-2:] == ["-j", "3"]
 
 
 # ---- without the tools ----
 
 
-def test_pure_python_on_request(tmp_path):
+def test_no_cuda_kernels_on_request(tmp_path):
     tree = Tree(tmp_path / "tree")
     assert "installed without CUDA kernels: FASTATTN_BUILD_CUDA=0" in tree.build(FASTATTN_BUILD_CUDA="0")
-    assert (tree.built, tree.manifest) == ({"build.json"}, {"reason": "FASTATTN_BUILD_CUDA=0"})
+    assert tree.manifest["reason"] == "FASTATTN_BUILD_CUDA=0"
+    assert tree.built <= {"build.json", CPU_FILE}
 
 
 @needs_tools
-def test_pure_python_takes_earlier_kernels_away(tree):
+def test_what_is_not_built_any_more_is_taken_away(tree):
     tree.build(FASTATTN_BUILD_CUDA="0")
+    assert (tree.built, tree.manifest) == ({"build.json", CPU_FILE}, {"reason": "FASTATTN_BUILD_CUDA=0", "cpu": CPU})
+    tree.build(CXX="none")
     assert tree.built == {"build.json"}
 
 
 MISSING = {
-    "system": r"built on Linux, and this is \w+",
+    "system": r"tested and built on Linux, and this is \w+",
     "compiler": r"no C\+\+ compiler \(/nonexistent/c\+\+\)",
     "headers": r"no headers of Python \(python3-dev\)",
     "pybind11": r"no package pybind11",
@@ -103,15 +105,19 @@ def test_a_missing_tool_is_the_reason(monkeypatch, tmp_path, what):
     elif what != "compiler":
         found = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == what else found(name))
-    reason = build_native.why_pure_python(Settings.read(environment))
+    settings = Settings.read(environment)
+    reason = build_native.why_no_cuda(settings)
     assert re.search(MISSING[what], reason)
     assert lacking or "; no" not in reason  # and it is the only one
+    no_cpu = build_native.why_no_cpu(settings)
+    assert lacking or no_cpu == (None if what == "nvrtc" else reason)
 
 
 @needs_tools
 def test_a_missing_tool_is_no_failure_unless_kernels_are_demanded(tree):
     said = tree.build(CXX="/nonexistent/c++")
-    assert "installed without CUDA kernels: no C++ compiler (/nonexistent/c++)" in said
-    assert tree.manifest == {"reason": "no C++ compiler (/nonexistent/c++)"}
+    reason = "no C++ compiler (/nonexistent/c++)"
+    assert f"installed without CUDA kernels: {reason}" in said and f"installed without CPU kernels: {reason}" in said
+    assert tree.manifest == {"reason": reason, "cpu": {"reason": reason}}
     said = tree.failure(CXX="/nonexistent/c++", FASTATTN_BUILD_CUDA="1")
     assert "FASTATTN_BUILD_CUDA=1, but the CUDA kernels cannot be built: no C++ compiler" in said

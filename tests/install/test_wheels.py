@@ -118,12 +118,43 @@ def test_source_distribution_holds_everything(sources, archive):
         "fastattn/py.typed",
     }
     hidden |= {"fastattn/triton_kernels/tiles.csv"}
-    files = {f"{folder}/{file.name}" for folder in ("csrc", "docs") for file in (sources / folder).iterdir()}
+    files = {
+        str(f.relative_to(sources)) for name in ("csrc", "docs") for f in (sources / name).rglob("*") if f.is_file()
+    }
+    assert {"csrc/cpu/kernels.cpp", "csrc/cpu/vectors.h"} <= files
     assert python | others | hidden | files <= names
     assert not [name for name in names if "/_kernels/" in name or name.endswith(".so")]
 
 
-# ---- with the CUDA kernels ----
+# ---- with the CPU kernels ----
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux")
+def test_wheel_without_cuda_kernels_attends_with_those_of_the_cpu(archive, tmp_path):
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path / "wheel", archive)
+    run(*pip, cwd=tmp_path, FASTATTN_BUILD_CUDA="0")
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    assert "-none-any" not in wheel.name and wheel.stat().st_size <= 1e6
+    installed = tmp_path / "installed"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", installed, wheel, cwd=tmp_path)
+    program = """
+import json, torch, fastattn
+from fastattn import info
+q, k, v = torch.randn(3, 2, 4, 5, 8).unbind()
+with fastattn.use_backend("cpu"):
+    out = fastattn.scaled_dot_product_attention(q, k, v)
+torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+report = info.gather(info.detect())
+print(json.dumps([report["cpu_kernels"], report["kernels"]["reason"]]))
+"""
+    said = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
+    cpu, no_cuda = json.loads(said)
+    assert (cpu["isa"], cpu["reason"], no_cuda) == (cpu["isas"][0], None, "FASTATTN_BUILD_CUDA=0")
+    assert cpu["isas"][-1] == "baseline"
+
+
+# ---- with the CUDA kernels, too ----
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +197,10 @@ from fastattn.cuda_kernels import images
 report = info.gather(info.detect())
 image = images.image("float16", (8, 6))
 assert image[:4] == b"\\x7fELF" and image[48] == 80
-print(json.dumps([report["kernels"], report["launcher_problem"], images.sources().digest]))
+print(json.dumps([report["kernels"], report["launcher_problem"], report["cpu_kernels"], images.sources().digest]))
 """
     said = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    kernels, launcher_problem, sources = json.loads(said)
+    kernels, launcher_problem, cpu, sources = json.loads(said)
     assert kernels["reason"] is None and len(kernels["architectures"]) == 7
-    assert launcher_problem is None
+    assert launcher_problem is None and cpu["reason"] is None
     assert kernels["sources"] == sources

@@ -17,17 +17,17 @@ INIT = Path("fastattn", "__init__.py")
 # A module of fastattn imports only from rows above its own. A new one has to be placed here; a folder's name is its
 # __init__.py.
 LAYERS = (
-    ("cuda_kernels", "triton_kernels", "nmt", "integrations"),
-    ("cuda_kernels.nvrtc",),
+    ("cpu_kernels", "cuda_kernels", "triton_kernels", "nmt", "integrations"),
+    ("cpu_kernels.sources", "cuda_kernels.nvrtc"),
     ("cuda_kernels.sources",),
-    ("params", "philox", "peaks", "compat", "masks", "seam", "_launcher"),
+    ("params", "philox", "peaks", "compat", "masks", "seam", "_launcher", "_cpu"),
     ("cuda_kernels.images", "triton_kernels.scores", "triton_kernels.tiles", "shapes", "values"),
     ("tensors",),
     ("overrides",),
     ("nmt.config", "nmt.losses", "nmt.schedule", "nmt.batches"),
     ("blocks", "arguments", "machine", "triton_kernels.kernels", "triton_kernels.bias_gradient"),
     ("reference", "triton_kernels.arguments"),
-    ("torch_sdpa", "cuda_kernels.attention", "triton_kernels.attention"),
+    ("torch_sdpa", "cpu_kernels.attention", "cuda_kernels.attention", "triton_kernels.attention"),
     ("backends",),
     ("operators", "info"),
     ("autograd", "flops"),
@@ -42,7 +42,10 @@ LAYERS = (
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 
 # The installation loads them where there is no torch.
-STANDARD_LIBRARY_ONLY = {"cuda_kernels", "cuda_kernels.nvrtc", "cuda_kernels.sources", "cuda_kernels.images"}
+STANDARD_LIBRARY_ONLY = {
+    *("cpu_kernels", "cpu_kernels.sources"),
+    *("cuda_kernels", "cuda_kernels.nvrtc", "cuda_kernels.sources", "cuda_kernels.images"),
+}
 
 # What the others may import besides the standard library, torch and fastattn, by module or by folder.
 EXTERNAL = {
@@ -113,7 +116,7 @@ def test_fastattn_imports_downwards():
     assert INIT in files
     assert violations(files) == []
     rows = [unit(".".join(where.with_suffix("").parts)) for where in files.keys() - {INIT}]
-    assert LAYER_OF.keys() - {*rows} == {"__init__", "_launcher"}, "a row names what is not there"
+    assert LAYER_OF.keys() - {*rows} == {"__init__", "_launcher", "_cpu"}, "a row names what is not there"
 
 
 @pytest.mark.parametrize(
@@ -136,6 +139,12 @@ def test_fastattn_imports_downwards():
         ("nmt/config.py", "import numpy", "imports numpy"),
         ("cuda_kernels/nvrtc.py", "import torch", "imports torch"),
         ("cuda_kernels/__init__.py", "import torch", "imports torch"),
+        ("cpu_kernels/sources.py", "import torch", "imports torch"),
+        (
+            "cpu_kernels/sources.py",
+            "from . import attention",
+            "imports fastattn.cpu_kernels.attention, which is not below",
+        ),
         ("cuda_kernels/nvrtc.py", "from . import sources", "imports fastattn.cuda_kernels.sources, which is not below"),
         ("helpers.py", "import math", "helpers has no layer"),
         ("nmt/helpers.py", "import math", "nmt.helpers has no layer"),

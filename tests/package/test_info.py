@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -22,6 +23,9 @@ H100 = info.VisibleGpu("NVIDIA H100 80GB HBM3", (9, 0))
 B200 = info.VisibleGpu("NVIDIA B200", (10, 0))
 BUILT = images.Installed(DEFAULT_ARCHS, nvrtc="12.9", sources="0123456789abcdef", commit="c0ffee" * 6, reason=None)
 BUILT_FOR_80 = images.Installed((Arch("sm", 80),), nvrtc="12.9", sources="0123", commit=None, reason=None)
+CPU_KERNELS = info.CpuKernels(("avx512", "avx2", "baseline"), "avx512", "OpenMP", None)
+NO_CPU_KERNELS = info.CpuKernels((), None, None, "no package pybind11")
+MISLED = info.CpuKernels(("avx2", "baseline"), None, None, "FASTATTN_CPU_ISA: must be one of ..., got 'avx1'")
 NOT_BUILT = images.Installed((), nvrtc=None, sources=None, commit=None, reason="no C++ compiler (c++)")
 FROM_CU126 = 'pip install --force-reinstall "torch>=2.7.1,<2.15" --index-url https://download.pytorch.org/whl/cu126'
 
@@ -50,20 +54,21 @@ def machine(*gpus: info.VisibleGpu, **changes) -> info.System:
         "nvrtc": "12.9 (/libnvrtc.so.12)",
         "nvrtc_problem": None,
         "cache_dir": "/home/someone/.cache/fastattn",
+        "cpu_kernels": CPU_KERNELS,
     }
     return info.System(**system | changes)
 
 
 @pytest.fixture
 def fused():
-    """Both fused backends count as installed, whatever this machine has."""
+    """The fused backends of GPUs count as installed, whatever this machine has."""
     with installed("triton", "cuda"):
         yield
 
 
 @pytest.fixture
 def no_fused():
-    """Neither fused backend is installed."""
+    """No fused backend is installed."""
     with installed():
         yield
 
@@ -75,12 +80,14 @@ def chosen(device: dict) -> set[str]:
 # ---- devices ----
 
 
-def test_cpu_works_on_torch():
-    report = info.gather(machine())
+@pytest.mark.parametrize("names", [(), ("cpu",)], ids=["torch", "cpu"])
+def test_cpu_works_with_its_kernels_or_torch(names):
+    with installed(*names):
+        report = info.gather(machine())
     (cpu,) = report["devices"]
     assert report["ok"] and report["problems"] == []
     assert (cpu["name"], cpu["capability"], cpu["works"]) == ("CPU", None, True)
-    assert chosen(cpu) == {"torch"}
+    assert chosen(cpu) == ({*names} or {"torch"})
     assert set(cpu["backends"]) == {"float32", "float16", "bfloat16"}
     assert cpu["backends"]["float32"]["why_not"]["cuda"] == ["needs a CUDA device, got cpu"]
 
@@ -186,6 +193,24 @@ def test_which_kernels_run_where(archs, capability, expected):
             id="no-compiler",
         ),
         pytest.param(
+            machine(cpu_kernels=NO_CPU_KERNELS),
+            "fastattn is installed without CPU kernels: no package pybind11",
+            ["once that is mended, install fastattn again"],
+            id="no-cpu-kernels",
+        ),
+        pytest.param(
+            machine(compiler=None, cpu_kernels=NO_CPU_KERNELS),
+            "no C++ compiler",
+            ["sudo apt-get install -y g++"],
+            id="no-compiler-for-cpu-kernels",
+        ),
+        pytest.param(
+            machine(H100, cpu_kernels=MISLED),
+            "no attention on the CPU: FASTATTN_CPU_ISA: must be one of ..., got 'avx1'",
+            ["unset FASTATTN_CPU_ISA"],
+            id="no-such-instruction-set",
+        ),
+        pytest.param(
             machine(kernels_problem="csrc has changed since"),
             "csrc has changed since",
             ["python scripts/build_native.py"],
@@ -198,7 +223,7 @@ def test_problem_and_fix(fused, system, problem, fixes):
     (found,) = report["problems"]
     assert found["problem"].startswith(problem)
     assert found["fixes"] == fixes
-    assert report["ok"] is (not system.gpus)
+    assert report["ok"] is (not system.gpus or system.cpu_kernels is MISLED)
     text = info.render(report)
     assert all(words in text for words in (found["problem"], *fixes))
 
@@ -262,6 +287,46 @@ def test_text_says_why_nothing_was_built():
     assert report["kernels"]["architectures"] == [] and report["kernels"]["reason"] == "no C++ compiler (c++)"
 
 
+# ---- the CPU kernels ----
+
+
+@pytest.mark.parametrize(
+    ("kernels", "words"),
+    [
+        (CPU_KERNELS, "avx512 of avx512 avx2 baseline, threads of OpenMP"),
+        (info.CpuKernels(("baseline",), "baseline", "pool", None), "baseline of baseline, threads of a pool"),
+        (NO_CPU_KERNELS, "none: no package pybind11"),
+        (MISLED, f"none: {MISLED.reason}"),
+    ],
+    ids=["OpenMP", "pool", "not built", "misled"],
+)
+def test_text_says_which_cpu_kernels_run(kernels, words):
+    report = info.gather(machine(cpu_kernels=kernels))
+    assert f"\ncpu       {words}\n" in info.render(report)
+    assert json.loads(json.dumps(report["cpu_kernels"])) == {
+        "isas": list(kernels.isas),
+        "isa": kernels.isa,
+        "threads": kernels.threads,
+        "reason": kernels.reason,
+    }
+    assert report["ok"] is (kernels is not MISLED)
+
+
+def test_other_systems_have_no_cpu_kernels_to_miss():
+    assert info.gather(machine(cpu_kernels=NO_CPU_KERNELS, platform="macOS-14-arm64"))["problems"] == []
+
+
+@pytest.mark.long
+def test_a_wrong_instruction_set_is_said_in_words():
+    pytest.importorskip("fastattn._cpu", reason="fastattn._cpu is not built: building it takes a C++ compiler")
+    environment = os.environ | {"FASTATTN_CPU_ISA": "avx1"}
+    command = [sys.executable, "-m", "fastattn.info"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "not cpu: it cannot start: FASTATTN_CPU_ISA: must be one of those that this CPU has, " in result.stdout
+    assert "no attention on the CPU: FASTATTN_CPU_ISA: " in result.stdout
+    assert (result.returncode, result.stderr) == (1 if not torch.cuda.is_available() else 0, "")
+
+
 # ---- words and exit status ----
 
 
@@ -294,6 +359,7 @@ def test_support_table(capsys):
     assert header.count("|") == rule.count("|") == 5
     assert [row.split("`")[1] for row in rows] == [backend.name for backend in backends.BACKENDS]
     assert "| CUDA, compute capability >= 8.0 | float32, float16, bfloat16 | 1 ... 256 |" in rows[0]
+    assert rows[2] == "| `cpu` | CPU | float32, float16, bfloat16 | 1 ... 256 |"
     assert rows[-1] == "| `reference` (on request) | any | float32, float16, bfloat16, float64 | any |"
 
 

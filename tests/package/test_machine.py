@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import fastattn.cpu_kernels
 from fastattn import info
 from fastattn.cuda_kernels import images, nvrtc
 from fastattn.cuda_kernels.sources import Arch
-from fastattn.machine import VisibleGpu, detect
+from fastattn.machine import CpuKernels, VisibleGpu, detect
 
 
 def test_detects_what_torch_says():
@@ -55,6 +56,61 @@ def test_detects_the_compiler_of_the_installation():
 def test_detects_the_launcher(monkeypatch, launcher):
     monkeypatch.setitem(sys.modules, "fastattn._launcher", launcher)
     assert (detect().launcher_problem is None) is (launcher is not None)
+
+
+# ---- the CPU kernels ----
+
+
+def cpu_module(monkeypatch, module: types.ModuleType | None) -> None:
+    """Lets this module, or none, be fastattn._cpu."""
+    monkeypatch.setitem(sys.modules, "fastattn._cpu", module)
+    monkeypatch.setattr(fastattn, "_cpu", module, raising=False)
+    # What is imported on top of it is forgotten afterwards, too.
+    monkeypatch.setattr(fastattn.cpu_kernels, "attention", None, raising=False)
+    monkeypatch.setitem(sys.modules, "fastattn.cpu_kernels.attention", None)
+    del sys.modules["fastattn.cpu_kernels.attention"]
+
+
+@pytest.fixture
+def two_sets(monkeypatch) -> None:
+    """A CPU with two instruction sets."""
+    monkeypatch.delenv("FASTATTN_CPU_ISA", raising=False)
+    module = types.ModuleType("fastattn._cpu")
+    module.ISAS, module.threading = ("avx2", "baseline"), lambda: "pool"
+    cpu_module(monkeypatch, module)
+
+
+@pytest.mark.parametrize("wanted", ["avx2", "baseline"])
+def test_detects_the_instruction_set_that_runs(monkeypatch, two_sets, wanted):
+    assert detect().cpu_kernels == CpuKernels(("avx2", "baseline"), "avx2", "pool", None)
+    monkeypatch.delitem(sys.modules, "fastattn.cpu_kernels.attention")
+    monkeypatch.setenv("FASTATTN_CPU_ISA", wanted)
+    assert detect().cpu_kernels.isa == wanted
+
+
+def test_detects_a_wrong_instruction_set(monkeypatch, two_sets):
+    monkeypatch.setenv("FASTATTN_CPU_ISA", "avx512")
+    reason = "FASTATTN_CPU_ISA: must be one of those that this CPU has, avx2, baseline, got 'avx512'"
+    assert detect().cpu_kernels == CpuKernels(("avx2", "baseline"), None, None, reason)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "reason"),
+    [
+        ({"cpu": {"reason": "no C++ compiler (c++)"}}, "no C++ compiler"),
+        ({"reason": "no C++ compiler (c++)"}, "no C++ compiler"),  # of a version without CPU kernels
+        ({"cpu": {"isas": ["avx2", "baseline"]}}, "_cpu"),  # built, but for another Python: the import's own words
+        (None, "fastattn is not installed: this is a copy of its files"),
+    ],
+    ids=["not built", "older", "another Python", "a copy"],
+)
+def test_detects_why_there_are_no_cpu_kernels(monkeypatch, tmp_path, manifest, reason):
+    cpu_module(monkeypatch, None)
+    if manifest is not None:
+        (tmp_path / "build.json").write_text(json.dumps(manifest))
+    found = detect(images.Installation(kernels=tmp_path, csrc=tmp_path)).cpu_kernels
+    assert (found.isas, found.isa, found.threads) == ((), None, None)
+    assert reason in found.reason
 
 
 def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):

@@ -166,9 +166,11 @@ class Repository:
         self.machine, self.folder = machine, folder
         shutil.copytree(ROOT / "scripts", folder / "scripts")
         shutil.copytree(ROOT / "csrc", folder / "csrc")
-        (folder / "fastattn" / "cuda_kernels").mkdir(parents=True)
-        compilation = ("fastattn/cuda_kernels/nvrtc.py", "fastattn/cuda_kernels/sources.py")
+        compilation = (
+            f"fastattn/{name}.py" for name in ("cuda_kernels/nvrtc", "cuda_kernels/sources", "cpu_kernels/sources")
+        )
         for name in ("requirements-dev.txt", "pyproject.toml", "setup.py", *compilation):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
         (folder / "stop_at").write_text("nothing like this")
         (folder / "packages").write_text("torch==2.13.0+cpu\n")
@@ -199,8 +201,10 @@ def test_setup_installs_everything_once(repository):
     "file",
     [
         "csrc/attention.cu",
+        "csrc/cpu/softmax.h",
         "fastattn/cuda_kernels/nvrtc.py",
         "fastattn/cuda_kernels/sources.py",
+        "fastattn/cpu_kernels/sources.py",
         "scripts/build_native.py",
     ],
 )

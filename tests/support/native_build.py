@@ -1,4 +1,4 @@
-"""The native build on a small tree of its own: one kernel, two architectures, a launcher without pybind11."""
+"""The native build on a small tree of its own: one CUDA kernel, two architectures, a few lines of C++."""
 
 from __future__ import annotations
 
@@ -33,6 +33,25 @@ TABLE = """
 constexpr float kFactor = 3.0f;
 """
 LAUNCHER = '#include "driver.h"\nextern "C" int answer() { return kAnswer; }\n'
+CPU_KERNELS = """
+#include "../attention.h"
+#include "vectors.h"
+#define JOINED(a, b) a##b
+#define KERNELS_OF(isa) JOINED(isa, _kernels)
+extern "C" int KERNELS_OF(FASTATTN_ISA)() { return kLanes + kLongest; }
+"""
+CPU_MODULE = '#include "../attention.h"\n#include "work.h"\nextern "C" int longest() { return kLongest + kWork; }\n'
+SOURCES = {
+    "attention.cu": KERNELS,
+    "table.h": TABLE,
+    "launcher.cpp": LAUNCHER,
+    "driver.h": "constexpr int kAnswer = 42;\n",
+    "attention.h": "constexpr int kLongest = 1;\n",
+    "cpu/kernels.cpp": CPU_KERNELS,
+    "cpu/vectors.h": "constexpr int kLanes = 4;\n",
+    "cpu/module.cpp": CPU_MODULE,
+    "cpu/work.h": "constexpr int kWork = 2;\n",
+}
 
 
 def load() -> ModuleType:
@@ -44,10 +63,17 @@ def load() -> ModuleType:
 
 
 build_native = load()
-LAUNCHER_FILE = build_native.LAUNCHER
+LAUNCHER_FILE, CPU_FILE = build_native.LAUNCHER, build_native.CPU_MODULE
+EXTENSIONS = {LAUNCHER_FILE, CPU_FILE}
+ISAS = list(build_native.cpu_sources.isas())
+CPU = {"isas": ISAS}  # in build.json
+CPU_EDGES = f"{len(ISAS) + 2} CPU"  # the objects, that of the module, the link
 Settings = build_native.Settings
-lacking = build_native.why_pure_python(Settings.read({}))
+lacking = build_native.why_no_cuda(Settings.read({}))
 needs_tools = pytest.mark.skipif(lacking is not None, reason=f"the native build: {lacking}")
+
+MODULES = [f"cuda_kernels/{name}" for name in ("__init__", "nvrtc", "sources")]
+MODULES += [f"cpu_kernels/{name}" for name in ("__init__", "sources")]
 
 
 class Tree:
@@ -57,17 +83,20 @@ class Tree:
 
     def __init__(self, folder: Path):
         self.folder, self.package = folder, folder / "fastattn"
-        files = [
-            "scripts/build_native.py",
-            *(f"fastattn/cuda_kernels/{name}.py" for name in ("__init__", "nvrtc", "sources")),
-        ]
+        files = ["scripts/build_native.py", *(f"fastattn/{name}.py" for name in MODULES)]
         for name in [*files, "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
         (self.package / "__init__.py").write_text("")
-        sources = {"attention.cu": KERNELS, "table.h": TABLE, "launcher.cpp": LAUNCHER}
-        for name, text in (sources | {"driver.h": "constexpr int kAnswer = 42;\n"}).items():
+        for name, text in SOURCES.items():
             self.write(f"csrc/{name}", text)
+
+    def copy(self, folder: Path) -> Tree:
+        """Another tree with everything that was built in this one."""
+        shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        copy = Tree.__new__(Tree)
+        copy.folder, copy.package = folder, folder / "fastattn"
+        return copy
 
     def write(self, name: str, text: str) -> None:
         (self.folder / name).parent.mkdir(exist_ok=True)
@@ -99,13 +128,12 @@ class Tree:
     def built(self) -> set[str]:
         """The files of the native part in the package."""
         names = {str(file.relative_to(self.package)) for file in self.package.rglob("*") if file.is_file()}
-        return {
-            name.removeprefix("_kernels/") for name in names if name.startswith("_kernels/") or name == LAUNCHER_FILE
-        }
+        return {name.removeprefix("_kernels/") for name in names if name.startswith("_kernels/") or name in EXTENSIONS}
 
 
 def edges(output: str) -> set[str]:
-    """The edges that ninja ran, by kind and with their number: {"6 NVRTC", "1 C++"}."""
-    ran = re.findall(r"^\[\d+/\d+\] (NVRTC|C\+\+)", output, re.MULTILINE)
-    assert bool(ran) is ("no work to do" not in output)
+    """The edges that ninja ran, by kind and with their number: {"6 NVRTC", "1 C++", "5 CPU"}."""
+    ran = re.findall(r"^\[\d+/\d+\] (NVRTC|C\+\+|CPU)", output, re.MULTILINE)
+    is_idle = [bool(re.search(r"^ninja: no work to do", part, re.MULTILINE)) for part in output.split("Entering")[1:]]
+    assert is_idle and bool(ran) is not all(is_idle)
     return {f"{ran.count(kind)} {kind}" for kind in set(ran)}

@@ -18,7 +18,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import stub_cuda
+from benchmarks import shared_library, stub_cuda
 from tests.simt.build import BuildError, cached
 
 CAPABILITY_MAJOR, CAPABILITY_MINOR, MULTIPROCESSORS, MAX_SMEM = 75, 76, 16, 97  # attributes of a device
@@ -27,9 +27,8 @@ CAPABILITY_MAJOR, CAPABILITY_MINOR, MULTIPROCESSORS, MAX_SMEM = 75, 76, 16, 97  
 def build(*defines: str) -> Path:
     """The library; skips the test where there is no compiler. `-DcuInit=renamed` makes one that lacks cuInit."""
     try:
-        return cached(
-            "stub_cuda.so", [stub_cuda.SOURCE], [*stub_cuda.FLAGS, *defines], partial(stub_cuda.build, defines=defines)
-        )
+        flags = [*shared_library.FLAGS, *defines]
+        return cached("stub_cuda.so", [stub_cuda.SOURCE], flags, partial(stub_cuda.build, defines=defines))
     except BuildError as error:
         if shutil.which(os.environ.get("CXX", "g++")) is None:
             pytest.skip(str(error))
