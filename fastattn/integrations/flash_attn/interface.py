@@ -164,10 +164,10 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on q's device, where sequences start and the last one ends.
         max_seqlen_q, max_seqlen_k: ints; no sequence is longer.
         dropout_p, softmax_scale, causal, window_size, softcap, deterministic: as in `flash_attn_func`, per sequence.
-        alibi_slopes: as there; where queries look ahead, a float for each query and key of every sequence's bounds.
-        return_attn_probs: as there; on a GPU S_dmask waits for the lengths.
-        block_table: (batch, blocks) int32, which pages have a sequence's keys, in their order; cu_seqlens_k then says
-            how many they are only. The pages are copied side by side.
+        alibi_slopes: as there; where a query looks ahead, (batch, nheads, max_seqlen_q, max_seqlen_k) floats.
+        return_attn_probs: as there; S_dmask waits for a GPU, to read the lengths.
+        block_table: (batch, blocks) int32, which pages have a sequence's keys, in their order; cu_seqlens_k then only
+            says how many keys there are. The pages are copied side by side.
 
     Returns:
         out: (total_q, nheads, headdim_v).
@@ -261,7 +261,7 @@ def _pattern(q: Tensor, k: Tensor, how: dict[str, Any], keep: Tensor) -> Tensor:
         q, k: (batch, nheads, seqlen_q, headdim) and (batch, nheads_k, seqlen_k, headdim).
         keep: (batch, nheads, seqlen_q, seqlen_k) bool.
     """
-    weights = functional.attention_weights(attention_params(q, k, k, **how | {"dropout_p": 0.0}))
+    weights = functional.attention_weights(attention_params(q, k, k, **how))  # no seed is drawn, and nothing dropped
     return torch.where(keep, weights, -weights)
 
 
