@@ -3,6 +3,7 @@
 from . import flops as flops  # whose formulas are registered by the import
 from .backends import FastattnFallbackWarning, use_backend
 from .functional import explain, scaled_dot_product_attention, varlen_attention
+from .integrations.sdpa import patch_sdpa, unpatch_sdpa, use_for_sdpa
 from .integrations.torch import replace_attention
 from .merging import merge_attention
 from .modules import MultiHeadAttention
@@ -16,9 +17,12 @@ __all__ = [
     "TransformerConfig",
     "explain",
     "merge_attention",
+    "patch_sdpa",
     "replace_attention",
     "scaled_dot_product_attention",
+    "unpatch_sdpa",
     "use_backend",
+    "use_for_sdpa",
     "varlen_attention",
 ]
 

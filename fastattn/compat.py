@@ -29,6 +29,15 @@ innermost_transformation: Callable[[], object] = torch._C._functorch.peek_interp
 # F.scaled_dot_product_attention as torch made it, whatever stands in its place there by now. torch 2.0
 sdpa: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
 
+
+def script_as_sdpa(function: Callable[..., Tensor]) -> None:
+    """Let torch.jit.script take a function that stands in the place of F.scaled_dot_product_attention for torch's own.
+
+    torch 1.10.
+    """
+    torch.jit._builtins._register_builtin(function, "aten::scaled_dot_product_attention")
+
+
 # (condition): raise unless it holds, in a traced graph when it runs, where the condition depends on data. torch 2.0
 check: Callable[[bool], None] = torch._check
 

@@ -32,10 +32,10 @@ LAYERS = (
     ("operators", "info"),
     ("autograd", "flops"),
     ("functional",),
-    ("modules",),
-    ("nmt.layout", "integrations.torch"),
-    ("nmt.transformer", "nmt.data"),
-    ("nmt.cache", "nmt.averaging", "integrations.safetensors"),
+    ("modules", "integrations.sdpa", "integrations.flash_attn.alibi", "integrations.flash_attn.bert_padding"),
+    ("nmt.layout", "integrations.torch", "integrations.flash_attn.arguments"),
+    ("nmt.transformer", "nmt.data", "integrations.flash_attn.interface", "integrations.flash_attn.kvcache"),
+    ("nmt.cache", "nmt.averaging", "integrations.safetensors", "integrations.flash_attn"),
     ("nmt.generation", "integrations.marian"),
     ("__init__",),
 )
@@ -127,6 +127,11 @@ def test_fastattn_imports_downwards():
         ("autograd.py", "import fastattn", "imports fastattn, which is not below autograd"),
         ("integrations/torch.py", "from ..nmt.cache import DecoderCache", "imports fastattn.nmt.cache, which is not"),
         ("integrations/safetensors.py", "from .marian import save", "imports fastattn.integrations.marian, which is"),
+        (
+            "integrations/flash_attn/alibi.py",
+            "from . import interface",
+            "imports fastattn.integrations.flash_attn.interf",
+        ),
         (
             "triton_kernels/tiles.py",
             "from . import scores",

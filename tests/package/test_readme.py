@@ -28,7 +28,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("code", blocks("python"), ids=["function", "module"])
+@pytest.mark.parametrize("code", blocks("python"), ids=["function", "module", "patch"])
 def test_python_blocks_run(code: str) -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
