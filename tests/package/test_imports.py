@@ -27,7 +27,7 @@ LAYERS = (
     ("nmt.config", "nmt.losses", "nmt.schedule", "nmt.batches"),
     ("blocks", "arguments", "machine", "triton_kernels.kernels", "triton_kernels.bias_gradient"),
     ("reference", "triton_kernels.arguments"),
-    ("torch_sdpa", "cpu_kernels.attention", "cuda_kernels.attention", "triton_kernels.attention"),
+    ("merging", "torch_sdpa", "cpu_kernels.attention", "cuda_kernels.attention", "triton_kernels.attention"),
     ("backends",),
     ("operators", "info"),
     ("autograd", "flops"),
