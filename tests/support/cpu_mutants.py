@@ -25,6 +25,10 @@ DROPPED = replace(PLAIN, dropout_p=0.3)
 CAUSAL = replace(PLAIN, band="causal", seqlens=(100, 100))
 WINDOW = replace(PLAIN, band="window-bottom-right", seqlens=(70, 75))
 FEW = replace(PLAIN, seqlens=(3, 300))
+CAPPED = replace(PLAIN, softcap=3.0)
+CAPPED_FEW = replace(CAPPED, seqlens=(3, 300))
+SLIGHTLY_CAPPED = replace(PLAIN, softcap=1e5)
+USED = replace(PLAIN, used=True, batch=3)
 FEW_HEADS = replace(PLAIN, seqlens=(300, 300), heads=(1, 1), batch=1)  # fewer than threads
 
 
@@ -242,4 +246,31 @@ ROWS = {
     ),
 }
 
-GROUPS = (SCORES, UNSEEN, SOFTMAX, DROPOUT, BACKWARD, WORK, ROWS)
+GROWN = {
+    "softcap ignored in out": mutant("forward.h", "p.softcap != 0.0f", "false", CAPPED),
+    "softcap ignored by few queries": mutant("few_queries.h", "p.softcap != 0.0f", "false", CAPPED_FEW, "avx2"),
+    "softcap ignored in the gradient's weights": mutant("backward.h", "p.softcap != 0.0f) cap", "false) cap", CAPPED),
+    "softcap without a slope": mutant("backward.h", "p.softcap != 0.0f) multiply", "false) multiply", CAPPED),
+    "softcap not in units of ln 2": mutant("softcap.h", "p.softcap * kLog2E", "p.softcap", CAPPED, "avx512"),
+    "softcap after the bias": mutant(
+        "forward.h", "if (p.softcap != 0.0f)", "if (p.bias.data == nullptr)", replace(CAPPED, bias="full")
+    ),
+    "slope in the gradient of the bias": mutant(
+        "backward.h",
+        "        if (p.dbias.partial != nullptr) add_to_dbias(block, h);\n"
+        "        if (p.softcap != 0.0f) multiply_slopes(dweights, slopes, block);\n",
+        "        if (p.softcap != 0.0f) multiply_slopes(dweights, slopes, block);\n"
+        "        if (p.dbias.partial != nullptr) add_to_dbias(block, h);\n",
+        replace(CAPPED, bias="full"),
+    ),
+    "small scores lost under a softcap": mutant("softcap.h", "magnitude < 0.625f", "magnitude < 0.0f", SLIGHTLY_CAPPED),
+    "lengths of keys ignored": mutant("rows.h", "p.seqused_k != nullptr", "false", USED),
+    "lengths of keys ignored by the band": mutant(
+        "rows.h",
+        "p.bottom_right ? seqlen_k - seqlen_q",
+        "p.bottom_right ? p.seqlen_k - seqlen_q",
+        replace(USED, band="window-bottom-right"),
+    ),
+}
+
+GROUPS = (SCORES, UNSEEN, SOFTMAX, DROPOUT, BACKWARD, WORK, ROWS, GROWN)
