@@ -69,7 +69,8 @@ def scaled_dot_product_attention(
             factor of the query: (query * scale, key, value, scale=1.0).
         enable_gqa: nheads may be a multiple of nheads_k and of nheads_v; consecutive query heads share a key head.
         attn_bias: float, query's dtype or float32, added to the scaled scores; broadcasts like attn_mask. Its gradient
-            has its own shape. Under autocast one in the other half type is cast to query's, and float32 stays.
+            has its own shape. Under autocast one in the other half type is cast to query's, and float32 stays. Fused
+            kernels take what is below -2.3e38, such as torch.finfo(torch.float32).min, for -inf.
         window: (left, right), each an int >= 0 or None (unbounded): allow key j for query i only if
             -left <= j - i <= right (i + seqlen_k - seqlen_q when bottom-right). (1, 0), bottom-right, 3 x 5::
 

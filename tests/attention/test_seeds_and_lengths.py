@@ -105,6 +105,21 @@ def test_lengths_beyond_the_keys_are_cut_where_nobody_reads_them(backend: str) -
     torch.testing.assert_close(out[1:], truncated(1, 6))
 
 
+# ---- biases that are no longer finite in the kernels' units ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_smallest_bias_masks_like_minus_infinity(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in (Q, K, V))
+    bias = torch.zeros(6, 6, dtype=dtype)
+    bias[2], bias[3, 1:] = torch.finfo(dtype).min, torch.finfo(dtype).min
+    infinite = bias.masked_fill(bias != 0, -torch.inf)
+    with fastattn.use_backend("cpu"):
+        smallest, masked = (attend(q, k, v, attn_bias=x, return_lse=True) for x in (bias, infinite))
+    assert all(torch.equal(x, y) for x, y in zip(smallest, masked, strict=True))
+    assert not smallest[0][:, :, 2].any() and torch.equal(smallest[0][:, :, 3], v[:, :, 0])
+
+
 # ---- softcap ----
 
 
