@@ -56,3 +56,15 @@ def shapes() -> list[tuple[Shape, torch.dtype]]:
 def times(which: str, shape: Shape, dtype: torch.dtype) -> Published | None:
     """The published times of a pass that ours are compared on; None where there are none."""
     return _times().get((which, shape, dtype))
+
+
+# Vanilla's backward passes that take the host's time, each with a pass of more heads, for which the card's time counts.
+_HOST_BOUND = {(16, 16, 128, 64): (64, 16, 128, 64)}
+
+
+def vanilla_on_the_card_ms(which: str, shape: Shape, dtype: torch.dtype) -> float | None:
+    """The second reading of a time of vanilla that is the host's: the card's, scaled from more heads; else None."""
+    more = _HOST_BOUND.get(shape)
+    if which != "backward" or more is None or (measured := times(which, more, dtype)) is None:
+        return None
+    return measured.vanilla_ms * (shape[0] * shape[1]) / (more[0] * more[1])

@@ -170,7 +170,7 @@ def test_generic_addresses() -> None:
     [("MAX.S32", [24, 25, 26, 27, -1]), ("MIN", [0, 1, 2, 3, -1])],
 )
 def test_atomic_extremes_of_shared_memory(atomic: str, results: list[int]) -> None:
-    """Eight lanes want each of four words, with their numbers - 4; as unsigned numbers, the first four are the largest."""
+    """Eight lanes want each of four words, with their numbers - 4; unsigned, the first four are the largest."""
     code = f"""
         S2R R0, SR_TID.X
         LOP.AND R1, R0, 0x3
@@ -195,12 +195,15 @@ def test_compare_and_swap_in_the_order_of_lanes() -> None:
         IADD R1, R0, 0x1
         MOV R4, R0
         MOV R5, R1
+        ISETP.GE.AND P0, PT, R0, 0x14, PT
+        @P0 MOV R4, 0x63
         ATOMS.CAS R6, [RZ], R4, R5
         ISCADD R2, R0, R2, 0x2
         STG.E [R2], R6
     """
     out, trace = run_with_out(code, 32, 32, smem=4)
-    assert out.tolist() == [*range(32)]  # each lane finds what the one before has left
+    # Each lane finds what the one before has left, and those from 20 on do not find what they expect.
+    assert out.tolist() == [*range(20), *[20] * 12]
     assert trace.smem_cycles.tolist().count(32) == 1
 
 

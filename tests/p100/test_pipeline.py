@@ -122,7 +122,7 @@ def test_blocks_take_turns() -> None:
 
 def test_no_assumption_makes_it_slower_than_without_it() -> None:
     pair = [make("FFMA", "R0", "R1", "R2", "R3", stall=0, pairs_with_next=True), make("NOP")]
-    turn = [LDG, *[*pair, *pair, *pair, CONFLICT] * 10, make("FFMA", "R0", "R0", "R1", "R2", waits=(0,))]
+    turn = [LDG, *[*pair, *pair, *pair, CONFLICT] * 20, make("FFMA", "R0", "R0", "R1", "R2", waits=(0,))]
     times = {name: replay([turn * 4] * 24, assumptions=a) for name, a in {"usual": USUAL, **SENSITIVITIES}.items()}
     usual = times.pop("usual")
     assert times.pop("no register conflicts") < usual

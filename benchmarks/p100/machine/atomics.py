@@ -1,6 +1,6 @@
 """Atomic operations on words of shared memory: ATOMS with MAX, MIN and CAS.
 
-The lanes of a warp come one after the other, in the order of their numbers; which order the hardware takes is not known.
+The lanes of a warp come one after the other, in the order of their numbers; the hardware's order is not known.
 """
 
 from __future__ import annotations

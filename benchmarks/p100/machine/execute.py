@@ -210,7 +210,7 @@ class Execution:
         return step
 
     def _shared(self, i: Instruction, index: int) -> Step:
-        access, state = Access(i, self.state), self.state
+        access = Access(i, self.state)
         move, base = access.store if access.is_store else access.load, self.block_of * self.stride
 
         def step(s: Lanes) -> None:

@@ -46,8 +46,8 @@ def iadd(i: Instruction, state: State) -> Step:
 def lea(i: Instruction, state: State) -> Step:
     """The first source shifted left, plus the second; with HI, the upper word of the shifted pair (third, first).
 
-    Without a shift, it is 0. Of a generic address, the upper word comes with a predicate, whose meaning is not known: LD
-    and ST name it behind the address. Here it is left as it is, and they do without.
+    Without a shift, it is 0. Of a generic address, the upper word comes with a predicate, whose meaning is not known;
+    LD and ST name it behind the address. Here it is left as it is, and they do without.
     """
     if i.operands[0].startswith("P"):
         return lea(replace(i, operands=i.operands[1:]), state)

@@ -31,7 +31,7 @@ def ldc(i: Instruction, state: State) -> Step:
     size, bank = (1 if i.modifiers else 4), state.constants.get(constant.number, b"")
     if constant.kind != "constant" or constant.offset + size > len(bank):
         raise not_understood(i)
-    value = np.uint32(int.from_bytes(bank[constant.offset : constant.offset + size], "little"))
+    value = np.asarray(int.from_bytes(bank[constant.offset : constant.offset + size], "little"), np.uint32)
     return state.set(i.operands[0], lambda s: value)
 
 
