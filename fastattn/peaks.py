@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 # TFLOP/s of dense matrix products with float32 (without TF32), float16 and bfloat16 operands; bfloat16 without tensor
-# cores for it is computed in float32. The first name that is part of a device's name counts.
+# cores for it is computed in float32. So is float16 on the P100: its 21.2 TFLOP/s are those of sums in float16, which
+# torch does not ask cuBLAS for below compute capability 7.0, whatever allow_fp16_accumulation says (CUDABlas.cpp). The
+# first name that is part of a device's name counts.
 PEAK_TFLOPS: dict[str, tuple[float, float, float]] = {
-    "P100-PCIE": (9.3, 18.7, 9.3),
-    "P100": (10.6, 21.2, 10.6),
+    "P100-PCIE": (9.3, 9.3, 9.3),
+    "P100": (10.6, 10.6, 10.6),
     "V100-PCIE": (14.0, 112.0, 14.0),
     "V100": (15.7, 125.0, 15.7),
     "T4": (8.1, 65.0, 8.1),

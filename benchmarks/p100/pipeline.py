@@ -145,7 +145,7 @@ class Encoder:
 
     def _new(self, index: int, smem_cycles: int, sectors: int, dram_sectors: int, scheduler: int) -> Op:
         instruction = self._instructions[index]
-        timing = chip.TIMINGS[instruction.op]
+        timing = chip.timing_of(instruction.op, instruction.modifiers)
         cycles = timing.cycles
         if timing.unit == chip.FP32:
             cycles += self._conflicts[index]
@@ -235,6 +235,7 @@ class Multiprocessor:
         self._waiting = iter(blocks)
         self._heaps: tuple[list[tuple[float, int, _RunningWarp]], ...] = ([], [])
         self._free = [0.0] * _UNITS
+        self._slots = [0.0, 0.0]  # the cycle from which each scheduler can issue again
         self._credit = 0 if assumptions.in_step else chip.BANDWIDTH_CREDIT
         self._order = 0
         self._started_warps = 0
@@ -243,7 +244,7 @@ class Multiprocessor:
 
     def run(self) -> list[float]:
         """Replay all blocks; the cycles at which they have finished, in that order."""
-        heaps, free, slots = self._heaps, self._free, [0.0, 0.0]
+        heaps, free, slots = self._heaps, self._free, self._slots
         while heaps[0] or heaps[1]:
             turn = _earlier(heaps, slots)
             heap = heaps[turn]

@@ -9,7 +9,7 @@ the replayed lengths, which is exact; the busy share of the schedulers linearly 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -44,17 +44,23 @@ class Prediction(NamedTuple):
         return {name: self.pass_.flops / time * 1e-6 for name, time in self.bounds.items() if time}
 
 
+class PassTracer(Protocol):
+    """What executes the launches of a pass, as `tracing.Tracer` does."""
+
+    def trace(self, pass_: Pass, seqlen: int) -> list[TracedLaunch]: ...
+
+
 class Predictor:
     """A predictor for one card; it keeps what it has executed and replayed once.
 
     Args:
-        cubins: the kernels.
+        kernels: our cubins, or a tracer of other kernels.
         card: the card on which they run.
     """
 
-    def __init__(self, cubins: Cubins, card: chip.Card = chip.SXM2) -> None:
+    def __init__(self, kernels: Cubins | PassTracer, card: chip.Card = chip.SXM2) -> None:
         self.card = card
-        self.tracer = Tracer(cubins, card.multiprocessors)
+        self.tracer = Tracer(kernels, card.multiprocessors) if isinstance(kernels, Cubins) else kernels
         self._replayed: dict[tuple[object, ...], list[float]] = {}
 
     def predict(self, pass_: Pass, assumptions: ChipAssumptions = USUAL) -> Prediction:
@@ -144,7 +150,7 @@ def block_bounds(program: Program, block: Block, card: chip.Card) -> dict[str, f
         card: the card, whose multiprocessors share L2 and DRAM evenly.
     """
     executed = block.times(program)
-    timings = [chip.TIMINGS[instruction.op] for instruction in program.instructions]
+    timings = [chip.timing_of(instruction.op, instruction.modifiers) for instruction in program.instructions]
     of_unit = {unit: np.array([t.cycles * (t.unit == unit) for t in timings]) for unit in (chip.FP32, chip.SFU)}
     conflicts = np.array(bank_conflicts(program)) * (of_unit[chip.FP32] > 0)
     pairs = np.array([instruction.pairs_with_next for instruction in program.instructions])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
+
+from numpy.typing import NDArray
 
 from .machine.sass import Instruction, Program
 
@@ -17,6 +20,20 @@ def loops(program: Program) -> list[tuple[int, int]]:
         if instruction.op == "BRA" and instruction.target is not None and instruction.target < index
     ]
     return sorted(backward, key=lambda loop: (loop[1] - loop[0], loop[0]))
+
+
+LINE_BYTES = 128  # of the instruction caches
+
+
+def touched_bytes(program: Program, times: NDArray[Any]) -> int:
+    """The bytes of machine code, in whole cache lines, that are executed.
+
+    Args:
+        program: the kernel.
+        times: the number of executions of each of its instructions.
+    """
+    lines = {i.pc // LINE_BYTES for i, n in zip(program.instructions, times.tolist(), strict=True) if n}
+    return LINE_BYTES * len(lines)
 
 
 # Instructions that read all their operands from the register file at once, in one cycle if the banks allow it.

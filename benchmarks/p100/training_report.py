@@ -23,7 +23,8 @@ from examples.wmt14.estimate import GPUS, OVERHEAD_BYTES, activation_bytes, coun
 from fastattn import TransformerConfig
 
 from . import chip, training_step
-from .page import DOCS, digest, markdown_table, verdict
+from .calibration import expected
+from .page import DOCS, Band, digest, markdown_table, verdict
 from .passes import Pass
 from .pipeline import SENSITIVITIES, USUAL, ChipAssumptions
 from .prediction import Predictor
@@ -105,8 +106,13 @@ class TrainingReport:
         return updates(UPDATES)
 
     def fused_seconds(self, pass_: Pass, assumptions: ChipAssumptions = USUAL) -> float:
-        """The predicted time of a pass."""
-        return self.predictor.predict(pass_, assumptions).microseconds * 1e-6
+        """The time that a pass is expected to take on the card: the prediction as the calibration corrects it."""
+        return self.banded_seconds(pass_, assumptions).centre
+
+    def banded_seconds(self, pass_: Pass, assumptions: ChipAssumptions = USUAL) -> Band:
+        """The same with the band of the calibration."""
+        seconds = self.predictor.predict(pass_, assumptions).microseconds * 1e-6
+        return expected(pass_.direction, CARD).under(seconds)
 
     def attention(self, name: str, seconds_of: Callable[[Pass], float]) -> float:
         """Seconds per token that attention takes in all layers, over the chosen updates."""
@@ -137,6 +143,8 @@ class TrainingReport:
             attention=self._attention(),
             memory=self._memory(),
             all_reduce=self._all_reduce(),
+            expected_forward=expected("forward", CARD).shown(),
+            expected_backward=expected("backward", CARD).shown(),
             assumptions=markdown_table(("what", "from where"), training_step.SOURCES),
         )
 
@@ -178,8 +186,12 @@ class TrainingReport:
     def _changes(self, fused: dict[str, float]) -> str:
         half = {name: self.attention(name, lambda p: self.fused_seconds(p, HALF_DRAM)) for name in PAPER_MODELS}
         vanilla = {name: self.attention(name, vanilla_seconds) for name in PAPER_MODELS}
+        least = {name: self.attention(name, lambda p: self.banded_seconds(p).low) for name in PAPER_MODELS}
+        most = {name: self.attention(name, lambda p: self.banded_seconds(p).high) for name in PAPER_MODELS}
         changes = {
             "as above": (fused, StepAssumptions()),
+            "attention as fast as its band allows": (least, StepAssumptions()),
+            "attention as slow as its band allows": (most, StepAssumptions()),
             "products 15 % slower": (fused, StepAssumptions(product_rate=0.85)),
             "products 15 % faster": (fused, StepAssumptions(product_rate=1.15)),
             "products at the slower published rates": (fused, StepAssumptions(cublas="squares")),
@@ -203,8 +215,8 @@ class TrainingReport:
             for longest, pairs, passes in attentions(self.models[name], self.chosen):
                 shown = []
                 for pass_ in passes:
-                    predicted = self.predictor.predict(pass_)
-                    shown.append(f"{predicted.microseconds:.0f} ({predicted.tflops:.2f})")
+                    seconds = self.fused_seconds(pass_)
+                    shown.append(f"{1e6 * seconds:.0f} ({pass_.flops / seconds * 1e-12:.2f})")
                 vanilla = sum(count * vanilla_seconds(pass_) for pass_, count in passes.items())
                 ours = sum(count * self.fused_seconds(pass_) for pass_, count in passes.items())
                 lines.append((name, f"{longest}", f"{pairs}", *shown, f"{1e3 * ours:.1f}", f"{1e3 * vanilla:.1f}"))

@@ -20,12 +20,33 @@ from fastattn.nmt import losses
 from . import chip, sgemm
 
 # TFLOP/s of cuBLAS on a P100 by the rows, columns and terms of a product, from github.com/baidu-research/DeepBench.
-DEEPBENCH = {
+SINGLE = {
     (1024, 700, 512): 5.21,
     (4096, 128, 4096): 7.00,
     (3072, 7435, 1024): 8.60,
     (2560, 7000, 2560): 8.87,
 }
+# Those with as few outputs and as many tokens as a model has, by outputs, tokens and terms: as they are, and with the
+# first matrix transposed.
+MANY_TOKENS = {
+    (512, 24000, 1530): (8.62, 8.52),
+    (512, 24000, 2048): (8.69, 8.58),
+    (512, 24000, 2560): (8.69, 8.62),
+    (512, 24000, 2816): (8.71, 8.63),
+    (512, 48000, 1530): (8.82, 8.62),
+    (512, 48000, 2048): (8.98, 8.60),
+    (512, 48000, 2560): (8.78, 8.94),
+    (512, 48000, 2816): (8.72, 8.95),
+    (1024, 24000, 1530): (8.83, 8.71),
+    (1024, 24000, 2048): (8.92, 8.59),
+    (1024, 24000, 2560): (8.90, 8.94),
+    (1024, 24000, 2816): (8.72, 8.95),
+    (1024, 48000, 1530): (8.96, 8.87),
+    (1024, 48000, 2048): (9.03, 8.89),
+    (1024, 48000, 2560): (9.03, 8.96),
+    (1024, 48000, 2816): (9.04, 8.96),
+}
+DEEPBENCH = SINGLE | {sizes: sum(rates) / len(rates) for sizes, rates in MANY_TOKENS.items()}
 SQUARES = {(size, size, size): rate for size, rate in sgemm.CUBLAS.items()}
 PRODUCTS_OF_LAYER = 3  # of a linear layer: the result, the gradient of its input, that of its weight
 
@@ -66,9 +87,12 @@ class StepAssumptions:
 
     def product_flops(self, flops: float) -> float:
         """FLOP/s of a product of so many operations, interpolated between the published ones on a logarithmic scale."""
-        rates = {"DeepBench": DEEPBENCH, "squares": SQUARES}[self.cublas]
-        known = [math.log(2.0 * math.prod(sizes)) for sizes in rates]
-        return float(np.interp(math.log(flops), known, list(rates.values()))) * 1e12 * self.product_rate
+        alike: dict[int, list[float]] = {}  # by the number of operations
+        for sizes, rate in {"DeepBench": DEEPBENCH, "squares": SQUARES}[self.cublas].items():
+            alike.setdefault(2 * math.prod(sizes), []).append(rate)
+        known = sorted(alike)
+        rates = [sum(alike[n]) / len(alike[n]) for n in known]
+        return float(np.interp(math.log(flops), np.log(known), rates)) * 1e12 * self.product_rate
 
 
 @dataclass(frozen=True)
@@ -206,8 +230,10 @@ SOURCES = (
     ),
     (
         "products run as cuBLAS did: "
-        + ", ".join(f"{rate:.2f} TFLOP/s for {' x '.join(map(str, sizes))}" for sizes, rate in DEEPBENCH.items())
-        + " (rows x columns x terms), and between these by the logarithm of the number of operations",
+        + ", ".join(f"{rate:.2f} TFLOP/s for {' x '.join(map(str, sizes))}" for sizes, rate in SINGLE.items())
+        + f" (rows x columns x terms), {min(map(min, MANY_TOKENS.values())):.2f} to "
+        + f"{max(map(max, MANY_TOKENS.values())):.2f} for the {2 * len(MANY_TOKENS)} rows of 512 and 1024 outputs and "
+        + "24,000 and 48,000 columns, and between these by the logarithm of the number of operations",
         "github.com/baidu-research/DeepBench, results/train/DeepBench_NV_P100.xlsx: CUDA 8, the mean of 400 calls. It "
         "does not say which P100, but its mainboard takes the PCIe card (9.3 TFLOP/s); an SXM2 card (10.6) could be "
         "faster",

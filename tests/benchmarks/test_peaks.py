@@ -13,6 +13,8 @@ from fastattn.peaks import peak_tflops
     [
         ("Tesla P100-PCIE-16GB", torch.float32, 9.3),
         ("Tesla P100-SXM2-16GB", torch.float32, 10.6),
+        ("Tesla P100-SXM2-16GB", torch.float16, 10.6),
+        ("Tesla P100-PCIE-16GB", torch.float16, 9.3),
         ("Tesla P100-SXM2-16GB", torch.bfloat16, 10.6),
         ("Tesla V100-PCIE-32GB", torch.float16, 112.0),
         ("Tesla T4", torch.float16, 65.0),

@@ -92,7 +92,7 @@ def test_every_instruction_is_understood(element: str) -> None:
     unknown = set()
     for kernel in launches.KERNELS:
         code = program(kernel, element)
-        state = Execution(code, [(0, 0, 0)], 32, 0, {0: bytes(1 << 12), 2: code.constants}, GlobalMemory([])).state
+        state = Execution(code, [(0, 0, 0)], (32, 1), 0, {0: bytes(1 << 12), 2: code.constants}, GlobalMemory([])).state
         for instruction in code.instructions:
             try:
                 if instruction.op in ("LDG", "STG", "LDS", "STS"):

@@ -31,6 +31,8 @@ CODE = [
     ("IADD R8, R0, -0x80", (0x7F, 0, 0), (0xFFFFFFFF, 0)),
     ("ISCADD R8, R0, R1, 0x4", (0x12345678, 3, 0), (0x23456783, 0)),
     ("ISCADD R8, -R0, R1, 0x4", (2, 33, 0), (1, 0)),
+    ("LEA R8.CC, R0, R1\nLEA.HI.X P0, R9, R0, RZ, R2", (0xFFFFFFFF, 2, 5), (1, 6)),
+    ("LEA R8.CC, R0, R1, 0x2\nLEA.HI.X R9, R0, RZ, R2, 0x2", (0xC0000001, 0xFFFFFFFC, 5), (0, 0x17 + 1)),
     ("LEA.HI R8, R0, R1, R2, 0x4", (0xF0000000, 1, 2), (0x2F + 1, 0)),
     ("XMAD.MRG R8, R0.H1, R1, R2", (0x20003, 0x70005, 1), (0x5000B, 0)),
     ("XMAD.PSL.CLO R8, R0, R1, R2", (3, 5, 0x70001), (0xF0001, 0)),
@@ -60,6 +62,11 @@ CODE = [
         (7, 0xFA, 0),
         (1, 3),
     ),
+    (
+        "ISETP.GT.AND P0, P1, R0, RZ, PT\nP2R R8, PR, R1, 0x3\nP2R R9, PR, R2, 0xf",
+        (7, 0xF6, 0xFFFFFFFF),
+        (0xF5, 0xFFFFFFF1),
+    ),
     ("R2P PR, R1.B1, 0x7f\nP2R R8, PR, RZ, 0x7f", (0, 0x3A56, 0), (0x3A, 0)),
     (
         "IADD3 RZ.CC, R0, R0, R0\nP2R R3, CC, RZ, 0xf\nIADD RZ.CC, RZ, RZ\nR2P CC, R3, 0xf\nIADD3.X R8, RZ, RZ, RZ",
@@ -76,6 +83,7 @@ CODE = [
     ("F2I.S32.F32.TRUNC R8, R0\nF2I.U32.F32.FLOOR R9, R0", (bits(-1.5), 0, 0), (0xFFFFFFFF, 0)),
     ("I2F.F32.U32.RP R8, R0\nI2F.F32.U32.RM R9, R0", (0xFFFFFFFF, 0, 0), (bits(2.0**32), bits(2.0**32 - 256))),
     ("F2F.F16.F32 R8, R0\nHADD2.F32 R9, -R1.H1_H1, R1.H0_H0", (bits(1.5), 0x3C004000, 0), (0x3E00, bits(1.0))),
+    ("I2I.S16.S8 R8, R0\nI2I.S16.S8 R9, R1", (0x17F, 0x80, 0), (0x7F, 0xFF80)),
     ("I2I.S32.S32 R8, |R0|\nMOV R9, -R0", (0xFFFFFFFB, 0, 0), (5, 5)),
 ]
 
@@ -106,6 +114,132 @@ def test_votes() -> None:
         (vote,) = assembled(f"VOTE.{mode} R{n}, P{n + 1}, P0").instructions[:1]
         step_of(vote, state)(active)
     assert state.predicates[1:4, [0, 32]].tolist() == [[True, False], [True, False], [True, True]]
+
+
+def test_loads_of_constants() -> None:
+    state = State(32, {0: bytes.fromhex("0102030405060708f9")}, {})
+    for instruction in assembled("LDC R0, c[0x0][0x4]\nLDC.U8 R1, c[0x0][0x8]").instructions:
+        step_of(instruction, state)(slice(None))
+    assert (state.registers[0] == 0x08070605).all() and (state.registers[1] == 0xF9).all()
+    for outside in ("LDC R0, c[0x0][0x8]", "LDC.U8 R0, c[0x0][0x9]", "LDC R0, [R1]", "I2I.S16.S32 R0, R1"):
+        with pytest.raises(ValueError, match="not understood"):
+            step_of(assembled(outside).instructions[0], state)
+
+
+def run_with_out(
+    code: str, threads: int | tuple[int, int], words: int, smem: int = 0
+) -> tuple[torch.Tensor, WarpTrace]:
+    """What a block writes, word by word, to the address that its first parameter gives; and its first warp's trace."""
+    out = torch.full((words,), -1, dtype=torch.int32)
+    load = "MOV R2, c[0x0][0x140]\nMOV R3, c[0x0][0x144]\n"
+    traces = execute(
+        assembled(f"{load}{code}\nEXIT"), (1,), threads, smem, struct.pack("<Q", out.data_ptr()), [(out, "out", True)]
+    )
+    return out, traces[0, 0, 0].warps[0]
+
+
+def test_blocks_in_two_dimensions() -> None:
+    code = """
+        S2R R0, SR_TID.X
+        S2R R1, SR_TID.Y
+        MOV R4, c[0x0][0x8]
+        MOV R5, c[0x0][0xc]
+        XMAD R6, R1, R4, R0
+        ISCADD R2, R6, R2, 0x2
+        XMAD R7, R1, R5, R0
+        STG.E [R2], R7
+    """
+    out, _ = run_with_out(code, (16, 3), 64)
+    assert out.tolist() == [y * 3 + x for y in range(3) for x in range(16)] + [-1] * 16
+
+
+def test_generic_addresses() -> None:
+    code = """
+        LEA R4.CC, R2, RZ
+        LEA.HI.X P0, R5, R2, RZ, R3
+        MOV R6, 0x7
+        ST.E [R4], R6, P0
+        LD.E R7, [R4], P0
+        STG.E [R2+0x4], R7
+    """
+    assert run_with_out(code, 1, 3)[0].tolist() == [7, 7, -1]
+
+
+@pytest.mark.parametrize(
+    ("atomic", "results"),
+    [("MAX.S32", [24, 25, 26, 27, -1]), ("MIN", [0, 1, 2, 3, -1])],
+)
+def test_atomic_extremes_of_shared_memory(atomic: str, results: list[int]) -> None:
+    """Eight lanes want each of four words, with their numbers - 4; unsigned, the first four are the largest."""
+    code = f"""
+        S2R R0, SR_TID.X
+        LOP.AND R1, R0, 0x3
+        SHL R1, R1, 0x2
+        IADD R4, R0, -0x4
+        MOV R5, -0x2
+        STS [R1], R5
+        ATOMS.{atomic} RZ, [R1], R4
+        LDS R6, [R1]
+        IADD R2, R2, R1
+        STG.E [R2], R6
+    """
+    out, trace = run_with_out(code, 32, 5, smem=16)
+    assert out.tolist() == results
+    assert trace.smem_cycles.max() == 8
+
+
+def test_compare_and_swap_in_the_order_of_lanes() -> None:
+    code = """
+        S2R R0, SR_TID.X
+        STS [RZ], RZ
+        IADD R1, R0, 0x1
+        MOV R4, R0
+        MOV R5, R1
+        ISETP.GE.AND P0, PT, R0, 0x14, PT
+        @P0 MOV R4, 0x63
+        ATOMS.CAS R6, [RZ], R4, R5
+        ISCADD R2, R0, R2, 0x2
+        STG.E [R2], R6
+    """
+    out, trace = run_with_out(code, 32, 32, smem=4)
+    # Each lane finds what the one before has left, and those from 20 on do not find what they expect.
+    assert out.tolist() == [*range(20), *[20] * 12]
+    assert trace.smem_cycles.tolist().count(32) == 1
+
+
+@pytest.mark.parametrize(
+    "atomic", ["ATOMS.ADD RZ, [R1], R4", "ATOMS.MAX.S32 R5, [R1], R4", "ATOMS.CAS RZ, [R1], R4, R5"]
+)
+def test_atomics_that_are_not_understood(atomic: str) -> None:
+    with pytest.raises(ExecutionError, match="not understood"):
+        run_with_out(atomic, 32, 1, smem=4)
+
+
+def test_atomic_outside_shared_memory() -> None:
+    with pytest.raises(ExecutionError, match="thread 1 .* is not in the 4 bytes of shared memory"):
+        run_with_out("S2R R0, SR_TID.X\nSHL R1, R0, 0x2\nATOMS.MIN RZ, [R1], R0", 32, 1, smem=4)
+
+
+def test_local_memory_is_each_threads_own() -> None:
+    code = """
+        S2R R0, SR_TID.X
+        MOV R1, c[0x0][0x20]
+        IADD32I R1, R1, -0x10
+        IADD R4, R0, 0x5
+        MOV R5, R0
+        STL.64 [R1+0x8], R4
+        LDL.LU R6, [R1+0xc]
+        LDL R7, [R1+0x8]
+        XMAD R6, R7, 0x40, R6
+        ISCADD R2, R0, R2, 0x2
+        STG.E [R2], R6
+    """
+    out, trace = run_with_out(code, 40, 40)
+    assert out.tolist() == [(n + 5) * 64 + n for n in range(40)]
+    # A word of all lanes lies together, so that 64 bits are two lines of four sectors.
+    assert [n for n in trace.sectors.tolist() if n] == [8, 4, 4, 4]
+    with pytest.raises(ExecutionError, match="is not in the 1024 bytes of local memory"):
+        run_with_out("MOV R1, c[0x0][0x20]\nSTL [R1], RZ", 32, 1)
 
 
 def test_shuffle_from_a_lane_that_is_not_there() -> None:

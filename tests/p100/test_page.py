@@ -18,8 +18,22 @@ def test_verdicts() -> None:
     assert page.verdict(4.5, 6.0) == "missed by 25 %"
 
 
+def test_verdicts_of_bands() -> None:
+    """A target is reached where the least that is expected reaches it, and missed where the most does not."""
+    band = page.Band(5.0, 6.0, 7.0)
+    assert page.banded_verdict(band, None) == "no target"
+    assert page.banded_verdict(band, 5.0) == "reached"
+    assert page.banded_verdict(band, 5.1) == page.banded_verdict(band, 7.0) == "open"
+    assert page.banded_verdict(band, 8.0) == "missed by 25 %"
+
+
 @pytest.mark.parametrize(
-    ("template", "name"), [("kernel_report.md", "p100_report.md"), ("training_report.md", "p100_training.md")]
+    ("template", "name"),
+    [
+        ("kernel_report.md", "p100_report.md"),
+        ("training_report.md", "p100_training.md"),
+        ("calibration.md", "p100_calibration.md"),
+    ],
 )
 def test_the_page_has_the_text_of_its_template(template: str, name: str) -> None:
     written, end = (page.DOCS / name).read_text(), 0

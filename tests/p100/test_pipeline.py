@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,15 @@ def replay(warps: list[list[Instruction]], *how: Any, **more: Any) -> float:
 def test_rates_of_many_warps(instruction: Instruction, cycles: float) -> None:
     n, warps = 256, 8
     assert replay([[instruction] * n] * warps, smem_cycles=3) == pytest.approx(n * warps * cycles, rel=0.03)
+
+
+def test_conversions_from_float16_are_not_the_lanes() -> None:
+    def rate(modifiers: tuple[str, ...]) -> float:
+        add = replace(make("HADD2", "R0", "R1", "R5"), modifiers=modifiers)
+        return replay([[FREE, add] * 128] * 8) / (8 * 128)
+
+    assert rate(()) == pytest.approx(3 / 2, rel=0.03)  # with its bank conflict
+    assert rate(("F32",)) == pytest.approx(1, rel=0.03)  # an issue slot each
 
 
 def test_a_chain_takes_its_latency() -> None:
@@ -122,7 +132,7 @@ def test_blocks_take_turns() -> None:
 
 def test_no_assumption_makes_it_slower_than_without_it() -> None:
     pair = [make("FFMA", "R0", "R1", "R2", "R3", stall=0, pairs_with_next=True), make("NOP")]
-    turn = [LDG, *[*pair, *pair, *pair, CONFLICT] * 10, make("FFMA", "R0", "R0", "R1", "R2", waits=(0,))]
+    turn = [LDG, *[*pair, *pair, *pair, CONFLICT] * 20, make("FFMA", "R0", "R0", "R1", "R2", waits=(0,))]
     times = {name: replay([turn * 4] * 24, assumptions=a) for name, a in {"usual": USUAL, **SENSITIVITIES}.items()}
     usual = times.pop("usual")
     assert times.pop("no register conflicts") < usual

@@ -6,10 +6,11 @@ import os
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.p100.machine import nvdisasm, sass
-from benchmarks.p100.static_analysis import bank_conflicts, loops
+from benchmarks.p100.static_analysis import bank_conflicts, loops, touched_bytes
 from tests.support.p100_small_kernels import NAMES, small
 
 
@@ -61,6 +62,18 @@ def test_loops_and_bank_conflicts() -> None:
     assert loops(program) == [(0, 2)]
     # R4, R8, R12 lie in one bank; then R4 and R8 again, but R4 has been kept; R5 and R1 lie in another one.
     assert bank_conflicts(program) == [0, 2, 0, 0, 0, 1]
+
+
+def test_touched_code_in_whole_cache_lines() -> None:
+    program = small("flow")
+    times = np.zeros(len(program.instructions), int)
+    assert touched_bytes(program, times) == 0
+    times[:2] = 1  # in the first line
+    assert touched_bytes(program, times) == 128
+    times[-1] = 7
+    assert touched_bytes(program, times) == 256
+    everything = touched_bytes(program, np.ones_like(times))
+    assert 0 <= everything - program.instructions[-1].pc < 128
 
 
 def test_inner_loops_come_first() -> None:

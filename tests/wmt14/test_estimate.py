@@ -80,6 +80,14 @@ def test_speed_is_as_published(gpu, precision, tokens_per_second):
     assert predicted == pytest.approx(tokens_per_second, rel=0.15)
 
 
+@pytest.mark.parametrize("gpu", ["P100 PCIe", "P100 SXM2"])
+def test_half_precision_saves_memory_and_not_time_on_a_p100(gpu):
+    single, half = (estimate(BIG, gpu, 1, 1, precision) for precision in ("fp32", "fp16"))
+    assert half.products == single.products and half.peak == single.peak
+    assert half.memory / half.accumulation < single.memory / single.accumulation or half.accumulation == 1
+    assert 1.0 <= half.tokens_per_second / single.tokens_per_second < 1.1
+
+
 def test_the_papers_figures():
     nominal = {name: hours * 3600 * 8 * PAPER_FLOPS for name, hours in PAPER_HOURS.items()}
     assert nominal["base_en_de"] == pytest.approx(3.3e18, rel=0.01)

@@ -16,9 +16,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import control
+from .atomics import Atomic, turns
 from .control import Warps, as_bits, as_lanes
 from .instructions import step_of
-from .memory import SECTOR_MASK, WARP_SHIFT, Access, GlobalMemory, LaneError, check, sectors, wavefronts
+from .memory import (
+    LOCAL,
+    LOCAL_BYTES,
+    SECTOR_MASK,
+    WARP_SHIFT,
+    Access,
+    GlobalMemory,
+    LaneError,
+    check,
+    local_sectors,
+    sectors,
+    wavefronts,
+)
 from .sass import Instruction, Program
 from .state import WARP, Lanes, State, Step
 from .trace import BlockTrace, TraceRecorder
@@ -36,7 +49,7 @@ class ExecutionError(RuntimeError):
 def execute(
     program: Program,
     grid: Sequence[int],
-    block_threads: int,
+    block_threads: int | tuple[int, int],
     smem_bytes: int,
     params: bytes,
     buffers: Sequence[tuple[Tensor, str, bool]],
@@ -47,7 +60,7 @@ def execute(
     Args:
         program: the kernel.
         grid: the grid size in x and, where they are given, y and z.
-        block_threads: the block size in x.
+        block_threads: the block size in x, or in x and y.
         smem_bytes: shared memory per block, static and dynamic.
         params: the kernel's parameters.
         buffers: all memory that it may access: CPU tensors, their names, and whether they may be written.
@@ -59,13 +72,14 @@ def execute(
     """
     x, y, z = (*grid, 1, 1)[:3]
     chosen: Iterator[Index] = iter(itertools.product(range(x), range(y), range(z)) if blocks is None else blocks)
-    warps_per_block = -(-block_threads // WARP)
+    side, other = block_threads if isinstance(block_threads, tuple) else (block_threads, 1)
+    warps_per_block = -(-side * other // WARP)
     memory = GlobalMemory(buffers)
-    header = struct.pack("<8x6i", block_threads, 1, 1, x, y, z)
+    header = struct.pack("<8x7i", side, other, 1, x, y, z, LOCAL_BYTES)
     constants = {0: header.ljust(PARAMETERS, b"\0") + params, 2: program.constants}
     traces: dict[Index, BlockTrace] = {}
     while batch := [*itertools.islice(chosen, max(1, WARPS_AT_ONCE // warps_per_block))]:
-        execution = Execution(program, batch, block_threads, smem_bytes, constants, memory)
+        execution = Execution(program, batch, (side, other), smem_bytes, constants, memory)
         with np.errstate(all="ignore"):
             execution.run()
         traces.update(execution.traces())
@@ -79,25 +93,27 @@ class Execution:
         self,
         program: Program,
         blocks: list[Index],
-        threads: int,
+        threads: tuple[int, int],
         smem_bytes: int,
         constants: dict[int, bytes],
         memory: GlobalMemory,
     ) -> None:
         self.program, self.blocks, self.memory, self.smem_bytes = program, blocks, memory, smem_bytes
-        self.warps_per_block = -(-threads // WARP)
+        count = threads[0] * threads[1]
+        self.warps_per_block = -(-count // WARP)
         per_block = self.warps_per_block * WARP
         thread = np.tile(np.arange(per_block, dtype=np.uint32), len(blocks))
-        zero = np.zeros_like(thread)
-        special = {"SR_TID.X": thread, "SR_TID.Y": zero, "SR_TID.Z": zero, "SR_LANEID": thread % WARP}
+        special = {"SR_TID.Z": np.zeros_like(thread), "SR_LANEID": thread % WARP}
+        special["SR_TID.Y"], special["SR_TID.X"] = np.divmod(thread, np.uint32(threads[0]))
         for side, numbers in zip("XYZ", np.array(blocks, np.uint32).T, strict=True):
             special[f"SR_CTAID.{side}"] = np.repeat(numbers, per_block)
         self.state = State(len(thread), constants, special)
-        self.warps = Warps(as_bits(thread < threads))
+        self.warps = Warps(as_bits(thread < count))
         self.recorder = TraceRecorder(len(blocks) * self.warps_per_block)
         self.stride = -(-smem_bytes // 16) * 16
         self.shared = np.full(self.stride * len(blocks), 0xFF, np.uint8)  # NaN, until it is written
         self.block_of = self.state.lanes // per_block
+        self._local_memory: NDArray[Any] | None = None
         self.accessed: list[tuple[str, bool, NDArray[Any]]] = []
         self._steps: list[Step | None] = [None] * len(program.instructions)
 
@@ -144,10 +160,14 @@ class Execution:
 
     def _prepare(self, index: int) -> Step:
         i = self.program.instructions[index]
-        if i.op in ("LDG", "STG"):
+        if i.op in ("LDG", "STG", "LD", "ST"):
             step = self._global(i, index)
         elif i.op in ("LDS", "STS"):
             step = self._shared(i, index)
+        elif i.op == "ATOMS":
+            step = self._atomic(i, index)
+        elif i.op in ("LDL", "STL"):
+            step = self._local(i, index)
         else:
             step = step_of(i, self.state)
         self._steps[index] = step = self._guarded(step, i.guard, index) if i.guard else step
@@ -190,17 +210,50 @@ class Execution:
         return step
 
     def _shared(self, i: Instruction, index: int) -> Step:
-        access, state = Access(i, self.state), self.state
+        access = Access(i, self.state)
         move, base = access.store if access.is_store else access.load, self.block_of * self.stride
+
+        def step(s: Lanes) -> None:
+            lanes, address = self._shared_address(access, s)
+            cycles = wavefronts(lanes, address, access.size, len(self.warps.active))
+            self.recorder.note("smem_cycles", index, cycles)
+            move(s, self.shared, address + base[s])
+
+        return step
+
+    def _shared_address(self, access: Access, s: Lanes) -> tuple[NDArray[Any], NDArray[Any]]:
+        lanes, address = self.state.lanes[s], access.address(s)
+        access.check_aligned(lanes, address)
+        inside = (address >= 0) & (address + access.size <= self.smem_bytes)
+        check(inside, lanes, address, f"is not in the {self.smem_bytes} bytes of shared memory")
+        return lanes, address
+
+    def _atomic(self, i: Instruction, index: int) -> Step:
+        atomic, base = Atomic(i, self.state), self.block_of * self.stride
+
+        def step(s: Lanes) -> None:
+            lanes, address = self._shared_address(atomic, s)
+            self.recorder.note("smem_cycles", index, turns(lanes, address, len(self.warps.active)))
+            atomic.apply(s, self.shared, address + base[s])
+
+        return step
+
+    def _local(self, i: Instruction, index: int) -> Step:
+        access, state = Access(i, self.state), self.state
+        move = access.store if access.is_store else access.load
+        if self._local_memory is None:
+            self._local_memory = np.full(LOCAL_BYTES * len(state.lanes), 0xFF, np.uint8)
+        memory = self._local_memory
 
         def step(s: Lanes) -> None:
             lanes, address = state.lanes[s], access.address(s)
             access.check_aligned(lanes, address)
-            inside = (address >= 0) & (address + access.size <= self.smem_bytes)
-            check(inside, lanes, address, f"is not in the {self.smem_bytes} bytes of shared memory")
-            cycles = wavefronts(lanes, address, access.size, len(self.warps.active))
-            self.recorder.note("smem_cycles", index, cycles)
-            move(s, self.shared, address + base[s])
+            inside = (address >= 0) & (address + access.size <= LOCAL_BYTES)
+            check(inside, lanes, address, f"is not in the {LOCAL_BYTES} bytes of local memory")
+            touched = local_sectors(lanes, address, access.size)
+            self.recorder.note("sectors", index, np.bincount(touched >> WARP_SHIFT, minlength=len(self.warps.active)))
+            self.accessed.append((LOCAL, access.is_store, touched))
+            move(s, memory, address + LOCAL_BYTES * lanes)
 
         return step
 

@@ -25,6 +25,7 @@ SECTOR_BYTES = 32  # the smallest access to global memory
 WARP_SHIFT = 48  # a warp's access to a sector is noted as one number: warp << WARP_SHIFT | sector
 SECTOR_MASK = (1 << WARP_SHIFT) - 1
 ROW_BYTES = 4 * WARP  # one word of each bank of shared memory
+LOCAL, LOCAL_BYTES = "local", 1024  # the name of a thread's own memory among the buffers, and its bytes
 _KINDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 # Bytes by modifier; without one of these, 4.
 _SIZES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "32": 4, "64": 8, "128": 16}
@@ -146,6 +147,14 @@ class GlobalMemory:
 def sectors(warps: NDArray[Any], address: NDArray[Any]) -> NDArray[Any]:
     """The distinct pairs of warp and sector, as warp << WARP_SHIFT | sector."""
     return np.unique(warps << WARP_SHIFT | address // SECTOR_BYTES)
+
+
+def local_sectors(lanes: NDArray[Any], address: NDArray[Any], size: int) -> NDArray[Any]:
+    """The distinct pairs of warp and sector of local memory, where a word of all lanes of a warp lies together."""
+    warp, lane = np.divmod(lanes, WARP)
+    words = address[:, None] // 4 + np.arange(max(1, size // 4))
+    first = warp[:, None] * (LOCAL_BYTES * WARP) + words * ROW_BYTES + lane[:, None] * 4
+    return np.unique(warp[:, None] << WARP_SHIFT | first // SECTOR_BYTES)
 
 
 # ---- shared memory ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 
@@ -43,11 +44,20 @@ def iadd(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("ISCADD ISCADD32I LEA", "HI X")
 def lea(i: Instruction, state: State) -> Step:
-    """The first source shifted left, plus the second; with HI, the upper word of the shifted pair (third, first)."""
+    """The first source shifted left, plus the second; with HI, the upper word of the shifted pair (third, first).
+
+    Without a shift, it is 0. Of a generic address, the upper word comes with a predicate, whose meaning is not known;
+    LD and ST name it behind the address. Here it is left as it is, and they do without.
+    """
+    if i.operands[0].startswith("P"):
+        return lea(replace(i, operands=i.operands[1:]), state)
+    sources = i.operands[1:]
+    if len(sources) == (3 if "HI" in i.modifiers else 2):
+        sources += ("0x0",)
     is_plain = not i.modifiers and not _sets_flags(i)
-    if ("X" in i.modifiers and "HI" not in i.modifiers) or (any(map(_is_negative, i.operands[1:])) and not is_plain):
+    if ("X" in i.modifiers and "HI" not in i.modifiers) or (any(map(_is_negative, sources)) and not is_plain):
         raise not_understood(i)
-    a, b, *rest = (state.wide(text) for text in i.operands[1:])
+    a, b, *rest = (state.wide(text) for text in sources)
     if "HI" not in i.modifiers:
         (shift,) = rest
         return _set_sum(i, state, lambda s: (a(s) << shift(s) & _WORD) + b(s))

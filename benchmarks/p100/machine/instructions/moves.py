@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..operand import TRUE_PREDICATE, register_number
+from ..operand import TRUE_PREDICATE, Operand, register_number
 from ..sass import Instruction
 from ..state import WARP, Lanes, State, Step, Values
 from .table import InstructionTable, not_understood
@@ -13,9 +13,26 @@ TABLE = InstructionTable()
 _ALL_CODES = "0xf"  # the mask of all condition codes, whose order in it only P2R and R2P know
 
 
-@TABLE.enter("MOV MOV32I I2I", "S32 U32")
+@TABLE.enter("MOV MOV32I I2I", "S32 U32 S16 S8")
 def mov(i: Instruction, state: State) -> Step:
-    return state.set(i.operands[0], state.unsigned(i.operands[1]))
+    """Move; or convert a signed byte to 16 bits, the only conversion between integers that is known."""
+    if not {"S16", "S8"} & {*i.modifiers}:
+        return state.set(i.operands[0], state.unsigned(i.operands[1]))
+    if (i.op, i.modifiers) != ("I2I", ("S16", "S8")):
+        raise not_understood(i)
+    get = state.unsigned(i.operands[1])
+    return state.set(i.operands[0], lambda s: get(s).astype(np.int8).astype(np.uint16))
+
+
+@TABLE.enter("LDC", "U8")
+def ldc(i: Instruction, state: State) -> Step:
+    """Load a word or a byte of a constant bank."""
+    constant = Operand.parse(i.operands[1])
+    size, bank = (1 if i.modifiers else 4), state.constants.get(constant.number, b"")
+    if constant.kind != "constant" or constant.offset + size > len(bank):
+        raise not_understood(i)
+    value = np.asarray(int.from_bytes(bank[constant.offset : constant.offset + size], "little"), np.uint32)
+    return state.set(i.operands[0], lambda s: value)
 
 
 @TABLE.enter("S2R")
@@ -28,11 +45,18 @@ def s2r(i: Instruction, state: State) -> Step:
 
 @TABLE.enter("P2R")
 def p2r(i: Instruction, state: State) -> Step:
-    """Pack all predicates, or the condition codes, into the bits of a register."""
+    """Pack the predicates that the mask names into the bits of a register, whose others are those of another one.
+
+    Or pack the condition codes.
+    """
     what, other, mask = i.operands[1:]
-    if (what, other) == ("PR", "RZ"):
+    if what == "PR":
         weights = 1 << np.arange(TRUE_PREDICATE)[:, None] & int(mask, 0)
-        return state.set(i.operands[0], lambda s: (state.predicates[:TRUE_PREDICATE, s] * weights).sum(0))
+        rest = state.wide(other)
+        return state.set(
+            i.operands[0],
+            lambda s: rest(s) & ~int(mask, 0) | (state.predicates[:TRUE_PREDICATE, s] * weights).sum(0),
+        )
     if (what, other, mask) != ("CC", "RZ", _ALL_CODES):
         raise not_understood(i)
     return state.set(i.operands[0], lambda s: state.zero[s] + 2 * state.sign[s] + 4 * state.carry[s])
