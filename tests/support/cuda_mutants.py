@@ -43,7 +43,7 @@ QUADS = replace(BIASED, seqlens=(72, 76))  # elements of the bias are moved four
 SLICED = replace(PLAIN, dims=(128, 100))  # two slices of the head dimension
 CAPPED = replace(PLAIN, softcap=3.0)
 CAPPED_BIASED = replace(CAPPED, bias="full", heads=(2, 2))
-USED = replace(PLAIN, used=True)
+USED = replace(PLAIN, used=True, batch=3)  # all keys, half of them, none
 SHORT_CAUSAL = replace(CAUSAL, seqlens=(40, 75))
 SEEN = "const auto seen = [&](int row) { return seen_keys<T>(p, s, h, i0, j0 + row); };"
 SEEN_ALL = "const auto seen = [&](int) { return ~0u; };"
@@ -197,7 +197,7 @@ SEQUENCES = {
         "seqlen_k = length(0, p.seqused_k[b], seqlen_k);\n        shift = p.bottom_right ? seqlen_k - seqlen_q : 0;",
         "shift = p.bottom_right ? seqlen_k - seqlen_q : 0;\n        if (p.seqused_k != nullptr)"
         " seqlen_k = length(0, p.seqused_k[b], seqlen_k);",
-        replace(WINDOW, used=True),
+        replace(WINDOW, used=True, batch=3),
     ),
     "sequences beyond the grid lost": mask("b += gridDim.z;", "b += p.batch;", replace(PLAIN, batch=3)),
     "heads beyond the grid lost": mask("h += gridDim.y;", "h += nheads;", replace(PLAIN, heads=(3, 3))),
