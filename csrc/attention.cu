@@ -1,7 +1,8 @@
 // Every kernel of one element type, which -DFASTATTN_ELEMENT names: float, __half or __nv_bfloat16.
 //
 // To be read in this order: attention.h (the arguments), tiles.cuh (the table of kernels), tile_copy.cuh, tile_mma.cuh,
-// mask.cuh, softmax.cuh, attention_fwd.cuh, attention_bwd.cuh, attention_dbias.cuh. Words that all of them use:
+// mask.cuh, softcap.cuh, softmax.cuh, attention_fwd.cuh, attention_bwd.cuh, attention_dbias.cuh. Words that all of them
+// use:
 //   E             the element type of the tensors; the arithmetic is in float
 //   T             a Tile of tiles.cuh: its sizes, and how many rows and columns of a product each thread holds
 //   i0, j0        the first query and the first key of a tile; i, j: a thread's own rows and columns of it, from 0 on

@@ -77,7 +77,8 @@ __device__ __forceinline__ void attention_bwd_dbias(const AttentionParams& p) {
         TileRows<E> v = tile_rows<E>(p.v, s.b, h_k, s.first_k, s.seqlen_k, p.head_dim_v);
         k.advance(j0), v.advance(j0);
         float weights[T::kRows][T::kKeys], dscores[T::kRows][T::kKeys];
-        tile_gradients(weights, dscores, p, s, Queries<E>(p, s, h, i0), k, v, h, i0, j0, true, left, right, lane);
+        tile_gradients(weights, dscores, nullptr, p, s, Queries<E>(p, s, h, i0), k, v, h, i0, j0, true, left, right,
+                       lane);
         for_each_score<T>(lane, i0, j0, [&](int i, int j, int, int) { sums[i][j] += dscores[i][j]; });
     }
 

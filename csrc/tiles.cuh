@@ -54,6 +54,7 @@ struct ForwardSmem {
 };
 
 //   left:  q^T or dout^T slice (kSlice, kBlockM)   or weights (kBlockM, kBlockN) or weights^T (kKeySlice, kBlockM)
+//          or the slopes of a softcap (kBlockM, kBlockN)
 //   right: k^T or v^T slice (kSlice, kBlockN)      or q or dout (kBlockM, head_dim) or k (kKeySlice, head_dim)
 template <class T>
 struct BackwardSmem {

@@ -17,18 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastattn
 from fastattn import functional, operators
 from fastattn.arguments import attention_params, draw_seed, varlen_attention_params
-from fastattn.cuda_kernels import attention as cuda
-from fastattn.params import Backward, Forward
 from tests.simt.attention import PtxKernels, SourceKernels, on_the_cpu
 from tests.simt.executor import SCHEDULES
 from tests.support.cases import SEVERAL_TILES, WITHIN_ONE_TILE, Case, full, pairwise
-from tests.support.contract import call, check, run
+from tests.support.contract import call, check, check_lengths_are_cut, run
 
 MANY = 1000  # multiprocessors: more than there are blocks, so that the backward splits up
 MODES = pytest.mark.parametrize("multiprocessors", [1, MANY], ids=["whole", "split"])
 PARTICULAR = WITHIN_ONE_TILE + SEVERAL_TILES
 VARIED = Case(
-    dtype=torch.float16, mask="padding", bias="per-head", band="window", dropout_p=0.3, heads=(4, 2), seqlens=(70, 75)
+    **{"dtype": torch.float16, "mask": "padding", "bias": "per-head", "band": "window", "dropout_p": 0.3},
+    **{"heads": (4, 2), "softcap": 3.0, "used": True, "seqlens": (70, 75)},
 )
 
 
@@ -187,6 +186,28 @@ def test_lengths_are_cut_to_the_tensors() -> None:
     assert torch.equal(out[8], torch.zeros(2, 16)) and torch.equal(out[17:], torch.zeros(3, 2, 16))
 
 
+@MODES
+@pytest.mark.parametrize("packed", [False, True])
+def test_lengths_of_keys_are_cut_to_those_there_are(multiprocessors: int, packed: bool) -> None:
+    case = Case(seqlens=(40, 45), packed=packed, band="window-bottom-right", bias="per-key")
+    with on_the_cpu(SourceKernels(checked=True), multiprocessors=multiprocessors):
+        check_lengths_are_cut(case)
+
+
+@pytest.mark.parametrize("softcap", [1e-30, 1e4, 1e37])
+@pytest.mark.parametrize("kernels", [SourceKernels(), PtxKernels("compute_60")], ids=["sources", "ptx"])
+def test_softcap_of_any_size(kernels: SourceKernels | PtxKernels, softcap: float) -> None:
+    """A bound far away changes nothing, as little as the hyperbolic tangent of a small number does."""
+    q, k, v = (torch.randn(1, 1, 20, 16, requires_grad=True) for _ in range(3))
+    results = []
+    for bound in (softcap, None if softcap > 1 else 2 * softcap):
+        with on_the_cpu(kernels):
+            out = fastattn.scaled_dot_product_attention(q, k, v, softcap=bound)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=2e-6)
+
+
 def test_no_problem_is_too_small() -> None:
     with on_the_cpu(SourceKernels()):
         q, k, v = (torch.randn(1, 2, n, 8, 2)[..., 0].requires_grad_() for n in (0, 5, 5))  # rows are not contiguous
@@ -218,11 +239,9 @@ def test_nothing_is_read_by_the_host(multiprocessors: int, packed: bool) -> None
     params = varlen_attention_params if packed else attention_params
     del arguments["return_lse"], arguments["sinks"]
     p = draw_seed(params(q, k, v, attn_bias=bias, **arguments))
-    out, lse = operators._empty_results(p)
-    grads = operators._empty_grads(p, needs_dbias=True)
     with on_the_cpu(SourceKernels(), multiprocessors=multiprocessors), HostReads():
-        cuda.attention_fwd(Forward(out, lse), p)
-        cuda.attention_bwd(Backward(out, lse, torch.ones_like(out), torch.ones_like(lse), *grads), p)
+        out, lse = operators.run_forward(p, "cuda")
+        grads = operators.run_backward(p, out, lse, torch.ones_like(out), torch.ones_like(lse), True, "cuda")
     assert all(x.isfinite().all() for x in (out, *grads))
 
 

@@ -14,8 +14,6 @@ import torch
 from tests.simt.attention import ATTENTION, on_the_cpu
 from tests.simt.build import CHECKED, build_library
 from tests.simt.executor import Library, SimtError
-from tests.support.cases import Case
-from tests.support.contract import check
 from tests.support.cuda_mutants import NUMBERS, PLAIN, SHARED_AND_FORWARD, Mutant
 from tests.support.cuda_mutants_backward import BACKWARD_ALONE
 
@@ -63,12 +61,12 @@ class MutantKernels:
         return self.loaded
 
 
-def run(folder: Path, case: Case, checked: bool, is_split: bool) -> MutantKernels:
-    kernels = MutantKernels(folder, case.dtype, checked)
-    multiprocessors = 1000 if is_split else 1
+def run(folder: Path, mutant: Mutant) -> MutantKernels:
+    kernels = MutantKernels(folder, mutant.case.dtype, mutant.caught_by != NUMBERS)
+    multiprocessors = 1000 if mutant.is_split else 1
     # More than two heads or sequences: then a block has several of them.
     with on_the_cpu(kernels, multiprocessors=multiprocessors, max_grid_y=2, max_grid_z=2):
-        check(case)
+        mutant.check(mutant.case)
     return kernels
 
 
@@ -80,11 +78,10 @@ def is_caught(tmp_path: Path, mutant: Mutant, change: Callable[[str], str]) -> b
     file = folder / mutant.file
     file.write_text(change(file.read_text()))
 
-    checked = mutant.caught_by != NUMBERS
-    before = run(original, mutant.case, checked, mutant.is_split)
+    before = run(original, mutant)
     with pytest.raises(AssertionError) as caught:
-        run(folder, mutant.case, checked, mutant.is_split)
-    after = MutantKernels(folder, mutant.case.dtype, checked)
+        run(folder, mutant)
+    after = MutantKernels(folder, mutant.case.dtype, before.loaded.checked)
     assert machine_code(before.loaded, original) != machine_code(after.loaded, folder), "the mutant is the same kernel"
     kinds = caught.value.kinds if isinstance(caught.value, SimtError) else {NUMBERS}
     return any(mutant.caught_by in kind for kind in kinds)
@@ -109,5 +106,6 @@ def test_every_barrier_is_needed(name: str, n: int, tmp_path: Path) -> None:
         parts = text.split(BARRIER)
         return BARRIER.join(parts[: n + 1]) + ";" + BARRIER.join(parts[n + 1 :])
 
-    case = replace(PLAIN, bias="per-head", seqlens=(40, 70), batch=1)
+    softcap = 3.0 if name == "softcap.cuh" else None
+    case = replace(PLAIN, bias="per-head", seqlens=(40, 70), batch=1, softcap=softcap)
     assert is_caught(tmp_path, Mutant(name, BARRIER, "", case, "race"), without)

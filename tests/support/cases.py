@@ -245,8 +245,8 @@ SEVERAL_TILES = [
     Case(seqlens=(128, 120), dims=(24, 32), heads=(2, 1), dtype=torch.float16, mask="padding", packed=True),
 ]
 # Keys that no query may see: excluded by a mask that is the same for all queries (that of a single query is), on either
-# side of the band, by the length of a packed sequence; in rows of one tile and of several, and in every copy of a half
-# type.
+# side of the band, by the length of a packed sequence, by seqused_k; in rows of one tile and of several, and in every
+# copy of a half type.
 UNSEEN_KEYS = [
     Case(seqlens=(70, 75), dims=(24, 32), heads=(4, 2), mask="padding", bias="per-key", dropout_p=0.3),
     Case(seqlens=(82, 90), dims=(64, 64), dtype=torch.float16, mask="padding", bias="per-head", packed=True),
@@ -255,4 +255,6 @@ UNSEEN_KEYS = [
     Case(seqlens=(17, 63), dims=(32, 32), band="causal", mask="padding"),
     Case(seqlens=(40, 90), dims=(100, 128), band="window-bottom-right", heads=(1, 1)),
     Case(seqlens=(1, 129), dims=(64, 64), heads=(4, 2), mask="random"),
+    Case(seqlens=(70, 75), dims=(24, 32), heads=(4, 2), used=True, softcap=3.0, bias="per-key", dropout_p=0.3),
+    Case(seqlens=(82, 90), dims=(64, 64), dtype=torch.float16, used=True, band="window-bottom-right", packed=True),
 ]

@@ -140,6 +140,30 @@ def check(case: Case, device: str = "cpu") -> None:
         assert torch.equal(x, again[name]), f"{name}: two runs differ, or what unseen keys hold matters"
 
 
+def check_lengths_are_cut(case: Case, device: str = "cpu") -> None:
+    """Lengths of keys beyond those that there are mean all of them to the backend in force, lengths below 0 none.
+
+    Wrong ones, which on a GPU only a synchronising check could refuse, touch nothing outside.
+    """
+    (q, k, v, bias), arguments = case.make(device)
+    given = {name: x for name, x in arguments.items() if name not in ("return_lse", "sinks", "seqused_k")}
+    lengths = [case.seqlens[1]] * case.batch
+    if case.packed:
+        lengths = arguments["cu_seqlens_k"].diff().tolist()
+    none = case.batch - 1
+    right = torch.tensor([*lengths[:none], 0], dtype=torch.int32, device=device)
+    wrong = torch.tensor([*(n + 2 for n in lengths[:none]), -5], dtype=torch.int32, device=device)
+    results = []
+    for used in (right, wrong):
+        leaves = [leaf(x, case.dtype) for x in (q, k, v)]
+        params = varlen_attention_params if case.packed else attention_params
+        p = draw_seed(params(*leaves, attn_bias=bias, seqused_k=right, **given))
+        out, lse = functional.attend(p.replace(seqused_k=used), return_lse=True)
+        results.append([out, lse, *torch.autograd.grad((out, lse), leaves, _upstream((out, lse)))])
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
 def check_unseen_keys(case: Case, device: str = "cpu") -> None:
     """Unseen keys do not matter to the backend in force, and have no gradient."""
     clean = run(call, case, case.dtype, device)

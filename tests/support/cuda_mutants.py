@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from tests.support.cases import Case
+from tests.support.contract import check, check_lengths_are_cut
 
 NUMBERS = "numbers"  # caught by the comparison with the oracle, not by the executor
 
@@ -39,6 +41,9 @@ ALL_KEYS = replace(PLAIN, seqlens=(82, 90), dims=(64, 40), batch=1)  # tiles of 
 STRADDLING = replace(ALL_KEYS, seqlens=(138, 90), bias="full", band="causal-bottom-right")
 QUADS = replace(BIASED, seqlens=(72, 76))  # elements of the bias are moved four at a time
 SLICED = replace(PLAIN, dims=(128, 100))  # two slices of the head dimension
+CAPPED = replace(PLAIN, softcap=3.0)
+CAPPED_BIASED = replace(CAPPED, bias="full", heads=(2, 2))
+USED = replace(PLAIN, used=True, batch=3)  # all keys, half of them, none
 SHORT_CAUSAL = replace(CAUSAL, seqlens=(40, 75))
 SEEN = "const auto seen = [&](int row) { return seen_keys<T>(p, s, h, i0, j0 + row); };"
 SEEN_ALL = "const auto seen = [&](int) { return ~0u; };"
@@ -55,6 +60,7 @@ class Mutant:
     caught_by: str = NUMBERS
     is_split: bool = False  # caught in the split backward
     head_dim: int = 32  # of the kernels that are run
+    check: Callable[[Case], None] = check
 
 
 def forward(old: str, new: str, case: Case = PLAIN, caught_by: str = NUMBERS, head_dim: int = 32) -> Mutant:
@@ -89,13 +95,17 @@ def philox(old: str, new: str, case: Case = DROPPED, head_dim: int = 32) -> Muta
     return Mutant("philox.cuh", old, new, case, NUMBERS, False, head_dim)
 
 
+def softcap(old: str, new: str, case: Case = CAPPED, caught_by: str = NUMBERS) -> Mutant:
+    return Mutant("softcap.cuh", old, new, case, caught_by)
+
+
 def softmax(old: str, new: str, case: Case = PLAIN) -> Mutant:
     return Mutant("softmax.cuh", old, new, case)
 
 
 SCORES = {
-    "scale ignored": mask("scale = p.scale * kLog2E;", "scale = kLog2E;"),
-    "scores not in units of ln 2": mask("scale = p.scale * kLog2E;", "scale = p.scale;"),
+    "scale ignored": softcap("scale = p.scale * kLog2E;", "scale = kLog2E;", PLAIN),
+    "scores not in units of ln 2": softcap("scale = p.scale * kLog2E;", "scale = p.scale;", PLAIN),
     "bias not in units of ln 2": mask("to_float(x), kLog2E,", "to_float(x), 1.0f,", BIASED),
     "bias of the first batch for all": mask("s.b * x.batch + ", "", BIASED),
     "bias of the first head for all": mask("h * x.head + ", "", BIASED),
@@ -159,7 +169,36 @@ UNSEEN = {
     "later rows cleared like the first": copy("(kept >> (at.row + n * kStep) & 1)", "(kept >> at.row & 1)", PADDED),
 }
 
+SOFTCAP = {
+    "softcap ignored": softcap("if (p.softcap == 0.0f) {", "if (true) {"),
+    "scale ignored under a softcap": softcap("p.scale / p.softcap", "1.0f / p.softcap"),
+    "scores that no softcap divides": softcap("p.scale / p.softcap", "p.scale"),
+    "every softcap is 1": softcap("bound * y", "kLog2E * y"),
+    "softcap not in units of ln 2": softcap("bound = p.softcap * kLog2E", "bound = p.softcap"),
+    "softcap after the bias": forward(
+        "scale_scores<T>(scores, nullptr, p);\n        finish_scores<E>(scores, p, s, h, i0, j0, lane);",
+        "finish_scores<E>(scores, p, s, h, i0, j0, lane);\n        scale_scores<T>(scores, nullptr, p);",
+        CAPPED_BIASED,
+    ),
+}
+
 SEQUENCES = {
+    "lengths of keys ignored": mask("if (p.seqused_k != nullptr) seqlen_k", "if (false) seqlen_k", USED),
+    "lengths of keys of the first sequence": mask("p.seqused_k[b]", "p.seqused_k[0]", USED),
+    "lengths of keys beyond them": replace(
+        mask("length(0, p.seqused_k[b], seqlen_k)", "length(0, p.seqused_k[b], kLongest)", PACKED),
+        check=check_lengths_are_cut,
+    ),
+    "lengths of keys below 0": replace(
+        mask("length(0, p.seqused_k[b], seqlen_k)", "min(p.seqused_k[b], seqlen_k)", PACKED),
+        check=check_lengths_are_cut,
+    ),
+    "bottom-right of all keys": mask(
+        "seqlen_k = length(0, p.seqused_k[b], seqlen_k);\n        shift = p.bottom_right ? seqlen_k - seqlen_q : 0;",
+        "shift = p.bottom_right ? seqlen_k - seqlen_q : 0;\n        if (p.seqused_k != nullptr)"
+        " seqlen_k = length(0, p.seqused_k[b], seqlen_k);",
+        replace(WINDOW, used=True, batch=3),
+    ),
     "sequences beyond the grid lost": mask("b += gridDim.z;", "b += p.batch;", replace(PLAIN, batch=3)),
     "heads beyond the grid lost": mask("h += gridDim.y;", "h += nheads;", replace(PLAIN, heads=(3, 3))),
     "keys of another head": mask("h / (p.nheads / p.nheads_k)", "h % p.nheads_k", GROUPED),
@@ -304,4 +343,4 @@ DROPOUT = {
     "dropout bits of the first tile's keys for all": philox("j0 + lane.template", "lane.template"),
 }
 
-SHARED_AND_FORWARD = (SCORES, UNSEEN, SEQUENCES, COPIES, PRODUCTS, FORWARD, DROPOUT)
+SHARED_AND_FORWARD = (SCORES, SOFTCAP, UNSEEN, SEQUENCES, COPIES, PRODUCTS, FORWARD, DROPOUT)

@@ -6,11 +6,14 @@ from dataclasses import replace
 
 from tests.support.cuda_mutants import (
     BIASED,
+    CAPPED,
+    CAPPED_BIASED,
     CAUSAL,
     DROPPED,
     EMPTY_ROWS,
     GROUPED,
     HALF,
+    PADDED,
     PER_HEAD,
     PER_KEY,
     PLAIN,
@@ -22,6 +25,7 @@ from tests.support.cuda_mutants import (
     WINDOW,
     backward,
     bias_gradient,
+    softcap,
     split,
 )
 
@@ -115,6 +119,25 @@ BACKWARD = {
     "dv of every tile into the first": backward("to_dk.advance(j0), to_dv.advance(j0);", "to_dk.advance(j0);"),
 }
 
+ONE_PIECE_SLOPES = "multiply_slopes<T>(dscores, left, p);\n                add_weighted_transposed"
+SLOPES = {
+    "slopes of softcap ignored in dq and dk": backward(ONE_PIECE_SLOPES, "add_weighted_transposed", CAPPED),
+    "slopes of softcap ignored in the split's dk": split(ONE_PIECE_SLOPES, "add_weighted_transposed", CAPPED),
+    "slopes of softcap ignored in the split's dq": split(
+        "multiply_slopes<T>(dscores, left, p);\n        const auto seen", "const auto seen", CAPPED
+    ),
+    "slopes of softcap in the bias gradient": bias_gradient(
+        "nullptr, p, s, Queries<E>(p, s, h, i0), k, v, h, i0, j0, true, left, right,\n                       lane);",
+        "left, p, s, Queries<E>(p, s, h, i0), k, v, h, i0, j0, true, left, right, lane);"
+        " multiply_slopes<T>(dscores, left, p);",
+        CAPPED_BIASED,
+    ),
+    "slopes of softcap not of its square": softcap("fmaf(-y, y, 1.0f)", "1.0f - fabsf(y)"),
+    "the slope of a thread's first key for all": softcap("(i * T::kKeys + j)", "(i * T::kKeys)"),
+    "slopes of another thread": softcap("        slopes += opaque(threadIdx.x);\n    }", "    }", CAPPED, "race"),
+    "slopes of unseen keys": softcap("if (dscores[i][j] != 0.0f) dscores", "dscores", replace(PADDED, softcap=3.0)),
+}
+
 SPLIT = {
     "scale of dq ignored in the split": split(
         "store_rows(dq, sums, p.scale, lane)", "store_rows(dq, sums, 1.0f, lane)"
@@ -131,8 +154,8 @@ SPLIT = {
         "dq.advance(i0);\n    store_rows(dq, sums, p.scale", "store_rows(dq, sums, p.scale"
     ),
     "delta taken from one tile in the split": split(
-        "h, i0, j0, true, left, right, lane);\n        const auto seen",
-        "h, i0, j0, false, left, right, lane);\n        const auto seen",
+        "h, i0, j0, true, left, right, lane);\n        multiply",
+        "h, i0, j0, false, left, right, lane);\n        multiply",
     ),
 }
 
@@ -151,8 +174,8 @@ BIAS_GRADIENT = {
     ),
     "bias gradient of the first keys for all": bias_gradient("k.advance(j0), v.advance(j0);", "", BIASED),
     "bias gradient with a tile's own delta": bias_gradient(
-        "h, i0, j0, true, left, right, lane);\n        for_each",
-        "h, i0, j0, false, left, right, lane);\n        for_each",
+        "h, i0, j0, true, left, right,\n",
+        "h, i0, j0, false, left, right,\n",
         BIASED,
     ),
     "every copy of the bias gradient has all": bias_gradient("n = blockIdx.y; n <", "n = 0; n <", PER_HEAD),
@@ -171,4 +194,4 @@ BIAS_GRADIENT = {
     ),
 }
 
-BACKWARD_ALONE = (DELTA, BACKWARD, SPLIT, BIAS_GRADIENT)
+BACKWARD_ALONE = (DELTA, BACKWARD, SLOPES, SPLIT, BIAS_GRADIENT)
