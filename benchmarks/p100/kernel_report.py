@@ -213,7 +213,9 @@ def _doubt(p: Pass, ours: Band) -> str:
     if (milliseconds := targets.on_the_card_ms(p)) is not None:
         us = 1e3 * milliseconds
         return f"the host's time; by the card's, about {us:.0f} us, {ours.under(us).shown()}"
-    return "float16 = float32"
+    single, half = (p._replace(dtype=dtype) for dtype in (torch.float32, torch.float16))
+    times = dict(targets.published_passes())
+    return f"float16 takes {100 * times[half].vanilla_ms / times[single].vanilla_ms:.0f} % of float32"
 
 
 def binding(prediction: Prediction) -> str:
