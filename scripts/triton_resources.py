@@ -43,10 +43,13 @@ CAPABILITIES = ((8, 0), (9, 0))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (64, 128, 256)
 SEQLENS = (16, 32, 64, 128, LONG)
-# "common" has a padding mask, too, and "everything" a full mask and bias, and packed sequences.
+# "common" has a padding mask, too, and "everything" a full mask and bias, and packed sequences with fewer keys.
 FEATURES = {
     "common": {"dropout_p": 0.1, "is_causal": True},
-    "everything": {"dropout_p": 0.1, "window": (7, 3), "causal_align": "bottom-right", "enable_gqa": True},
+    "everything": {
+        **{"dropout_p": 0.1, "window": (7, 3), "causal_align": "bottom-right", "enable_gqa": True},
+        "softcap": 30.0,
+    },
 }
 
 
@@ -113,6 +116,7 @@ def problem(point: Point) -> AttentionParams:
         arguments["attn_bias"] = torch.empty(scores, dtype=point.dtype) if point.kernel == "dbias" else None
         return draw_seed(attention_params(q, k, v, **arguments))
     arguments |= {"attn_mask": torch.empty(scores, dtype=torch.bool), "attn_bias": torch.empty(scores, dtype=q.dtype)}
+    arguments["seqused_k"] = torch.full((BATCH,), point.seqlen, dtype=torch.int32)
     edges = torch.arange(0, (BATCH + 1) * point.seqlen, point.seqlen, dtype=torch.int32)
     packed = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     lengths = (edges, edges, point.seqlen, point.seqlen)

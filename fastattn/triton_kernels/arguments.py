@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..params import AttentionParams
-from .scores import Band, Dropout, Rows, Scores, sequence
+from .scores import Band, Dropout, Rows, Scores, Softcap, sequence
 from .tiles import block
 
 # On the CPU, as TRITON_INTERPRET had it when this was imported.
@@ -42,6 +42,12 @@ def _dropout(p: AttentionParams) -> Dropout:
     return Dropout(p.seed, threshold, 1 / (1 - p.dropout_p))
 
 
+def _softcap(p: AttentionParams) -> Softcap | None:
+    if p.softcap == 0:
+        return None
+    return Softcap(p.scale / p.softcap, p.softcap * math.log2(math.e))
+
+
 def _band(p: AttentionParams) -> Band:
     longest = p.max_seqlen_q + p.max_seqlen_k
     left, right = (edge if edge < longest else None for edge in (p.left, p.right))
@@ -61,6 +67,7 @@ def inputs(p: AttentionParams) -> dict[str, Any]:
         "band": _band(p),
         "cu_seqlens_q_ptr": p.cu_seqlens_q,
         "cu_seqlens_k_ptr": p.cu_seqlens_k,
+        "seqused_k_ptr": p.seqused_k,
         "total_q": p.q.size(0) if p.is_packed() else 0,
         "total_k": p.k.size(0) if p.is_packed() else 0,
         "batch": p.batch_size(),
@@ -69,6 +76,7 @@ def inputs(p: AttentionParams) -> dict[str, Any]:
         "max_seqlen_q": p.max_seqlen_q,
         "max_seqlen_k": p.max_seqlen_k,
         "scale_log2": p.scale * math.log2(math.e),
+        "softcap": _softcap(p),
         "HEAD_DIM": head_dim,
         "HEAD_DIM_V": head_dim_v,
         "BLOCK_D": block(head_dim),

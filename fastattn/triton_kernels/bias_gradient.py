@@ -9,14 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import CHANGING, head, key_range, load_lse, load_per_row, load_rows, sequence, tile_gradients
+from .scores import CHANGING, head, key_range, key_sequence, load_lse, load_per_row, load_rows, sequence, tile_gradients
 
 
 @triton.jit(do_not_specialize=(*CHANGING, "copies", "bias_batch", "bias_rows", "bias_keys"))
 def attention_bwd_dbias_kernel(
     q, k, v, lse, dout, delta, partial_ptr, copies, bias_batch, bias_heads, bias_rows, bias_keys,
-    mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k,
-    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale_log2,
+    mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqused_k_ptr, total_q, total_k,
+    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale_log2, softcap,
     ROWS_BROADCAST: tl.constexpr, KEYS_BROADCAST: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr
@@ -38,7 +38,7 @@ def attention_bwd_dbias_kernel(
         outer = n // sum_keys // sum_rows
         h, b = own_h + outer % sum_heads, own_b + outer // sum_heads
         first_q, seqlen_q = sequence(cu_seqlens_q_ptr, b, total_q, max_seqlen_q)
-        first_k, seqlen_k = sequence(cu_seqlens_k_ptr, b, total_k, max_seqlen_k)
+        first_k, seqlen_k = key_sequence(cu_seqlens_k_ptr, seqused_k_ptr, b, total_k, max_seqlen_k)
         shift = (seqlen_k - seqlen_q) * band.bottom_right
         begin, end = key_range(i0, BLOCK_M, seqlen_q, seqlen_k, shift, band)
         if (i0 < seqlen_q) & (j0 + BLOCK_N > begin) & (j0 < end):
@@ -50,9 +50,9 @@ def attention_bwd_dbias_kernel(
             dout_tile = load_rows(head(dout, b, h, first_q), rows, rows < seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
             row_lse = load_lse(head(lse, b, h, first_q), rows, seqlen_q)
             row_delta = load_per_row(head(delta, b, h, first_q), rows, seqlen_q, 0.0)
-            weights, _, dp = tile_gradients(
+            weights, _, dp, _ = tile_gradients(
                 q_tile, k_tile, v_tile, dout_tile, row_lse[:, None], b, h, i0, j0, seqlen_q, seqlen_k, shift,
-                mask, bias, dropout, band, scale_log2, BLOCK_M, BLOCK_N, False, PRECISION
+                mask, bias, dropout, band, scale_log2, softcap, BLOCK_M, BLOCK_N, False, PRECISION
             )  # fmt: skip
             sums += weights * (dp - row_delta[:, None])
 

@@ -1,4 +1,6 @@
-"""Fused attention in Triton: out = softmax(scale * Q K^T + bias) V and its gradients, never storing the weights.
+"""Fused attention in Triton: out = softmax(S) V and its gradients, never storing the weights.
+
+    Z = scale Q K^T          S = softcap tanh(Z / softcap) + bias, or Z + bias without softcap
 
 Forward (Vaswani et al. 2017, eq. 1; Dao 2023, Algorithm 1): a program computes BLOCK_M rows of one (batch, head) and
 walks over the key tiles that the band and the lengths leave, with a running maximum and sum per row. Exponents are in
@@ -7,7 +9,8 @@ base 2; lse is stored in natural units, -inf for a row without a key.
 Backward (Dao 2023, Algorithm 2): P = exp(S - lse) is computed again from q, k and lse. With f the factor of dropout and
 delta = rowsum(P * dP) - dlse = rowsum(out * dout) - dlse,
 
-    dV = (f P)^T dout      dP = f (dout V^T)      dS = P (dP - delta)      dQ = scale dS K      dK = scale dS^T Q
+    dV = (f P)^T dout      dP = f (dout V^T)      dS = P (dP - delta)      dZ = (1 - tanh(Z / softcap)^2) dS, or dS
+    dQ = scale dZ K        dK = scale dZ^T Q
 
 Short sequences, whose keys are one tile: a program of attention_bwd_kernel takes whole (batch, key head) pairs and
 walks over the query tiles. Else attention_bwd_dq_kernel has a program per query tile and writes delta, which
@@ -32,10 +35,12 @@ from .scores import (
     finish_scores,
     head,
     key_range,
+    key_sequence,
     load_lse,
     load_per_row,
     load_rows,
     query_range,
+    scale_scores,
     seen_keys,
     sequence,
     store_per_row,
@@ -51,8 +56,8 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit(do_not_specialize=CHANGING)
 def attention_fwd_kernel(
-    q, k, v, out, lse, mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k,
-    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale_log2, pairs,
+    q, k, v, out, lse, mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqused_k_ptr, total_q, total_k,
+    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale_log2, softcap, pairs,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -64,7 +69,7 @@ def attention_fwd_kernel(
         bh = tl.program_id(0) // tile_count * pairs + n
         b, h, i0 = bh // nheads, bh % nheads, tile * BLOCK_M
         first_q, seqlen_q = sequence(cu_seqlens_q_ptr, b, total_q, max_seqlen_q)
-        first_k, seqlen_k = sequence(cu_seqlens_k_ptr, b, total_k, max_seqlen_k)
+        first_k, seqlen_k = key_sequence(cu_seqlens_k_ptr, seqused_k_ptr, b, total_k, max_seqlen_k)
         shift = (seqlen_k - seqlen_q) * band.bottom_right
         head_out, head_lse = head(out, b, h, first_q), head(lse, b, h, first_q)
         fill_orphans(head_out, 0.0, cu_seqlens_q_ptr, b, batch, seqlen_q, first_q, total_q, tile, tile_count,
@@ -82,8 +87,9 @@ def attention_fwd_kernel(
                 keys = j0 + tl.arange(0, BLOCK_N)
                 k_tile = load_rows(head_k, keys, keys < seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
                 qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+                scores, _ = scale_scores(qk, scale_log2, softcap)
                 scores = finish_scores(
-                    qk, b, h, rows[:, None], keys[None, :], seqlen_q, seqlen_k, shift, mask, bias, band, scale_log2
+                    scores, b, h, rows[:, None], keys[None, :], seqlen_q, seqlen_k, shift, mask, bias, band
                 )
                 new_max = tl.maximum(row_max, tl.max(scores, 1))
                 # A row without a key so far: all its scores are -inf, and so is the maximum.
@@ -113,8 +119,8 @@ def attention_fwd_kernel(
 @triton.jit(do_not_specialize=CHANGING)
 def attention_bwd_kernel(
     q, k, v, lse, dout, dlse, delta, dq, dk, dv,
-    mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k,
-    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale, scale_log2, pairs,
+    mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqused_k_ptr, total_q, total_k,
+    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale, scale_log2, softcap, pairs,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -125,7 +131,7 @@ def attention_bwd_kernel(
         bh = tl.program_id(0) * pairs + n
         b, h_k = bh // nheads_k, bh % nheads_k
         first_q, seqlen_q = sequence(cu_seqlens_q_ptr, b, total_q, max_seqlen_q)
-        first_k, seqlen_k = sequence(cu_seqlens_k_ptr, b, total_k, max_seqlen_k)
+        first_k, seqlen_k = key_sequence(cu_seqlens_k_ptr, seqused_k_ptr, b, total_k, max_seqlen_k)
         shift = (seqlen_k - seqlen_q) * band.bottom_right
         begin, end = key_range(0, seqlen_q, seqlen_q, seqlen_k, shift, band)
         seen = seen_keys(keys, b, h_k * group, begin, end, mask)
@@ -144,9 +150,9 @@ def attention_bwd_kernel(
                 q_tile = load_rows(head_q, rows, rows < seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
                 dout_tile = load_rows(head_dout, rows, rows < seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
                 row_lse = load_lse(head(lse, b, h, first_q), rows, seqlen_q)
-                weights, kept_weights, dp = tile_gradients(
+                weights, kept_weights, dp, slope = tile_gradients(
                     q_tile, k_tile, v_tile, dout_tile, row_lse[None, :], b, h, i0, 0, seqlen_q, seqlen_k, shift,
-                    mask, bias, dropout, band, scale_log2, BLOCK_M, BLOCK_N, True, PRECISION
+                    mask, bias, dropout, band, scale_log2, softcap, BLOCK_M, BLOCK_N, True, PRECISION
                 )  # fmt: skip
                 # The weights sum to 1 up to the rounding of their scores, which must not tell them from delta.
                 total = tl.sum(weights, 0)
@@ -155,7 +161,7 @@ def attention_bwd_kernel(
                     row_delta -= load_per_row(head(dlse, b, h, first_q), rows, seqlen_q, 0.0)
                 if delta.ptr is not None:
                     store_per_row(head(delta, b, h, first_q), rows, seqlen_q, row_delta)
-                dscores = (weights * (dp - row_delta[None, :])).to(DOT_DTYPE)
+                dscores = (weights * (dp - row_delta[None, :]) * slope).to(DOT_DTYPE)
                 dv_tile = tl.dot(kept_weights.to(DOT_DTYPE), dout_tile, dv_tile, input_precision=PRECISION)
                 dk_tile = tl.dot(dscores, q_tile, dk_tile, input_precision=PRECISION)
                 # Triton shares all these products out to the warps like this one: by rows if it is tall.
@@ -177,8 +183,8 @@ def attention_bwd_kernel(
 @triton.jit(do_not_specialize=CHANGING)
 def attention_bwd_dq_kernel(
     q, k, v, out, lse, dout, dlse, delta, dq,
-    mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k,
-    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale, scale_log2,
+    mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqused_k_ptr, total_q, total_k,
+    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale, scale_log2, softcap,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -187,7 +193,7 @@ def attention_bwd_dq_kernel(
     tile, bh = tile_count - 1 - tl.program_id(0) % tile_count, tl.program_id(0) // tile_count
     b, h, i0 = bh // nheads, bh % nheads, tile * BLOCK_M
     first_q, seqlen_q = sequence(cu_seqlens_q_ptr, b, total_q, max_seqlen_q)
-    first_k, seqlen_k = sequence(cu_seqlens_k_ptr, b, total_k, max_seqlen_k)
+    first_k, seqlen_k = key_sequence(cu_seqlens_k_ptr, seqused_k_ptr, b, total_k, max_seqlen_k)
     shift = (seqlen_k - seqlen_q) * band.bottom_right
     head_dq = head(dq, b, h, first_q)
     fill_orphans(head_dq, 0.0, cu_seqlens_q_ptr, b, batch, seqlen_q, first_q, total_q, tile, tile_count,
@@ -213,11 +219,11 @@ def attention_bwd_dq_kernel(
         seen = seen_keys(keys, b, h, begin, end, mask)
         k_tile = load_rows(head_k, keys, seen, HEAD_DIM, BLOCK_D, DOT_DTYPE)
         v_tile = load_rows(head_v, keys, keys < seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-        weights, _, dp = tile_gradients(
+        weights, _, dp, slope = tile_gradients(
             q_tile, k_tile, v_tile, dout_tile, row_lse[:, None], b, h, i0, j0, seqlen_q, seqlen_k, shift,
-            mask, bias, dropout, band, scale_log2, BLOCK_M, BLOCK_N, False, PRECISION
+            mask, bias, dropout, band, scale_log2, softcap, BLOCK_M, BLOCK_N, False, PRECISION
         )  # fmt: skip
-        dscores = weights * (dp - row_delta[:, None])
+        dscores = weights * (dp - row_delta[:, None]) * slope
         dq_tile = tl.dot(dscores.to(DOT_DTYPE), k_tile, dq_tile, input_precision=PRECISION)
     store_rows(head_dq, rows, seqlen_q, dq_tile * scale, HEAD_DIM, BLOCK_D)
 
@@ -228,8 +234,8 @@ def attention_bwd_dq_kernel(
 @triton.jit(do_not_specialize=CHANGING)
 def attention_bwd_dkdv_kernel(
     q, k, v, lse, dout, delta, dk, dv,
-    mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k,
-    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale, scale_log2,
+    mask, bias, dropout, band, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqused_k_ptr, total_q, total_k,
+    batch, nheads, group, max_seqlen_q, max_seqlen_k, scale, scale_log2, softcap,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -239,7 +245,7 @@ def attention_bwd_dkdv_kernel(
     nheads_k = nheads // group
     b, h_k, j0 = bh // nheads_k, bh % nheads_k, tile * BLOCK_N
     first_q, seqlen_q = sequence(cu_seqlens_q_ptr, b, total_q, max_seqlen_q)
-    first_k, seqlen_k = sequence(cu_seqlens_k_ptr, b, total_k, max_seqlen_k)
+    first_k, seqlen_k = key_sequence(cu_seqlens_k_ptr, seqused_k_ptr, b, total_k, max_seqlen_k)
     shift = (seqlen_k - seqlen_q) * band.bottom_right
     head_dk, head_dv = head(dk, b, h_k, first_k), head(dv, b, h_k, first_k)
     fill_orphans(head_dk, 0.0, cu_seqlens_k_ptr, b, batch, seqlen_k, first_k, total_k, tile, tile_count,
@@ -265,11 +271,11 @@ def attention_bwd_dkdv_kernel(
             dout_tile = load_rows(head_dout, rows, rows < seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
             row_lse = load_lse(head_lse, rows, seqlen_q)
             row_delta = load_per_row(head_delta, rows, seqlen_q, 0.0)
-            weights, kept_weights, dp = tile_gradients(
+            weights, kept_weights, dp, slope = tile_gradients(
                 q_tile, k_tile, v_tile, dout_tile, row_lse[None, :], b, h, i0, j0, seqlen_q, seqlen_k, shift,
-                mask, bias, dropout, band, scale_log2, BLOCK_M, BLOCK_N, True, PRECISION
+                mask, bias, dropout, band, scale_log2, softcap, BLOCK_M, BLOCK_N, True, PRECISION
             )  # fmt: skip
-            dscores = weights * (dp - row_delta[None, :])
+            dscores = weights * (dp - row_delta[None, :]) * slope
             dv_tile = tl.dot(kept_weights.to(DOT_DTYPE), dout_tile, dv_tile, input_precision=PRECISION)
             dk_tile = tl.dot(dscores.to(DOT_DTYPE), q_tile, dk_tile, input_precision=PRECISION)
     store_rows(head_dk, keys, seqlen_k, dk_tile * scale, HEAD_DIM, BLOCK_D)

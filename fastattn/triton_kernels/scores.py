@@ -43,6 +43,13 @@ class Dropout(NamedTuple):
     rescale: Any
 
 
+class Softcap(NamedTuple):
+    """A product x of q and k becomes the score bound * tanh(x * factor), in base 2."""
+
+    factor: Any
+    bound_log2: Any
+
+
 class Band(NamedTuple):
     """Key j is allowed iff -left <= j - (i + shift) <= right; shift is seqlen_k - seqlen_q if bottom_right, else 0."""
 
@@ -69,6 +76,15 @@ def sequence(cu_seqlens_ptr, b, total, max_seqlen):
         first = token(cu_seqlens_ptr, b, total)
         length = tl.maximum(token(cu_seqlens_ptr, b + 1, total) - first, 0)
         seqlen = tl.minimum(length, max_seqlen).to(tl.int32)
+    return first, seqlen
+
+
+@triton.jit
+def key_sequence(cu_seqlens_k_ptr, seqused_k_ptr, b, total_k, max_seqlen_k):
+    """First token of sequence b's keys and how many there are, which seqused_k may say are fewer than their places."""
+    first, seqlen = sequence(cu_seqlens_k_ptr, b, total_k, max_seqlen_k)
+    if seqused_k_ptr is not None:
+        seqlen = tl.minimum(seqlen, tl.maximum(tl.load(seqused_k_ptr + b), 0))
     return first, seqlen
 
 
@@ -175,10 +191,37 @@ def fill_orphans(
 
 
 @triton.jit
-def finish_scores(qk, b, h, rows, keys, seqlen_q, seqlen_k, shift, mask, bias, band, scale_log2):
-    """log2(e) (scale * q k^T + bias), and -inf where the query must not attend to the key."""
+def tanh(x):
+    """To a few units in the last place, with what the interpreter has, too.
+
+    Small arguments have a polynomial of their own (Moshier's Cephes library, tanhf): from the exponential only the last
+    bits of 1 would be left of them.
+    """
+    magnitude = tl.abs(x)
+    square = x * x
+    y = -5.70498872745e-3 * square + 2.06390887954e-2
+    y = y * square - 5.37397155531e-2
+    y = y * square + 1.33314422036e-1
+    y = y * square - 3.33332819422e-1
+    exponential = tl.exp2(magnitude * (-2.0 * LOG2_E))
+    large = (1.0 - exponential) / (1.0 + exponential)
+    return tl.where(magnitude < 0.625, y * square * x + x, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def scale_scores(qk, scale_log2, softcap):
+    """log2(e) scale * q k^T, under the bound of softcap unless it is None, and its derivative by what it is without."""
+    if softcap is None:
+        return qk * scale_log2, 1.0
+    else:
+        y = tanh(qk * softcap.factor)
+        return y * softcap.bound_log2, 1.0 - y * y
+
+
+@triton.jit
+def finish_scores(scores, b, h, rows, keys, seqlen_q, seqlen_k, shift, mask, bias, band):
+    """With log2(e) bias, and -inf where the query must not attend to the key."""
     rows_64, keys_64 = rows.to(tl.int64), keys.to(tl.int64)
-    scores = qk * scale_log2
     inside = (rows < seqlen_q) & (keys < seqlen_k)
     if bias.ptr is not None:
         offsets = rows_64 * bias.stride_m + keys_64 * bias.stride_n
@@ -229,12 +272,13 @@ def load_lse(lse, rows, seqlen_q):
 
 @triton.jit
 def tile_gradients(
-    q, k, v, dout, lse, b, h, i0, j0, seqlen_q, seqlen_k, shift, mask, bias, dropout, band, scale_log2,
+    q, k, v, dout, lse, b, h, i0, j0, seqlen_q, seqlen_k, shift, mask, bias, dropout, band, scale_log2, softcap,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """The weights P, those kept by dropout (not rescaled) and dP of one tile: (queries, keys), or turned if KEYS_FIRST.
+    """The weights P, those kept by dropout (not rescaled), dP and the slope dS / dZ of one tile.
 
-    lse has the shape that broadcasts to it.
+    A tile is (queries, keys), or turned if KEYS_FIRST. Z is S without bias and mask before it comes under the softcap;
+    without one, the slope is 1. lse has the shape that broadcasts to it.
     """
     rows, keys = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
     if KEYS_FIRST:
@@ -243,13 +287,16 @@ def tile_gradients(
     else:
         qk, dp = tl.dot(q, tl.trans(k), input_precision=PRECISION), tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         rows, keys = rows[:, None], keys[None, :]
-    scores = finish_scores(qk, b, h, rows, keys, seqlen_q, seqlen_k, shift, mask, bias, band, scale_log2)
+    scores, slope = scale_scores(qk, scale_log2, softcap)
+    scores = finish_scores(scores, b, h, rows, keys, seqlen_q, seqlen_k, shift, mask, bias, band)
     weights = tl.exp2(scores - lse)
     if mask.ptr is not None or band.left is not None or band.right is not None:
         dp = tl.where(weights == 0.0, 0.0, dp)  # v may hold anything there, NaN too
+        if softcap is not None:
+            slope = tl.where(weights == 0.0, 0.0, slope)  # and so may k
     kept_weights = weights
     if dropout.seed_ptr is not None:
         keeps = dropout_keeps(dropout, b, h, i0, j0, BLOCK_M, BLOCK_N, KEYS_FIRST)
         kept_weights = tl.where(keeps, weights, 0.0)
         dp = tl.where(keeps, dp * dropout.rescale, 0.0)
-    return weights, kept_weights, dp
+    return weights, kept_weights, dp, slope

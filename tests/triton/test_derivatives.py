@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +26,13 @@ MODES = FIRST | FORWARD | SECOND
 SOME = ("func.grad", "vmap of grad", "is_grads_batched", "func.jvp", "dual_level", "grad of grad", "functional.hvp")
 
 
+@pytest.mark.parametrize("more", [{}, {"softcap": 0.8, "seqused_k": [4]}], ids=["plain", "capped"])
 @pytest.mark.parametrize("mode", [pytest.param(m, marks=() if m in SOME else pytest.mark.slow) for m in MODES])
-def test_every_way_of_asking(mode: str) -> None:
+def test_every_way_of_asking(mode: str, more: dict[str, Any]) -> None:
     x, k, v = (torch.randn(1, 2, n, 4, device=DEVICE) for n in (3, 5, 5))
-    call = lambda x: fastattn.scaled_dot_product_attention(x, k.to(x.dtype), v.to(x.dtype))  # noqa: E731
+    if "seqused_k" in more:
+        more = more | {"seqused_k": torch.tensor(more["seqused_k"], dtype=torch.int32, device=DEVICE)}
+    call = lambda x: fastattn.scaled_dot_product_attention(x, k.to(x.dtype), v.to(x.dtype), **more)  # noqa: E731
     with fastattn.use_backend("reference"):
         expected = MODES[mode](call, x.double())
     with on_triton(strict=False):
@@ -74,6 +78,14 @@ def test_cumulative_lengths_with_a_stride(form: str) -> None:
         for q, k in ((STRIDED[form](edges), edges), (edges, STRIDED[form](edges))):
             expected = fastattn.varlen_attention(x, x, x, edges, edges, 4, 4)
             assert torch.equal(fastattn.varlen_attention(x, x, x, q, k, 4, 4), expected)
+
+
+@pytest.mark.parametrize("form", STRIDED)
+def test_numbers_of_keys_with_a_stride(form: str) -> None:
+    x, used = torch.randn(3, 2, 7, 8, device=DEVICE), torch.tensor([3, 0, 7], dtype=torch.int32, device=DEVICE)
+    with on_triton():
+        expected = fastattn.scaled_dot_product_attention(x, x, x, seqused_k=used)
+        assert torch.equal(fastattn.scaled_dot_product_attention(x, x, x, seqused_k=STRIDED[form](used)), expected)
 
 
 def test_one_cumulative_length_for_all() -> None:

@@ -18,7 +18,7 @@ from fastattn import functional, reference
 from fastattn.arguments import attention_params, draw_seed, varlen_attention_params
 from fastattn.params import AttentionParams
 from fastattn.triton_kernels import arguments, tiles
-from tests.support.cases import AXES, Case, full, pairwise
+from tests.support.cases import AXES, Case, cumulative, full, pairwise
 from tests.support.contract import call, check, run
 from tests.support.triton_attention import DEVICE, check_once, on_triton
 
@@ -252,6 +252,23 @@ def test_lengths_are_cut_to_the_tensors() -> None:
     assert not out[8].any() and not out[17:].any()
 
 
+@pytest.mark.parametrize("in_one", [False, True])
+def test_numbers_of_keys_are_cut_to_the_places(in_one: bool) -> None:
+    """Wrong ones, which only a synchronising check could refuse, are none or all, dense or packed."""
+    q, k, v = (torch.randn(2, 2, 8, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    edges = cumulative([8, 8]).to(DEVICE)
+    right, wrong = torch.tensor([[0, 8], [-3, 40]], dtype=torch.int32, device=DEVICE)
+    packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    for p in (attention_params(q, k, v), varlen_attention_params(*packed, edges, edges, 8, 8)):
+        results = []
+        for used in (right, wrong):
+            with on_triton(in_one=in_one):
+                out, _ = functional.attend(p.replace(seqused_k=used))
+                results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=True)])
+        for x, y in zip(*results, strict=True):
+            assert y.isfinite().all() and y.any() and torch.equal(x, y)
+
+
 def test_no_problem_is_too_small() -> None:
     with on_triton():
         out = fastattn.scaled_dot_product_attention(*(torch.randn(0, 2, 5, 8, device=DEVICE) for _ in range(3)))
@@ -261,6 +278,29 @@ def test_no_problem_is_too_small() -> None:
         grads = torch.autograd.grad(packed.sum(), inputs)
     assert out.shape == (0, 2, 5, 8)
     assert not packed.any() and not any(x.any() for x in grads)
+
+
+# ---- softcap ----
+
+
+@pytest.mark.parametrize("softcap", [1e-30, 1e-3, 0.7, 50.0, 1e6, 1e30])
+def test_any_softcap(softcap: float, poisoned: None) -> None:
+    """Scores far above it, and scores of which the exponential alone would leave nothing."""
+    with on_triton():
+        check_once(Case(softcap=softcap, bias="per-head", heads=(1, 1), batch=1))
+
+
+def test_tanh_is_accurate_relative_to_its_size() -> None:
+    """One query dimension, k = 1, v = 0: lse is a single capped score."""
+    small = torch.logspace(-30, 1.5, 400, dtype=torch.float64)
+    q = torch.cat([small, -small, torch.linspace(0.5, 0.75, 200, dtype=torch.float64)]).float()[None, None, :, None]
+    one = torch.ones(1, 1, 1, 1)
+    with on_triton():
+        inputs = (x.to(DEVICE) for x in (q, one, one))
+        _, lse = fastattn.scaled_dot_product_attention(*inputs, scale=1.0, softcap=1.0, return_lse=True)
+    expected = q[..., 0].double().tanh()
+    error = (lse.cpu().double() - expected).abs() / expected.abs()
+    assert error.max() <= 8 * torch.finfo(torch.float32).eps
 
 
 # ---- the same bits ----

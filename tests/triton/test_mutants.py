@@ -39,7 +39,19 @@ LEFT = replace(PLAIN, band="window", seqlens=(41, 37))
 PAIRS = replace(PLAIN, batch=2, heads=(2, 2))
 WIDE = replace(PLAIN, dims=(64, 64))
 ONE_QUERY = replace(PLAIN, seqlens=(1, 37), heads=(4, 2), mask="random")  # a mask of each head that no query changes
+CAPPED = replace(PLAIN, softcap=3.0)
+WIDELY = replace(PLAIN, softcap=3000.0)  # scores are small beside it
+CAPPED_BIASED = replace(CAPPED, bias="per-key")
+CAPPED_EARLY = replace(EARLY, softcap=3.0)
+USED = replace(PACKED, used=True, batch=3)
+USED_BIASED = replace(USED, bias="per-key", band="window-bottom-right", packed=False)
 VALUES = "HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)"
+MIN_USED = "tl.minimum(seqlen, tl.maximum(tl.load(seqused_k_ptr + b), 0))"
+DBIAS = """_ = tile_gradients(
+                q_tile, k_tile, v_tile, dout_tile, row_lse[:, None], b, h, i0, j0, seqlen_q, seqlen_k, shift,
+                mask, bias, dropout, band, scale_log2, softcap, BLOCK_M, BLOCK_N, False, PRECISION
+            )  # fmt: skip
+            sums += weights * (dp - row_delta[:, None])"""
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,31 @@ MUTANTS = {
     ),
     "bias gradient not summed over keys": Mutant("bias_gradient.py", "if KEYS_BROADCAST:", "if False:", PER_HEAD),
     "bias gradient not summed over rows": Mutant("bias_gradient.py", "if ROWS_BROADCAST:", "if False:", PER_KEY),
+    "softcap ignored": Mutant("scores.py", "y * softcap.bound_log2", "qk * scale_log2", CAPPED),
+    "factor of the softcap ignored": Mutant("scores.py", "tanh(qk * softcap.factor)", "tanh(qk * scale_log2)", CAPPED),
+    "tanh of small numbers by the exponential": Mutant("scores.py", "magnitude < 0.625", "magnitude < 0", WIDELY),
+    "tanh of large numbers by the polynomial": Mutant("scores.py", "magnitude < 0.625", "magnitude < 1.5", CAPPED),
+    "tanh of negative numbers is positive": Mutant("scores.py", "-large, large", "large, large", CAPPED),
+    "slope of the softcap missing in dq": Mutant(
+        "kernels.py", "(dp - row_delta[:, None]) * slope", "(dp - row_delta[:, None])", CAPPED
+    ),
+    "slope of the softcap missing in dk": Mutant(
+        "kernels.py", "(dp - row_delta[None, :]) * slope", "(dp - row_delta[None, :])", CAPPED
+    ),
+    "slope of the softcap in the gradient of the bias": Mutant(
+        "bias_gradient.py", DBIAS, DBIAS.replace("_ = tile", "slope = tile") + " * slope", CAPPED_BIASED
+    ),
+    "slope at keys that no query sees": Mutant(
+        "scores.py", "slope = tl.where(weights == 0.0, 0.0, slope)", "pass", CAPPED_EARLY
+    ),
+    "keys that are not there attended": Mutant("scores.py", MIN_USED, "seqlen", USED),
+    "as many keys as the first sequence has": Mutant("scores.py", "seqused_k_ptr + b", "seqused_k_ptr", USED),
+    "bottom-right of the places for keys": Mutant(
+        "kernels.py", "(seqlen_k - seqlen_q) * band", "(max_seqlen_k - seqlen_q) * band", USED_BIASED
+    ),
+    "bottom-right of the places for keys in the gradient of the bias": Mutant(
+        "bias_gradient.py", "(seqlen_k - seqlen_q) * band", "(max_seqlen_k - seqlen_q) * band", USED_BIASED
+    ),
     "every program takes its first head only": Mutant(
         "kernels.py", "tile_count * pairs + n", "tile_count * pairs", PAIRS
     ),
@@ -187,6 +224,13 @@ MUTANTS = {
     "in one: dropout not rescaled in dv": Mutant("kernels.py", "dv_tile * dropout.rescale", "dv_tile", DROPPED, IN_ONE),
     "in one: tokens of no sequence not cleared": Mutant(
         "scores.py", "row in range(seqlen + tile", "row in range(end + tile", PACKED, IN_ONE
+    ),
+    "in one: slope of the softcap missing": Mutant(
+        "kernels.py", "(dp - row_delta[None, :]) * slope", "(dp - row_delta[None, :])", CAPPED, IN_ONE
+    ),
+    "in one: keys that are not there attended": Mutant("scores.py", MIN_USED, "seqlen", USED, IN_ONE),
+    "in one: bottom-right of the places for keys": Mutant(
+        "kernels.py", "(seqlen_k - seqlen_q) * band", "(max_seqlen_k - seqlen_q) * band", USED_BIASED, IN_ONE
     ),
     "in one: bottom-right ignored": Mutant(
         "kernels.py", "(seqlen_k - seqlen_q) * band.bottom_right", "0", WINDOW, IN_ONE
