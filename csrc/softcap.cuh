@@ -33,13 +33,15 @@ __device__ __forceinline__ void scale_scores(float (&scores)[T::kRows][T::kKeys]
         slopes += opaque(threadIdx.x);
     }
 #pragma unroll
-    for (int i = 0; i < T::kRows; ++i)
+    for (int i = 0; i < T::kRows; ++i) {
 #pragma unroll
         for (int j = 0; j < T::kKeys; ++j) {
             const float y = tanhf(scale * scores[i][j]);
             scores[i][j] = bound * y;
             if (slopes != nullptr) slopes[slope_offset<T>(i, j)] = fmaf(-y, y, 1.0f);
         }
+        scheduling_fence();  // what one row computes is live at a time
+    }
 }
 
 // The gradients of scores become those of scale * q k^T. Where one is 0 it stays so, whatever k holds there.
