@@ -91,7 +91,10 @@ MUTANTS = {
     ),
     "dP of keys that no query sees": Mutant("scores.py", "dp = tl.where(weights == 0.0, 0.0, dp)", "pass", PADDED),
     "dP of keys that the band excludes": Mutant(
-        "scores.py", "if mask.ptr is not None or band.left is not None or", "if mask.ptr is not None or", EARLY
+        "scores.py",
+        "mask.ptr is not None or band.left is not None or band.right is not None",
+        "mask.ptr is not None",
+        EARLY,
     ),
     "queries past the end see keys": Mutant("scores.py", "rows = tl.minimum(rows, seqlen_q - 1)", "pass", EARLY),
     "mask of the first batch for all": Mutant(
