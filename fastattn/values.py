@@ -40,13 +40,14 @@ def scale(x: Any) -> float:
 
 
 def softcap(x: Any) -> float:
-    """The bound of the scores; 0 for None, which is none."""
+    """The bound of the scores, which kernels hold in float32; 0 for None, which is none."""
     if x is None:
         return 0.0
+    rule = "must be None or a number from 1e-30 to 1e30"
     if type(x) is not float:
-        x = _number("softcap", x, "must be None or a finite number above 0")
-    if not 0.0 < x < inf:
-        raise ValueError(f"softcap: must be None or a finite number above 0, got {x}")
+        x = _number("softcap", x, rule)
+    if not 1e-30 <= x <= 1e30:
+        raise ValueError(f"softcap: {rule}, got {x}")
     return x
 
 
