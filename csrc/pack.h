@@ -81,9 +81,9 @@ inline int to_length(py::handle number, const char* name) {
 
 // Of dense tensors: a longer one would be memory of others.
 inline void check_length(int number, index_t length, const char* name) {
-    if (number != length) {
-        throw py::value_error(std::string(name) + ": must be the tensor's length " + std::to_string(length) + ", got " +
-                              std::to_string(number));
+    if (number > length) {
+        throw py::value_error(std::string(name) + ": must be at most the tensor's length " + std::to_string(length) +
+                              ", got " + std::to_string(number));
     }
 }
 

@@ -56,8 +56,8 @@ REFUSALS = {
     "max_seqlen_k: must be below 2^29, got 4294967296": (problem(Q, K, V, max_seqlen_k=2**32), buffers()),
     "max_seqlen_k: must be below 2^29, got -1": (problem(Q, K, V, max_seqlen_k=-1), buffers()),
     "p: must have 17 fields, got 16": (problem(Q, K, V)[:-1], buffers()),
-    "max_seqlen_q: must be the tensor's length 5, got 6": (problem(Q, K, V, max_seqlen_q=6), buffers()),
-    "max_seqlen_k: must be the tensor's length 7, got 5": (problem(Q, K, V, max_seqlen_k=5), buffers()),
+    "max_seqlen_q: must be at most the tensor's length 5, got 6": (problem(Q, K, V, max_seqlen_q=6), buffers()),
+    "max_seqlen_k: must be at most the tensor's length 7, got 8": (problem(Q, K, V, max_seqlen_k=8), buffers()),
     "buffers: must have 11 fields, got 10": (problem(Q, K, V), buffers()[:-1]),
 }
 
