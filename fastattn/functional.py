@@ -79,7 +79,7 @@ def scaled_dot_product_attention(
                 0 0 0 1 1
 
         causal_align: "top-left" (torch's rule) or "bottom-right" (FlashAttention's), for is_causal and window.
-        softcap: a number from 1e-30 to 1e30: scores approach it, in either direction, and do not pass it (Gemma 2).
+        softcap: a number from 1e-30 to 1e38: scores approach it, in either direction, and do not pass it (Gemma 2).
         sinks: (nheads,) float, a logit of each head that takes weight and has no value (GPT-OSS). Differentiable.
         seqused_k: (batch,) int32 on query's device, batch being the product of the dimensions before the heads: how
             many of each sequence's keys there are; what k and v hold behind them does not matter. Bottom-right counts

@@ -43,10 +43,10 @@ def softcap(x: Any) -> float:
     """The bound of the scores, which kernels hold in float32; 0 for None, which is none."""
     if x is None:
         return 0.0
-    rule = "must be None or a number from 1e-30 to 1e30"
+    rule = "must be None or a number from 1e-30 to 1e38"
     if type(x) is not float:
         x = _number("softcap", x, rule)
-    if not 1e-30 <= x <= 1e30:
+    if not 1e-30 <= x <= 1e38:
         raise ValueError(f"softcap: {rule}, got {x}")
     return x
 

@@ -243,6 +243,9 @@ SEVERAL_TILES = [
     Case(seqlens=(380, 384), dims=(32, 32), heads=(1, 1), band="causal", batch=1),
     Case(seqlens=(384, 384), dims=(64, 64), heads=(1, 1), band="causal-bottom-right", batch=1),
     Case(seqlens=(128, 120), dims=(24, 32), heads=(2, 1), dtype=torch.float16, mask="padding", packed=True),
+    Case(seqlens=(128, 127), dims=(64, 64), heads=(1, 1), dtype=torch.float16, softcap=3.0, batch=1),
+    Case(seqlens=(70, 75), dims=(128, 100), heads=(1, 1), band="causal", batch=1),
+    Case(seqlens=(70, 75), dims=(200, 256), heads=(1, 1), softcap=3.0, batch=1),
 ]
 # Keys that no query may see: excluded by a mask that is the same for all queries (that of a single query is), on either
 # side of the band, by the length of a packed sequence, by seqused_k; in rows of one tile and of several, and in every
