@@ -198,6 +198,7 @@ class Run:
             print(
                 f"{self.config.name}: {parameters:,} parameters, {self.updates_per_epoch:,} updates per epoch, "
                 f"{batches} batches, {self.config.precision}, {self.world.size} x {self.world.device.type}, "
+                f"attention by {self._attention()}, "
                 f"from update {self.update} to {self.config.updates}",
                 file=sys.stderr,
             )
