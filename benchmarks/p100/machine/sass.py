@@ -96,7 +96,7 @@ def parse(text: str, kernel: str) -> Program:
     Raises:
         ValueError: the text has no such kernel, or a line of it is not understood.
     """
-    lines = _section(text, f".text.{kernel}")
+    lines = section(text, f".text.{kernel}")
     if not lines:
         raise ValueError(f"kernel: {kernel!r} is not in this text")
     words = [match["word"] for line in lines for match in _ENCODING.finditer(line)]
@@ -113,10 +113,10 @@ def parse(text: str, kernel: str) -> Program:
     if len(words) != 4 * len(control) or len(found) != 3 * len(control):
         raise ValueError(f"{kernel}: {len(found)} instructions, but {len(words)} encodings")
     instructions = tuple(_instruction(match, control, labels) for match in found)
-    return Program(kernel, instructions, _constants(_section(text, f".nv.constant2.{kernel}")))
+    return Program(kernel, instructions, _constants(section(text, f".nv.constant2.{kernel}")))
 
 
-def _section(text: str, name: str) -> list[str]:
+def section(text: str, name: str) -> list[str]:
     """The lines behind the label of a section, up to the next section."""
     begin = text.find(f"\n{name}:")
     if begin < 0:
@@ -139,15 +139,15 @@ def _instruction(match: re.Match[str], control: list[int], labels: dict[str, int
         guard=match["guard"],
         stall=bits & 15,
         yields=not bits >> 4 & 1,
-        write_barrier=_scoreboard(bits >> 5),
-        read_barrier=_scoreboard(bits >> 8),
+        write_barrier=scoreboard(bits >> 5),
+        read_barrier=scoreboard(bits >> 8),
         waits=tuple(barrier for barrier in range(6) if bits >> 11 + barrier & 1),
         pairs_with_next=match["open"] is not None,
         target=labels[label["label"]] if label else None,
     )
 
 
-def _scoreboard(bits: int) -> int | None:
+def scoreboard(bits: int) -> int | None:
     number = bits & 7
     return None if number == NO_SCOREBOARD else number
 
