@@ -38,7 +38,8 @@ def gather(system: System) -> dict[str, Any]:
         "launcher_problem", "nvrtc", "nvrtc_problem", "cache_dir"; "cpu_kernels": their "isas", the "isa" that runs, the
         source of "threads" and the "reason" if none runs; "devices": for the CPU or each GPU its "name", "capability",
         "torch_has_kernels", "image", "works" and, by dtype, "backends" with the one chosen, "why_not" the preferred
-        ones and the calls "left_to_torch", whose kernel is faster; "problems": each with its "problem" and a list of "fixes".
+        ones and the calls "left_to_torch", whose kernel is faster; "problems": each with its "problem" and a list of
+        "fixes".
     """
     devices = [_device(system, gpu) for gpu in system.gpus or (None,)]
     return {
