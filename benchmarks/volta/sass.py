@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.p100.machine.sass import Instruction, Program, listing, scoreboard, section
+from benchmarks.p100.machine.sass import Program, instruction, listing, section
 
 CONTROL_BIT = 105 - 64  # in the second word
 
@@ -46,26 +46,7 @@ def parse(text: str, kernel: str) -> Program:
             words.append(int(word["word"], 16))
     if not found or len(words) != len(found):
         raise ValueError(f"{kernel}: {len(found)} instructions with {len(words)} second words in this text")
-    instructions = tuple(_instruction(*pair, labels) for pair in zip(found, words, strict=True))
-    return Program(kernel, instructions, b"")
-
-
-def _instruction(match: re.Match[str], word: int, labels: dict[str, int]) -> Instruction:
-    bits = word >> CONTROL_BIT
-    op, *modifiers = match["name"].split(".")
-    label = _TARGET.search(match["rest"])
-    operands = (operand.strip() for operand in match["rest"].split(","))
-    return Instruction(
-        pc=int(match["pc"], 16),
-        op=op,
-        modifiers=tuple(modifiers),
-        operands=tuple(operand for operand in operands if operand and not operand.startswith("`")),
-        guard=match["guard"],
-        stall=bits & 15,
-        yields=not bits >> 4 & 1,
-        write_barrier=scoreboard(bits >> 5),
-        read_barrier=scoreboard(bits >> 8),
-        waits=tuple(barrier for barrier in range(6) if bits >> 11 + barrier & 1),
-        pairs_with_next=False,
-        target=labels[label["label"]] if label else None,
+    instructions = tuple(
+        instruction(match, word >> CONTROL_BIT, _TARGET, labels) for match, word in zip(found, words, strict=True)
     )
+    return Program(kernel, instructions, b"")

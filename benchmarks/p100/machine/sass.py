@@ -128,11 +128,26 @@ def section(text: str, name: str) -> list[str]:
 def _instruction(match: re.Match[str], control: list[int], labels: dict[str, int]) -> Instruction:
     pc = int(match["pc"], 16)
     bits = control[pc // 32] >> 21 * (pc % 32 // 8 - 1)
+    return instruction(match, bits, _TARGET, labels, pairs_with_next=match["open"] is not None)
+
+
+def instruction(
+    match: re.Match[str], bits: int, branch: re.Pattern[str], labels: dict[str, int], pairs_with_next: bool = False
+) -> Instruction:
+    """An instruction from what is printed and its control bits.
+
+    Args:
+        match: "pc", "name", "guard" and "rest" of its line.
+        bits: the control bits, the stall lowest.
+        branch: the "label" in an operand that names an instruction.
+        labels: the index of the instruction behind each label.
+        pairs_with_next: whether it is issued in the same cycle as the next one.
+    """
     op, *modifiers = match["name"].split(".")
-    label = _TARGET.search(match["rest"])
+    label = branch.search(match["rest"])
     operands = (operand.strip().replace("] [", "][") for operand in match["rest"].split(","))
     return Instruction(
-        pc=pc,
+        pc=int(match["pc"], 16),
         op=op,
         modifiers=tuple(modifiers),
         operands=tuple(operand for operand in operands if operand and not operand.startswith("`")),
@@ -142,7 +157,7 @@ def _instruction(match: re.Match[str], control: list[int], labels: dict[str, int
         write_barrier=scoreboard(bits >> 5),
         read_barrier=scoreboard(bits >> 8),
         waits=tuple(barrier for barrier in range(6) if bits >> 11 + barrier & 1),
-        pairs_with_next=match["open"] is not None,
+        pairs_with_next=pairs_with_next,
         target=labels[label["label"]] if label else None,
     )
 
