@@ -25,13 +25,25 @@ class Rows(NamedTuple):
     stride_row: Any
 
 
-class Scores(NamedTuple):
-    """Mask or bias: (batch, heads, queries, keys), a stride is 0 where it broadcasts."""
+class PerRow(NamedTuple):
+    """(batch, heads, rows) of numbers that lie side by side; packed: the stride of the batch is 0.
+
+    Strides that follow a batch's lengths come multiplied by 16: all of them look alike to Triton, which compiles a
+    kernel for every mixture of those that 16 divides. It heeds `do_not_specialize` for no part of a tuple.
+    """
 
     ptr: Any
-    stride_b: Any
-    stride_h: Any
-    stride_m: Any
+    stride_b_16: Any
+    stride_h_16: Any
+
+
+class Scores(NamedTuple):
+    """Mask or bias: (batch, heads, queries, keys), a stride is 0 where it broadcasts; multiplied as those of PerRow."""
+
+    ptr: Any
+    stride_b_16: Any
+    stride_h_16: Any
+    stride_m_16: Any
     stride_n: Any
 
 
@@ -123,9 +135,15 @@ def head(x, b, h, first):
 
 
 @triton.jit
+def head_per_row(x, b, h, first):
+    """The numbers of one (batch, head), as `head` gives its rows."""
+    return Rows(head_scores(x, b, h) + first, 0, 0, 1)
+
+
+@triton.jit
 def head_scores(x, b, h):
-    """Where the mask or the bias of one (batch, head) begins."""
-    return x.ptr + tl.cast(b, tl.int64) * x.stride_b + tl.cast(h, tl.int64) * x.stride_h
+    """Where the mask, the bias or the numbers per row of one (batch, head) begin."""
+    return x.ptr + tl.cast(b, tl.int64) * (x.stride_b_16 >> 4) + tl.cast(h, tl.int64) * (x.stride_h_16 >> 4)
 
 
 @triton.jit
@@ -136,7 +154,7 @@ def seen_keys(keys, b, h, begin, end, mask):
     """
     seen = (keys >= begin) & (keys < end)
     if mask.ptr is not None:
-        is_same_for_all = mask.stride_m == 0
+        is_same_for_all = mask.stride_m_16 == 0
         if is_same_for_all:
             seen = seen & tl.load(head_scores(mask, b, h) + keys.to(tl.int64) * mask.stride_n, seen, 0)
     return seen
@@ -224,10 +242,10 @@ def finish_scores(scores, b, h, rows, keys, seqlen_q, seqlen_k, shift, mask, bia
     rows_64, keys_64 = rows.to(tl.int64), keys.to(tl.int64)
     inside = (rows < seqlen_q) & (keys < seqlen_k)
     if bias.ptr is not None:
-        offsets = rows_64 * bias.stride_m + keys_64 * bias.stride_n
+        offsets = rows_64 * (bias.stride_m_16 >> 4) + keys_64 * bias.stride_n
         scores += tl.load(head_scores(bias, b, h) + offsets, inside, 0.0).to(tl.float32) * LOG2_E
     if mask.ptr is not None:
-        offsets = rows_64 * mask.stride_m + keys_64 * mask.stride_n
+        offsets = rows_64 * (mask.stride_m_16 >> 4) + keys_64 * mask.stride_n
         scores = tl.where(tl.load(head_scores(mask, b, h) + offsets, inside, 0), scores, -INF)
     rows = tl.minimum(rows, seqlen_q - 1)  # past the end they would see keys that no other query sees
     if band.left is not None:
@@ -290,7 +308,7 @@ def tile_gradients(
     scores, slope = scale_scores(qk, scale_log2, softcap)
     scores = finish_scores(scores, b, h, rows, keys, seqlen_q, seqlen_k, shift, mask, bias, band)
     weights = tl.exp2(scores - lse)
-    if mask.ptr is not None or band.left is not None or band.right is not None:
+    if (mask.ptr is not None) or ((band.left is not None) or (band.right is not None)):  # in pairs: Triton 3.3
         dp = tl.where(weights == 0.0, 0.0, dp)  # v may hold anything there, NaN too
         if softcap is not None:
             slope = tl.where(weights == 0.0, 0.0, slope)  # and so may k

@@ -73,10 +73,10 @@ MUTANTS = {
         "scores.py", "b, h) + offsets, inside, 0), scores", "b, h) + offsets, inside, 0) == 0, scores", MASKED
     ),
     "keys that the mask excludes not cleared": Mutant(
-        "scores.py", "is_same_for_all = mask.stride_m == 0", "is_same_for_all = False", PADDED
+        "scores.py", "is_same_for_all = mask.stride_m_16 == 0", "is_same_for_all = False", PADDED
     ),
     "keys of a mask that the first query does not see cleared": Mutant(
-        "scores.py", "is_same_for_all = mask.stride_m == 0", "is_same_for_all = True", MASKED
+        "scores.py", "is_same_for_all = mask.stride_m_16 == 0", "is_same_for_all = True", MASKED
     ),
     "keys before the band not cleared": Mutant("scores.py", "(keys >= begin) & ", "", WINDOW),
     "keys after the band not cleared": Mutant("scores.py", "(keys < end)", "(keys < (end + 15) // 16 * 16)", EARLY),
@@ -109,7 +109,7 @@ MUTANTS = {
         "\n\n\n@triton.jit\ndef seen",
         BIASED,
     ),
-    "mask of the first row for all": Mutant("scores.py", "rows_64 * mask.stride_m + ", "", MASKED),
+    "mask of the first row for all": Mutant("scores.py", "rows_64 * (mask.stride_m_16 >> 4) + ", "", MASKED),
     "bias in the wrong base": Mutant("scores.py", ".to(tl.float32) * LOG2_E", ".to(tl.float32)", BIASED),
     "keys past the end attended": Mutant(
         "scores.py", "return tl.where(keys < seqlen_k, scores, -INF)", "return scores"
