@@ -92,7 +92,7 @@ MUTANTS = {
     "dP of keys that no query sees": Mutant("scores.py", "dp = tl.where(weights == 0.0, 0.0, dp)", "pass", PADDED),
     "dP of keys that the band excludes": Mutant(
         "scores.py",
-        "mask.ptr is not None or band.left is not None or band.right is not None",
+        "(mask.ptr is not None) or ((band.left is not None) or (band.right is not None))",
         "mask.ptr is not None",
         EARLY,
     ),
