@@ -35,9 +35,9 @@ def per_row(x: Tensor | None, p: AttentionParams) -> PerRow:
 
 def _scores(x: Tensor | None) -> Scores:
     if x is None:
-        return Scores(None, 0, 0, None, 0)
+        return Scores(None, 0, 0, 0, 0)
     b, h, m, n = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return Scores(x, b, h, m, n) if m != 0 else Scores(x, 16 * b, 16 * h, None, n)
+    return Scores(x, b, h, m, n)
 
 
 def _dropout(p: AttentionParams) -> Dropout:

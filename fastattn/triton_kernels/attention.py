@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ..blocks import bias_tiles_and_copies, count
@@ -30,6 +31,18 @@ KERNELS = {
     "dkdv": attention_bwd_dkdv_kernel,
     "dbias": attention_bwd_dbias_kernel,
 }
+
+
+def why_unusable() -> str | None:
+    """Why Triton cannot launch on this machine's GPU, or None; it compiles the part that does on its first use."""
+    if IS_INTERPRETED or not torch.cuda.is_available():
+        return None
+    try:
+        triton.runtime.driver.active.utils  # noqa: B018, asking for it compiles it
+    except Exception as error:  # whatever its compiler, the loader or CUDA say
+        said = " ".join(str(error).split())
+        return f"cannot launch: Triton needs gcc and Python.h when it runs ({type(error).__name__}: {said})"
+    return None
 
 
 # ---- where kernels run ----

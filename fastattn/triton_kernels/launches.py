@@ -106,11 +106,7 @@ def _of_per_row(x: PerRow) -> Any:
 
 def _of_scores(x: Scores) -> Any:
     ptr, b, h, m, n = x
-    if ptr is None:
-        return None
-    if m is None:
-        return ptr.dtype, ptr.data_ptr() & 15, b >> 31, h >> 31, _of_stride(n)
-    return ptr.dtype, ptr.data_ptr() & 15, *map(_of_stride, (b, h, m, n))
+    return None if ptr is None else (ptr.dtype, ptr.data_ptr() & 15, *map(_of_stride, (b, h, m, n)))
 
 
 def _of_dropout(dropout: Any) -> Any:

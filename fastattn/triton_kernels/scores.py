@@ -38,11 +38,7 @@ class PerRow(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Mask or bias: (batch, heads, queries, keys), a stride is 0 where it broadcasts.
-
-    stride_m is None where it is the same for all queries: kernels then load it once per key, which needs no alignment,
-    and the strides before it come multiplied as those of PerRow. Other masks load faster where 16 divides all strides.
-    """
+    """Mask or bias: (batch, heads, queries, keys), a stride is 0 where it broadcasts."""
 
     ptr: Any
     stride_b: Any
@@ -148,10 +144,7 @@ def head_per_row(x, b, h, first):
 @triton.jit
 def head_scores(x, b, h):
     """Where the mask or the bias of one (batch, head) begins."""
-    if x.stride_m is None:
-        return x.ptr + tl.cast(b, tl.int64) * (x.stride_b >> 4) + tl.cast(h, tl.int64) * (x.stride_h >> 4)
-    else:
-        return x.ptr + tl.cast(b, tl.int64) * x.stride_b + tl.cast(h, tl.int64) * x.stride_h
+    return x.ptr + tl.cast(b, tl.int64) * x.stride_b + tl.cast(h, tl.int64) * x.stride_h
 
 
 @triton.jit
@@ -161,8 +154,10 @@ def seen_keys(keys, b, h, begin, end, mask):
     The others may hold anything, NaN too, which a weight of 0 does not take out of a product.
     """
     seen = (keys >= begin) & (keys < end)
-    if (mask.ptr is not None) and (mask.stride_m is None):
-        seen = seen & tl.load(head_scores(mask, b, h) + keys.to(tl.int64) * mask.stride_n, seen, 0)
+    if mask.ptr is not None:
+        is_same_for_all = mask.stride_m == 0
+        if is_same_for_all:
+            seen = seen & tl.load(head_scores(mask, b, h) + keys.to(tl.int64) * mask.stride_n, seen, 0)
     return seen
 
 
@@ -243,22 +238,16 @@ def scale_scores(qk, scale_log2, softcap):
 
 
 @triton.jit
-def load_scores(x, b, h, rows, keys, seqlen_q, seqlen_k, other):
-    """What mask or bias has for a tile or, if it is the same for all queries, for its keys; `other` past the end."""
-    begin = head_scores(x, b, h) + keys.to(tl.int64) * x.stride_n
-    if x.stride_m is None:
-        return tl.load(begin, keys < seqlen_k, other)
-    else:
-        return tl.load(begin + rows.to(tl.int64) * x.stride_m, (rows < seqlen_q) & (keys < seqlen_k), other)
-
-
-@triton.jit
 def finish_scores(scores, b, h, rows, keys, seqlen_q, seqlen_k, shift, mask, bias, band):
     """With log2(e) bias, and -inf where the query must not attend to the key."""
+    rows_64, keys_64 = rows.to(tl.int64), keys.to(tl.int64)
+    inside = (rows < seqlen_q) & (keys < seqlen_k)
     if bias.ptr is not None:
-        scores += load_scores(bias, b, h, rows, keys, seqlen_q, seqlen_k, 0.0).to(tl.float32) * LOG2_E
+        offsets = rows_64 * bias.stride_m + keys_64 * bias.stride_n
+        scores += tl.load(head_scores(bias, b, h) + offsets, inside, 0.0).to(tl.float32) * LOG2_E
     if mask.ptr is not None:
-        scores = tl.where(load_scores(mask, b, h, rows, keys, seqlen_q, seqlen_k, 0), scores, -INF)
+        offsets = rows_64 * mask.stride_m + keys_64 * mask.stride_n
+        scores = tl.where(tl.load(head_scores(mask, b, h) + offsets, inside, 0), scores, -INF)
     rows = tl.minimum(rows, seqlen_q - 1)  # past the end they would see keys that no other query sees
     if band.left is not None:
         scores = tl.where(keys - rows >= shift - band.left, scores, -INF)

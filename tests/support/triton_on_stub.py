@@ -3,6 +3,7 @@
 python -m tests.support.triton_on_stub parameters FOLDER     launches every kernel, and compares all parameters
 python -m tests.support.triton_on_stub keys FOLDER           calls of many kinds, none of which is compiled
 python -m tests.support.triton_on_stub compilations FOLDER   updates of WMT, none of which is compiled
+python -m tests.support.triton_on_stub choice FOLDER         what is chosen for a GPU, with or without a compiler
 
 Prints what it found as JSON.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import os
 import random
 import re
 import struct
@@ -28,6 +30,7 @@ import triton
 
 from benchmarks import stub_triton
 from benchmarks.lengths import Lengths, updates
+from fastattn import backends
 from fastattn.arguments import attention_params, draw_seed, varlen_attention_params
 from fastattn.params import AttentionParams, Backward, Forward
 from fastattn.triton_kernels import attention
@@ -252,8 +255,23 @@ def compilations(count: int = 200) -> dict[str, list[int]]:
     return found
 
 
+# ---- choice ----
+
+
+def choice(folder: Path) -> dict[str, Any]:
+    """The backend of a call on a GPU, and why it is not Triton."""
+    torch.cuda.is_available = lambda: True
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    explanation = backends.explain_choice(backends.CallTraits("cuda", CAPABILITY, torch.float16, HEAD_DIM, HEAD_DIM))
+    return {"backend": explanation.backend, "refusals": explanation.refusals}
+
+
 def main() -> None:
     what, folder = sys.argv[1:]
+    if what == "choice":
+        print(json.dumps(choice(Path(folder))))
+        return
     _, stub = stub_triton.start(Path(folder), CAPABILITY)
     calls = {"parameters": lambda: parameters(stub), "keys": keys, "compilations": compilations}
     print(json.dumps(calls[what]()))

@@ -70,13 +70,13 @@ MUTANTS = {
     "scale of dq ignored": Mutant("kernels.py", "dq_tile * scale,", "dq_tile,"),
     "scale of dk ignored": Mutant("kernels.py", "dk_tile * scale,", "dk_tile,"),
     "mask inverted": Mutant(
-        "scores.py", "seqlen_q, seqlen_k, 0), scores", "seqlen_q, seqlen_k, 0) == 0, scores", MASKED
+        "scores.py", "b, h) + offsets, inside, 0), scores", "b, h) + offsets, inside, 0) == 0, scores", MASKED
     ),
     "keys that the mask excludes not cleared": Mutant(
-        "scores.py", "(mask.ptr is not None) and (mask.stride_m is None)", "False", PADDED
+        "scores.py", "is_same_for_all = mask.stride_m == 0", "is_same_for_all = False", PADDED
     ),
     "keys of a mask that the first query does not see cleared": Mutant(
-        "scores.py", "(mask.ptr is not None) and (mask.stride_m is None)", "mask.ptr is not None", MASKED
+        "scores.py", "is_same_for_all = mask.stride_m == 0", "is_same_for_all = True", MASKED
     ),
     "keys before the band not cleared": Mutant("scores.py", "(keys >= begin) & ", "", WINDOW),
     "keys after the band not cleared": Mutant("scores.py", "(keys < end)", "(keys < (end + 15) // 16 * 16)", EARLY),
@@ -109,11 +109,8 @@ MUTANTS = {
         "\n\n\n@triton.jit\ndef seen",
         BIASED,
     ),
-    "mask of the first row for all": Mutant(
-        "scores.py", "begin + rows.to(tl.int64) * x.stride_m", "begin + rows * 0", MASKED
-    ),
-    "mask of the first (batch, head) for all": Mutant("scores.py", "(x.stride_b >> 4)", "0", PADDED),
-    "lse of the first batch for all": Mutant("scores.py", "(x.stride_b_16 >> 4)", "0", PAIRS),
+    "mask of the first row for all": Mutant("scores.py", "rows_64 * mask.stride_m + ", "", MASKED),
+    "lse of the first batch for all": Mutant("scores.py", "(x.stride_b_16 >> 4)", "0", replace(PLAIN, batch=2)),
     "bias in the wrong base": Mutant("scores.py", ".to(tl.float32) * LOG2_E", ".to(tl.float32)", BIASED),
     "keys past the end attended": Mutant(
         "scores.py", "return tl.where(keys < seqlen_k, scores, -INF)", "return scores"
