@@ -1,0 +1,195 @@
+"""Hugging Face's models with attn_implementation="fastattn": outputs, gradients and tokens are eager's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from fastattn.integrations import transformers as integration
+
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+TEXT: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **SIZES}
+GROUPS: dict[str, Any] = {"num_key_value_heads": 2}
+BART: dict[str, Any] = {
+    **{"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 32},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    **{
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 1,
+        "forced_eos_token_id": None,
+    },
+}
+T5: dict[str, Any] = {
+    **{"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
+    **{"decoder_start_token_id": 0},
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+IMAGE = {"image_size": 32, "patch_size": 8}
+WHISPER = BART | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32}
+GPT_OSS = {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}
+GPT_OSS["layer_types"] = LAYERS = ["sliding_attention", "full_attention"]
+GEMMA = {"head_dim": 8, "sliding_window": 4, "layer_types": LAYERS}
+
+CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("Llama", TEXT | GROUPS),
+    "Mistral": ("Mistral", TEXT | GROUPS | {"sliding_window": 4}),
+    "Gemma2": ("Gemma2", TEXT | GROUPS | GEMMA | {"attn_logit_softcapping": 0.5}),
+    "Gemma3": ("Gemma3Text", TEXT | GROUPS | GEMMA),
+    "GptOss": ("GptOss", TEXT | GROUPS | GPT_OSS),
+}
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "BERT": ("BertModel", "Bert", TEXT | NO_DROPOUT),
+    "ViT": ("ViTModel", "ViT", SIZES | NO_DROPOUT | IMAGE),
+    "CLIP": ("CLIPVisionModel", "CLIPVision", SIZES | IMAGE),
+    "Marian": ("MarianMTModel", "Marian", BART),
+    "BART": ("BartForConditionalGeneration", "Bart", BART),
+    "Whisper": ("WhisperForConditionalGeneration", "Whisper", WHISPER),
+    "T5": ("T5ForConditionalGeneration", "T5", T5),
+}
+IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(0))
+LENGTHS = torch.tensor([11, 8])
+KEPT = torch.arange(11)[None] < LENGTHS[:, None]
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    integration.register()
+    integration.register()
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name in CAUSAL:
+        stem, sizes = CAUSAL[name]
+        cls, config = ("Gemma3" if stem == "Gemma3Text" else stem) + "ForCausalLM", stem
+    else:
+        cls, config, sizes = OTHERS[name]
+    model = getattr(hf, cls)(getattr(hf, f"{config}Config")(**sizes)).eval()
+    if name == "GptOss":
+        model.set_experts_implementation("eager")  # the other products of experts have no float64
+    with torch.no_grad():  # weights as they are drawn give scores near 0, which every mistake of a scale survives
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+            elif "sinks" in dict(model.named_parameters()):
+                parameter.normal_()
+    return model
+
+
+def inputs(name: str, kept: Tensor = KEPT) -> dict[str, Tensor]:
+    padded = {"input_ids": IDS, "attention_mask": kept.long()}
+    generator = torch.Generator().manual_seed(1)
+    if name in ("ViT", "CLIP"):
+        return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
+    if name == "Whisper":
+        return {"input_features": torch.randn(2, 8, 32, generator=generator), "decoder_input_ids": IDS[:, :7]}
+    if name in ("Marian", "BART", "T5"):
+        return padded | {"decoder_input_ids": IDS[:, :7]}
+    return padded
+
+
+def output_and_gradients(
+    model: Any, implementation: str, dtype: torch.dtype, batch: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    model = copy.deepcopy(model).to(dtype)
+    model.set_attn_implementation(implementation)
+    batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
+    result = model(**batch)
+    out = result.logits if hasattr(result, "logits") else result.last_hidden_state
+    if "attention_mask" in batch and "decoder_input_ids" not in batch:  # what stands at padding is nobody's
+        out = out * batch["attention_mask"][..., None].to(dtype)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    out.backward(dout)
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"out": out.detach()} | gradients
+
+
+@pytest.fixture
+def calls() -> list[dict[str, Any]]:
+    """The arguments of the calls of the implementation "counted", which is fastattn's."""
+    calls: list[dict[str, Any]] = []
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return integration.attention_forward(*args, **kwargs)
+
+    hf.AttentionInterface.register("counted", count)
+    hf.AttentionMaskInterface.register("counted", hf.AttentionMaskInterface()[integration.NAME])
+    return calls
+
+
+# Several models take the softmax in float32 whatever they are in, so that eager itself is exact to no more.
+ROUNDING = 1e-5
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *OTHERS])
+def test_outputs_and_gradients_are_eagers(name: str, calls: list[dict[str, Any]]) -> None:
+    model, batch = made(name), inputs(name)
+    expected = output_and_gradients(model, "eager", torch.float64, batch)
+    actual = output_and_gradients(model, "counted", torch.float64, batch)
+    assert len(calls) == (6 if "decoder_input_ids" in batch or name == "Whisper" else 2)  # encoder, decoder, across
+    assert actual.keys() == expected.keys()
+    largest = max(expected[n].norm().item() for n in expected if n != "out")
+    for n, exact in expected.items():
+        # The gradient of a key's bias is 0: nothing but rounding of what is summed.
+        scale = exact.norm().item() if exact.norm() > 1e-4 * largest else largest
+        assert (actual[n] - exact).norm().item() <= ROUNDING * scale, n
+
+
+@pytest.mark.parametrize("implementation", ["dynamic", "static", "beams"])
+@pytest.mark.parametrize("name", [*CAUSAL, "Marian", "T5"])
+def test_tokens_are_eagers(name: str, implementation: str, calls: list[dict[str, Any]]) -> None:
+    model: Any = made(name)  # in float64 eager has NaN where a query has no key
+    options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    options |= {"dynamic": {}, "static": {"cache_implementation": "static"}, "beams": {"num_beams": 3}}[implementation]
+    batch = {n: x for n, x in inputs(name, KEPT.flip(1)).items() if n != "decoder_input_ids"}
+    tokens = []
+    for attention in ("eager", "counted"):
+        model.set_attn_implementation(attention)
+        tokens.append(model.generate(**batch, **options, disable_compile=True))
+    assert len(calls) >= 12
+    assert torch.equal(tokens[0], tokens[1])
+
+
+def test_packed_sequences_are_those_alone() -> None:
+    model: Any = made("Mistral").double()
+    model.set_attn_implementation(integration.NAME)
+    alone = torch.cat([model(IDS[:1]).logits, model(IDS[1:, :8]).logits], 1)
+    packed = torch.cat([IDS[:1], IDS[1:, :8]], 1)
+    positions = torch.cat([torch.arange(11), torch.arange(8)])[None]
+    bounds = torch.tensor([0, 11, 19], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 11, "max_length_k": 11}
+    everything = torch.ones(1, 19, dtype=torch.long)  # with it transformers does not look at the positions
+    for options in ({}, lengths, lengths | {"attention_mask": everything}):
+        logits = model(packed, position_ids=positions, use_cache=False, **options).logits
+        assert (logits - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
+# ---- what is refused ----
+
+LAYER = nn.Module()
+X = torch.randn(2, 4, 5, 8)
+BOUNDS = torch.tensor([0, 2, 5], dtype=torch.int32)
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "weights": ({"output_attentions": True}, r"^output_attentions: must be False, got True; .*'eager'"),
+    "paged": ({"cache": object()}, r"^cache: must be None, .*dynamic or static cache$"),
+    "other sinks": ({"sinks": X}, r"^sinks: must be None, .*'eager'$"),
+    "sparse blocks": ({"block_indices": X}, r"^block_indices: must be None, .*'eager'$"),
+    "bounds of keys": ({"cu_seq_lens_q": BOUNDS}, r"^cu_seq_lens_k: must be given with its twin, got None$"),
+    "bounds of queries": ({"cu_seq_lens_k": BOUNDS}, r"^cu_seq_lens_q: must be given with its twin, got None$"),
+    "packed twice": ({"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS}, r"^cu_seq_lens_q: .* batch of 1, .*got 2$"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_computed_is_refused(case: str) -> None:
+    options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        integration.attention_forward(LAYER, X, X, X, None, **options)
