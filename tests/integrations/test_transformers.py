@@ -54,6 +54,7 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "T5": ("T5ForConditionalGeneration", "T5", T5),
 }
 IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(0))
+LAYER = nn.Module()
 LENGTHS = torch.tensor([11, 8])
 KEPT = torch.arange(11)[None] < LENGTHS[:, None]
 
@@ -172,9 +173,46 @@ def test_packed_sequences_are_those_alone() -> None:
         assert (logits - alone).abs().max() < 1e-5 * alone.abs().max()
 
 
+# ---- one call ----
+
+
+def test_a_callers_float_mask_is_added_to_the_position_bias_and_cut_to_the_keys() -> None:
+    q, k, v = (torch.randn(2, 4, n, 8, dtype=torch.float64) for n in (5, 9, 9))
+    mask = torch.randn(2, 1, 5, 12, dtype=torch.float64)
+    bias = torch.randn(1, 4, 5, 9, dtype=torch.float64)
+    scores = 0.3 * q @ k.mT + mask[..., :9]
+    for position_bias, expected in ((None, scores), (bias, scores + bias)):
+        out, weights = integration.attention_forward(
+            LAYER, q, k, v, mask, scaling=0.3, is_causal=True, position_bias=position_bias
+        )
+        assert weights is None and out.is_contiguous()
+        assert (out - (expected.softmax(-1) @ v).transpose(1, 2)).abs().max() < 1e-12
+
+
+def test_a_layer_that_says_nothing_is_causal_from_the_first_key() -> None:
+    q, k, v = (torch.randn(2, 4, n, 8, dtype=torch.float64) for n in (5, 9, 9))
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~torch.ones(5, 9).tril().bool(), -torch.inf)
+    expected = (scores.softmax(-1) @ v).transpose(1, 2)
+    assert (integration.attention_forward(LAYER, q, k, v, None)[0] - expected).abs().max() < 1e-12
+    bidirectional = nn.Module()
+    bidirectional.is_causal = False  # type: ignore[assignment]
+    expected = ((q @ k.mT * 8**-0.5).softmax(-1) @ v).transpose(1, 2)
+    assert (integration.attention_forward(bidirectional, q, k, v, None)[0] - expected).abs().max() < 1e-12
+
+
+def test_weights_are_dropped() -> None:
+    keys = torch.ones(1, 1, 64, 64)  # equal weights, and values that name the keys
+    torch.manual_seed(0)
+    out, _ = integration.attention_forward(
+        LAYER, keys, keys, 64 * torch.eye(64)[None, None], None, 0.25, is_causal=False
+    )
+    dropped = (out == 0).double().mean().item()
+    assert abs(dropped - 0.25) < 0.03  # 4.5 standard deviations of 4096 draws
+    assert (out[out != 0] - 1 / 0.75).abs().max() < 1e-5
+
+
 # ---- what is refused ----
 
-LAYER = nn.Module()
 X = torch.randn(2, 4, 5, 8)
 BOUNDS = torch.tensor([0, 2, 5], dtype=torch.int32)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
