@@ -25,7 +25,7 @@ test-floor: # the tests of quick on Python 3.10 and torch 2.7.1, in a .venv-floo
 check:     # style and types
 	scripts/check.sh
 
-kernel-report: # what the sm_60 kernels, and training with them, are predicted to do on a P100, into docs/; about half an hour
+kernel-report: # what the kernels are predicted to do on a P100, a V100, a T4 and an A100, into docs/; about ten minutes
 	scripts/kernel_report.sh $(ARGS)
 
 gpu:       # on a CUDA device: its tests, tuning and benchmarks into benchmarks/results/; ARGS=--full for every case

@@ -10,7 +10,6 @@ namespace fastattn {
 
 // ---- which part of a product a thread holds
 
-// Lane bit 0 is a row bit and the next ones are column bits: neighbours read one operand by a broadcast.
 template <class T>
 struct Lane {
     int warp, x, y;
@@ -18,8 +17,8 @@ struct Lane {
     __device__ __forceinline__ Lane() {
         const int thread = opaque(threadIdx.x), lane = thread % 32;
         warp = thread / 32;
-        x = lane / 2 % T::kLanesX;
-        y = lane % 2 + lane / 2 / T::kLanesX * 2;
+        x = T::x(lane);
+        y = T::y(lane);
     }
 
     // The index in the product of the i-th of this thread's kCount rows or columns.
@@ -67,13 +66,13 @@ __device__ __forceinline__ void store_rows(const TileRows<E>& to, const float (&
 template <class T>
 __device__ __forceinline__ float row_sum(float x) {
 #pragma unroll
-    for (int bit = 2; bit <= T::kLanesX; bit *= 2) x += __shfl_xor_sync(0xffffffffu, x, bit);
+    for (int n = 2; n <= T::kLanesX; n *= 2) x += __shfl_xor_sync(0xffffffffu, x, T::column_bit(n));
     return x;
 }
 template <class T>
 __device__ __forceinline__ float row_max(float x) {
 #pragma unroll
-    for (int bit = 2; bit <= T::kLanesX; bit *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, bit));
+    for (int n = 2; n <= T::kLanesX; n *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, T::column_bit(n)));
     return x;
 }
 

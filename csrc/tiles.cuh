@@ -20,6 +20,12 @@ struct Tile {
     static constexpr int kWarps = Warps, kLanesX = LanesX, kLanesY = 32 / LanesX, kThreads = 32 * Warps;
     static constexpr int kMinBlocks = MinBlocks;  // per multiprocessor; limits the registers of a thread
 
+    // The place of a lane in the grid, and the bit of its number that stands for n / 2 in x. Bit 0 is a row bit and the
+    // next ones are column bits: neighbours read one operand by a broadcast.
+    static constexpr int column_bit(int n) { return n; }
+    static constexpr int x(int lane) { return lane / 2 % LanesX; }
+    static constexpr int y(int lane) { return lane % 2 + lane / 2 / LanesX * 2; }
+
     // What one thread holds of a product: rows and columns come in groups of contiguous ones, one vector access each.
     static constexpr int kRows = BlockM / (Warps * kLanesY), kKeys = BlockN / LanesX, kDims = HeadDim / LanesX;
     static constexpr int kKeyRows = BlockN / (Warps * kLanesY);

@@ -271,7 +271,7 @@ def check_lengths(p: AttentionParams) -> None:
 
 def _check_values(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, side: str) -> None:
     """The rules for the values of cu_seqlens, where they can be read without waiting for them."""
-    if not cu_seqlens.is_cpu or type(cu_seqlens) is not Tensor or torch.compiler.is_compiling():
+    if not tensors.is_readable(cu_seqlens):
         return
     name, total, edges = f"cu_seqlens_{side}", x.size(0), compat.to_list(cu_seqlens)
     lengths = [end - start for start, end in zip(edges[:-1], edges[1:], strict=True)]
@@ -288,7 +288,7 @@ def _check_values(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, side: str) -> 
 
 def _readable_lengths(cu_seqlens: Tensor) -> list[int] | None:
     """The lengths of packed sequences, or None where they cannot be read without waiting for them."""
-    if not cu_seqlens.is_cpu or type(cu_seqlens) is not Tensor or torch.compiler.is_compiling():
+    if not tensors.is_readable(cu_seqlens):
         return None
     edges = compat.to_list(cu_seqlens)
     return [end - start for start, end in zip(edges[:-1], edges[1:], strict=True)]
@@ -310,7 +310,7 @@ def _check_seqused(seqused_k: Tensor, query: Tensor, batch: int, lengths: list[i
 
 
 def _check_used_values(seqused_k: Tensor, lengths: list[int]) -> None:
-    if not seqused_k.is_cpu or type(seqused_k) is not Tensor or torch.compiler.is_compiling():
+    if not tensors.is_readable(seqused_k):
         return
     used = compat.to_list(seqused_k)
     for b, n in enumerate(used):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import compat, torch_sdpa
+from . import compat, contests, torch_sdpa
 from .arguments import device_type
 from .params import AttentionParams
 
@@ -46,14 +46,16 @@ class CallTraits(NamedTuple):
     is_recorded: bool = False  # into a program that may run elsewhere
     has_softcap: bool = False
     has_seqused: bool = False  # lengths of the keys that are fewer than their places
+    contest: contests.Contest | None = None
 
 
 def traits(p: AttentionParams, return_lse: bool) -> CallTraits:
     """The traits of a call."""
     q, bias, is_jit_tracing = p.q, p.bias, compat.is_jit_tracing()
+    capability = _capability(q.device) if q.is_cuda else None
     return CallTraits(
         device_type(q),
-        _capability(q.device) if q.is_cuda else None,
+        capability,
         q.dtype,
         q.shape[-1],
         p.v.shape[-1],
@@ -68,6 +70,7 @@ def traits(p: AttentionParams, return_lse: bool) -> CallTraits:
         is_jit_tracing or torch.compiler.is_exporting(),
         p.softcap != 0,
         p.seqused_k is not None,
+        None if capability is None else contests.of(p, capability),
     )
 
 
@@ -101,8 +104,8 @@ SDPA_DIFFERS: tuple[tuple[str, Callable[[CallTraits], bool]], ...] = (
 )
 
 
-_USUAL = slice(CallTraits._fields.index("is_packed"), None)
-_USUAL_TRAITS = tuple(CallTraits._field_defaults.values())
+_USUAL = slice(CallTraits._fields.index("is_packed"), CallTraits._fields.index("contest"))
+_USUAL_TRAITS = tuple(CallTraits._field_defaults.values())[:-1]
 
 
 def why_not_sdpa(call: CallTraits) -> str | None:
@@ -114,6 +117,14 @@ def why_not_sdpa(call: CallTraits) -> str | None:
         if holds(call):
             return reason
     return None
+
+
+def _left_to_torch(call: CallTraits) -> contests.FasterInTorch | None:
+    """The row that leaves the call to torch's kernel, or None."""
+    if call.contest is None or why_not_sdpa(call) is not None:
+        return None
+    row = contests.row(call.dtype, call.capability)
+    return row if row is not None and row.has(call.contest) else None
 
 
 # ---- backends as data ----
@@ -337,7 +348,8 @@ def use_backend(name: str) -> Iterator[None]:
 def choose(call: CallTraits) -> Backend:
     """The forced backend, else the first in order of preference that takes the call.
 
-    A program that is recorded keeps torch's function where that says the same: it runs without fastattn, too.
+    A program that is recorded keeps torch's function where that says the same: it runs without fastattn, too. Calls of
+    FASTER_IN_TORCH run on torch's kernel.
 
     Raises:
         NotImplementedError: a backend is forced and cannot take the call.
@@ -350,11 +362,12 @@ def choose(call: CallTraits) -> Backend:
             raise NotImplementedError(f"backend {backend.name!r} cannot take this call: it {reasons}")
         return backend
     is_portable = call.is_recorded and why_not_sdpa(call) is None
+    left = _left_to_torch(call)
     for backend in BACKENDS:
-        if is_portable and backend.route is not Route.SDPA:
+        if (is_portable and backend.route is not Route.SDPA) or (left is not None and backend.name == left.backend):
             continue
         if not backend.on_request_only and backend.takes(call):
-            if call.device_type == "cuda" and backend.route is Route.SDPA:
+            if call.device_type == "cuda" and backend.route is Route.SDPA and left is None:
                 _warn_fallback(call)
             return backend
     raise NotImplementedError(
@@ -397,6 +410,9 @@ class Explanation:
 
 def explain_choice(call: CallTraits, notes: tuple[str, ...] = ()) -> Explanation:
     """The explanation of `choose(call)`."""
-    backend = choose(call)
+    backend, left = choose(call), _left_to_torch(call)
     refusals = {b.name: reasons for b in BACKENDS[: BACKENDS.index(backend)] if (reasons := b.why_not(call))}
+    if left is not None and backend.route is Route.SDPA and left.backend not in refusals:
+        what = f"{_short(left.dtype)} of {left.in_words()}, at compute capability {_dotted(call.capability)}"
+        refusals[left.backend] = [f"leaves {what} to torch's kernel, which is faster; use_backend keeps it"]
     return Explanation(backend.name, backend.words_for(call), refusals, notes)

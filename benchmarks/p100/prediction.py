@@ -115,7 +115,9 @@ class Predictor:
     def _multiprocessor(
         self, launch: TracedLaunch, blocks: list[Block], assumptions: ChipAssumptions
     ) -> Multiprocessor:
-        encoder = Encoder(launch.program, Bandwidth.of(self.card, self._active(launch), assumptions), assumptions)
+        share = Bandwidth.of(self.card, self._active(launch), assumptions)
+        latency = max(block.dram_latency for block in blocks)  # they run beside one another
+        encoder = Encoder(launch.program, share, assumptions, latency)
         issued = {block: [encoder.for_schedulers(warp) for warp in block.warps] for block in set(blocks)}
         return Multiprocessor([issued[block] for block in blocks], launch.occupancy.resident, assumptions)
 

@@ -16,6 +16,7 @@ import struct
 import subprocess
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -88,23 +89,27 @@ _ALL = [
 ]
 
 
-def folder() -> Path:
+def folder(arch: str = "sm_60", kernels: Sequence[str] = _ALL) -> Path:
     """The folder with a cubin for each kernel, `<number>.cubin`; at the first call on a machine, the wheel is fetched.
+
+    Args:
+        arch: the architecture of the machine code.
+        kernels: their names.
 
     Raises:
         NotFound: the wheel or cuobjdump cannot be downloaded.
     """
-    cached = cache_dir() / "xformers-0.0.16-sm_60"
+    cached = cache_dir() / f"xformers-0.0.16-{arch}"
     if not cached.is_dir():
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:
-            chosen = _extracted(Path(scratch))
+            chosen = _extracted(Path(scratch), arch, kernels)
             if not cached.is_dir():
                 os.replace(chosen, cached)
     return cached
 
 
-def _extracted(scratch: Path) -> Path:
+def _extracted(scratch: Path, arch: str, kernels: Sequence[str]) -> Path:
     program = nvdisasm.cuobjdump().resolve()
     file = wheels.download(WHEEL, PYTHON, PLATFORM, scratch, SHA256)
     with zipfile.ZipFile(file) as wheel:
@@ -112,12 +117,12 @@ def _extracted(scratch: Path) -> Path:
     all_, chosen = scratch / "all", scratch / "chosen"
     for made in (all_, chosen):
         made.mkdir()
-    subprocess.run([program, "-xelf", "sm_60", library], check=True, capture_output=True, cwd=all_)
+    subprocess.run([program, "-xelf", arch, library], check=True, capture_output=True, cwd=all_)
     for file in all_.iterdir():
         if file.stat().st_size:
-            for name in {*_ALL} & {*cubin.kernels(file)}:
-                os.link(file, chosen / f"{_ALL.index(name)}.cubin")
-    if missing := [name for n, name in enumerate(_ALL) if not (chosen / f"{n}.cubin").is_file()]:
+            for name in {*kernels} & {*cubin.kernels(file)}:
+                os.link(file, chosen / f"{kernels.index(name)}.cubin")
+    if missing := [name for n, name in enumerate(kernels) if not (chosen / f"{n}.cubin").is_file()]:
         raise wheels.NotFound(f"{WHEEL}: has not the kernels {missing}")
     return chosen
 

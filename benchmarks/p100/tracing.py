@@ -19,7 +19,7 @@ from .l2_cache import CacheShare
 from .launches import Launch
 from .machine import cubin, sass
 from .machine.execute import execute
-from .machine.memory import SECTOR_BYTES, SECTOR_MASK, WARP_SHIFT
+from .machine.memory import LOCAL, SECTOR_BYTES, SECTOR_MASK, WARP_SHIFT
 from .machine.trace import BlockTrace, WarpTrace
 from .passes import Pass, launches
 from .pipeline import WarpStream
@@ -66,6 +66,7 @@ class Block:
     """A block that stands for others like it."""
 
     warps: tuple[WarpStream, ...]
+    dram_latency: int = chip.DRAM_LATENCY  # cycles of its loads
 
     @property
     def instructions(self) -> int:
@@ -201,7 +202,14 @@ def block_of(trace: BlockTrace, sectors: int, sharing: dict[str, float]) -> Bloc
         for warp, accessed in by_warp.items():
             misses = cache.write(accessed) if is_store else cache.read(accessed)
             missed[warp].append((len(accessed), share * len(misses)))
-    return Block(tuple(_stream(*warp) for warp in zip(trace.warps, missed, strict=True)))
+    streams = tuple(_stream(*warp) for warp in zip(trace.warps, missed, strict=True))
+    return Block(streams, chip.SUMMING_DRAM_LATENCY if _adds_to_what_it_wrote(trace) else chip.DRAM_LATENCY)
+
+
+def _adds_to_what_it_wrote(trace: BlockTrace) -> bool:
+    """Whether the block reads sectors of global memory that it also writes; the stack does not count."""
+    names = {*trace.read} & {*trace.written} - {LOCAL}
+    return any(np.isin(trace.read[name], trace.written[name]).any() for name in names)
 
 
 def _stream(trace: WarpTrace, missed: list[tuple[int, float]]) -> WarpStream:

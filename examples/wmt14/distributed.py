@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,3 +65,6 @@ class World:
         """Leave the group of processes."""
         if self.size > 1:
             dist.destroy_process_group()
+            # DistributedDataParallel keeps gloo's threads alive, and one that asks for Python's lock while the
+            # interpreter ends aborts the process: here they get the lock, to let go of what they have done.
+            time.sleep(0.2)

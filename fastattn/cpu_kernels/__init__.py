@@ -1,0 +1,1 @@
+"""Fused attention in C++, for every CPU."""

@@ -1,0 +1,1 @@
+"""Fused attention in CUDA C++, for compute capability 6.0 and newer."""

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import fastattn
-from fastattn import backends, functional
-from fastattn.arguments import attention_params
+from fastattn import backends, contests, functional
+from fastattn.arguments import attention_params, varlen_attention_params
 from fastattn.backends import CallTraits
+from fastattn.contests import Contest
 from tests.support.cases import AXES, Case
 from tests.support.contract import check
 from tests.support.stand_in import installed, stand_in
@@ -157,6 +158,97 @@ def test_forcing_an_unknown_backend() -> None:
     rule = "backend: must be one of triton, cuda, cpu, torch, reference, got 'flash'"
     with pytest.raises(ValueError, match=rule), fastattn.use_backend("flash"):
         raise AssertionError("entered")
+
+
+# ---- the calls that torch's kernel computes faster ----
+
+
+def test_long_rows_of_float16_are_left_to_torch_where_it_alone_has_tensor_cores(all_installed: None, warned: set[str]):
+    lengths, dtypes = (1, 48, 49, 96, 97, 4096), (torch.float32, torch.float16, torch.bfloat16)
+    for gpu, dtype, seqlen, needs_grad in itertools.product(GPUS, dtypes, lengths, (False, True)):
+        call = call_on(gpu, dtype=dtype, contest=Contest(seqlen, needs_grad))
+        is_left = gpu in ("V100", "T4") and dtype == torch.float16 and seqlen > (96 if needs_grad else 48)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert backends.choose(call).name == ("torch" if is_left else FUSED.get(gpu, "triton")), call
+        assert ("leaves" in str(backends.explain_choice(call))) == is_left
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"is_packed": True}, {"return_lse": True}, {"dropout_p": 0.1}, {"has_softcap": True}, {"has_seqused": True}]
+    + [{"bias_dtype": torch.float32}, {"contest": None}],
+    ids=str,
+)
+def test_what_torchs_function_does_not_say_stays(all_installed: None, changes: dict[str, Any]) -> None:
+    call = call_on("V100", dtype=torch.float16, contest=Contest(1000, True))
+    assert backends.choose(call).name == "torch"
+    assert backends.choose(call._replace(**changes)).name == "cuda"
+
+
+def test_a_named_backend_keeps_what_torch_computes_faster(all_installed: None) -> None:
+    call = call_on("T4", dtype=torch.float16, contest=Contest(1000, True))
+    explanation = backends.explain_choice(call)
+    assert explanation.backend == "torch" and explanation.route == "F.scaled_dot_product_attention"
+    assert explanation.refusals["triton"] == ["needs compute capability >= 8.0, got 7.5"]
+    assert explanation.refusals["cuda"] == [
+        "leaves float16 of more than 96 tokens, or 48 without a gradient, at compute capability 7.5 to torch's kernel, "
+        "which is faster; use_backend keeps it"
+    ]
+    with fastattn.use_backend("cuda"):
+        explanation = backends.explain_choice(call)
+    assert explanation.backend == "cuda" and "leaves" not in str(explanation)
+
+
+def test_a_missing_backend_leaves_nothing(none_installed: None, warned: set[str]) -> None:
+    explanation = backends.explain_choice(call_on("T4", dtype=torch.float16, contest=Contest(1000, True)))
+    assert explanation.refusals["cuda"] == ["is not part of this installation (no module)"]
+
+
+def contest_of(q: torch.Tensor, k: torch.Tensor, capability: tuple[int, int] = (7, 0), **arguments) -> Contest | None:
+    return contests.of(attention_params(q, k, k, **arguments), capability)
+
+
+def test_a_contest_knows_the_longer_length_and_whether_a_gradient_is_asked_for() -> None:
+    q, k = torch.randn(2, 2, 30, 16).half(), torch.randn(2, 2, 50, 16).half()
+    assert contest_of(q, k) == contest_of(k, q) == Contest(50, False)
+    assert contest_of(q, k.clone().requires_grad_()) == contest_of(q.clone().requires_grad_(), k) == Contest(50, True)
+    bias = torch.zeros(30, 50).half().requires_grad_()
+    assert contest_of(q, k, attn_bias=bias) == Contest(50, True)
+    with torch.no_grad():
+        assert contest_of(q, k, attn_bias=bias) == Contest(50, False)
+
+
+def test_there_is_no_contest_where_nothing_asks_or_torch_has_no_such_kernel() -> None:
+    q, k = torch.randn(2, 2, 30, 16).half(), torch.randn(2, 2, 50, 16).half()
+    assert backends.traits(attention_params(q, k, k), False).contest is None
+    for capability in ((6, 1), (8, 0)):
+        assert contest_of(q, k, capability) is None
+    for dtype in (torch.float32, torch.bfloat16):
+        assert contest_of(q.to(dtype), k.to(dtype)) is None
+    assert contest_of(q[..., :12], k[..., :12]) is None
+    assert contest_of(q, k[:, :1], enable_gqa=True) is None
+    assert contest_of(q, k.mT.contiguous().mT) is None
+    cu_seqlens = torch.tensor([0, 30], dtype=torch.int32)
+    packed = varlen_attention_params(*[q[0].transpose(0, 1)] * 3, cu_seqlens, cu_seqlens, 30, 30)
+    assert contests.of(packed, (7, 0)) is None
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert contest_of(q, k) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert contest_of(q, k) == Contest(50, False)
+
+
+def test_a_contest_is_part_of_a_compiled_graph() -> None:
+    def length(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        contest = contest_of(q, k)
+        return q.new_zeros(()) if contest is None else q.new_full((), contest.seqlen)
+
+    compiled = torch.compile(length, backend="eager", fullgraph=True)
+    for seqlen in (30, 40, 50):
+        q = torch.randn(2, 2, seqlen, 16)
+        assert (compiled(q.half(), q.half()), compiled(q, q)) == (seqlen, 0)
 
 
 # ---- the cases in which F.scaled_dot_product_attention says the same ----

@@ -373,6 +373,10 @@ FLAT, PAGES, TABLE = X.flatten(0, 1), torch.zeros(9, 2, 4, 8), torch.zeros(3, 3,
             lambda: flash_attn_varlen_func(FLAT, PAGES, PAGES, E, E, 5, 5, block_table=TABLE[:2]),
             "block_table: must be int32, (batch, blocks) = (3, ...), got torch.int32, (2, 3)",
         ),
+        (
+            lambda: flash_attn_varlen_func(FLAT, PAGES, PAGES, E, E, 5, 5, block_table=TABLE - 1),
+            "block_table: must be in [0, ",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_refused(call: Callable[[], Any], message: str) -> None:

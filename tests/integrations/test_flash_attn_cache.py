@@ -211,3 +211,29 @@ def test_what_is_refused(args: Any, options: dict[str, Any], message: str) -> No
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         flash_attn_with_kvcache(*args, **options)
     assert torch.equal(C, before)
+
+
+@pytest.mark.parametrize("page", [-1, 4])
+@pytest.mark.parametrize("new", [(), (N, N)], ids=["read", "written"])
+@pytest.mark.parametrize(("name", "what"), [("block_table", "pages"), ("cache_batch_idx", "sequences of the cache")])
+def test_places_outside_the_cache_are_refused(name: str, what: str, new: tuple[Tensor, ...], page: int) -> None:
+    """Torch would count negative ones from the end; and the cache is as it was."""
+    places, before = TABLE.clone() if name == "block_table" else TABLE[0].clone(), C.clone()
+    places[2] = page
+    message = f"{name}: must be in [0, 3], one of 4 {what}, got {page} for sequence 2"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        flash_attn_with_kvcache(Q, C, C, *new, cache_seqlens=5, **{name: places})
+    assert torch.equal(C, before)
+
+
+@pytest.mark.parametrize("page", [-1, 1000])
+def test_entries_behind_the_keys_may_be_anything(page: int) -> None:
+    cache = Cache("pages", torch.float32, 0.0)
+    used = torch.arange(3) * PAGE < SEQLENS[:, None]
+    tables = cache.table, cache.table.where(used, page)
+    assert not used.all()
+    q = torch.randn(BATCH, 2, HEADS, DIM)
+    expected, actual = (
+        flash_attn_with_kvcache(q, cache.k, cache.v, cache_seqlens=SEQLENS, block_table=table) for table in tables
+    )
+    assert torch.equal(actual, expected)

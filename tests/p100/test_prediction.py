@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,25 @@ def test_block_lays_misses_beside_the_accesses() -> None:
     assert alone.warps[0].dram_sectors.tolist() == [0, 2, 0, 2, 2]  # 11 is there already
     shared = tracing.block_of(BlockTrace([trace], accesses, {}, {}), 100, {"q": 1.0, "k": 3.0, "out": 9.0})
     assert shared.warps[0].dram_sectors.sum() == 1 + 1 + 2  # 3 sectors of k for three blocks; writes are nobody else's
+
+
+def test_a_block_that_adds_to_what_it_wrote_waits_longer_for_dram() -> None:
+    def latency(read: str, written: str, sector: int) -> int:
+        trace = BlockTrace([], [], {read: np.array([3, 7])}, {written: np.array([sector])})
+        return tracing.block_of(trace, 100, {}).dram_latency
+
+    assert latency("dq", "dq", 7) == chip.SUMMING_DRAM_LATENCY > chip.DRAM_LATENCY
+    assert latency("dq", "dq", 8) == latency("q", "dq", 7) == latency("local", "local", 7) == chip.DRAM_LATENCY
+
+
+def test_the_latency_is_that_of_the_block() -> None:
+    def cycles(latency: int) -> float:
+        one = launch([([LDG, make("FFMA", "R0", "R0", "R1", "R2", waits=(0,))], 1)])
+        warps = tuple(warp._replace(dram_sectors=warp.sectors) for warp in one.kinds[0].block.warps)
+        waiting = replace(one, kinds=(BlockKind(Block(warps, latency), 1),))
+        return prediction.Predictor(CUBINS, chip.SXM2).cycles(waiting)
+
+    assert cycles(800) - cycles(450) == 350
 
 
 def test_tiles_stand_for_all() -> None:

@@ -105,6 +105,13 @@ def test_gpu_gets_its_fused_backend(fused, gpu, archs, backend):
     assert ("triton" in device["backends"]["float16"]["why_not"]) == (backend == "cuda")
 
 
+def test_text_says_which_calls_are_left_to_torch(fused):
+    lines = info.render(info.gather(machine(T4))).splitlines()
+    assert "  float16   cuda; torch, which is faster, for more than 96 tokens, or 48 without a gradient" in lines
+    assert "  float32   cuda" in lines and "  bfloat16  cuda" in lines
+    assert "which is faster" not in info.render(info.gather(machine(P100, H100)))
+
+
 def test_gpu_with_only_torch_is_a_problem(no_fused):
     report = info.gather(machine(H100))
     (device,) = report["devices"]

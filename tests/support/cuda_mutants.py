@@ -284,11 +284,9 @@ PRODUCTS = {
     "too narrow weights": product("own + line * T::kWarpRows", "own + line * 4", PLAIN, "race"),
     "too narrow weights of a warp": product("left + lane.warp * (T::kKeySlice", "left + lane.warp * (4", PLAIN, "race"),
     "rows written past the end": product("if (index < rows.rows) f(i, row);", "f(i, row);", PLAIN, "race"),
-    "a row's sum without its last lanes": product(
-        "bit <= T::kLanesX; bit *= 2) x +=", "bit < T::kLanesX; bit *= 2) x +="
-    ),
+    "a row's sum without its last lanes": product("n <= T::kLanesX; n *= 2) x +=", "n < T::kLanesX; n *= 2) x +="),
     "a row's maximum without its last lanes": product(
-        "bit <= T::kLanesX; bit *= 2) x = fmaxf", "bit < T::kLanesX; bit *= 2) x = fmaxf"
+        "n <= T::kLanesX; n *= 2) x = fmaxf", "n < T::kLanesX; n *= 2) x = fmaxf"
     ),
 }
 

@@ -96,7 +96,7 @@ def parse(text: str, kernel: str) -> Program:
     Raises:
         ValueError: the text has no such kernel, or a line of it is not understood.
     """
-    lines = _section(text, f".text.{kernel}")
+    lines = section(text, f".text.{kernel}")
     if not lines:
         raise ValueError(f"kernel: {kernel!r} is not in this text")
     words = [match["word"] for line in lines for match in _ENCODING.finditer(line)]
@@ -113,10 +113,10 @@ def parse(text: str, kernel: str) -> Program:
     if len(words) != 4 * len(control) or len(found) != 3 * len(control):
         raise ValueError(f"{kernel}: {len(found)} instructions, but {len(words)} encodings")
     instructions = tuple(_instruction(match, control, labels) for match in found)
-    return Program(kernel, instructions, _constants(_section(text, f".nv.constant2.{kernel}")))
+    return Program(kernel, instructions, _constants(section(text, f".nv.constant2.{kernel}")))
 
 
-def _section(text: str, name: str) -> list[str]:
+def section(text: str, name: str) -> list[str]:
     """The lines behind the label of a section, up to the next section."""
     begin = text.find(f"\n{name}:")
     if begin < 0:
@@ -128,26 +128,41 @@ def _section(text: str, name: str) -> list[str]:
 def _instruction(match: re.Match[str], control: list[int], labels: dict[str, int]) -> Instruction:
     pc = int(match["pc"], 16)
     bits = control[pc // 32] >> 21 * (pc % 32 // 8 - 1)
+    return instruction(match, bits, _TARGET, labels, pairs_with_next=match["open"] is not None)
+
+
+def instruction(
+    match: re.Match[str], bits: int, branch: re.Pattern[str], labels: dict[str, int], pairs_with_next: bool = False
+) -> Instruction:
+    """An instruction from what is printed and its control bits.
+
+    Args:
+        match: "pc", "name", "guard" and "rest" of its line.
+        bits: the control bits, the stall lowest.
+        branch: the "label" in an operand that names an instruction.
+        labels: the index of the instruction behind each label.
+        pairs_with_next: whether it is issued in the same cycle as the next one.
+    """
     op, *modifiers = match["name"].split(".")
-    label = _TARGET.search(match["rest"])
+    label = branch.search(match["rest"])
     operands = (operand.strip().replace("] [", "][") for operand in match["rest"].split(","))
     return Instruction(
-        pc=pc,
+        pc=int(match["pc"], 16),
         op=op,
         modifiers=tuple(modifiers),
         operands=tuple(operand for operand in operands if operand and not operand.startswith("`")),
         guard=match["guard"],
         stall=bits & 15,
         yields=not bits >> 4 & 1,
-        write_barrier=_scoreboard(bits >> 5),
-        read_barrier=_scoreboard(bits >> 8),
+        write_barrier=scoreboard(bits >> 5),
+        read_barrier=scoreboard(bits >> 8),
         waits=tuple(barrier for barrier in range(6) if bits >> 11 + barrier & 1),
-        pairs_with_next=match["open"] is not None,
+        pairs_with_next=pairs_with_next,
         target=labels[label["label"]] if label else None,
     )
 
 
-def _scoreboard(bits: int) -> int | None:
+def scoreboard(bits: int) -> int | None:
     number = bits & 7
     return None if number == NO_SCOREBOARD else number
 

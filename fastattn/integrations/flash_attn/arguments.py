@@ -111,12 +111,46 @@ def check_block_table(block_table: Tensor, q: Tensor, batch: int) -> None:
         raise ValueError(f"block_table: must be int32, (batch, blocks) = ({batch}, ...), got {got}")
 
 
+def used_blocks(block_table: Tensor, cache: Tensor, lengths: Tensor | None) -> Tensor:
+    """A block table with page 0 in the entries that no key needs, which may be anything.
+
+    Args:
+        block_table: (batch, blocks) int32, of the right kind.
+        cache: (num_blocks, page_block_size, nheads_k, headdim).
+        lengths: (batch,) int32, how many keys each sequence has; None: as many as there are places.
+
+    Raises:
+        ValueError: an entry that is needed names no page; a GPU's are not read.
+    """
+    if lengths is not None:
+        first = cache.shape[1] * torch.arange(block_table.shape[1], device=block_table.device)
+        block_table = block_table.where(first < lengths[:, None], 0)
+    check_indices("block_table", block_table, cache.shape[0], "pages")
+    return block_table
+
+
+def check_indices(name: str, indices: Tensor, end: int, what: str) -> None:
+    """Each is below `end` and not negative, which torch would count from the end; a GPU's are not read.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if not tensors.is_readable(indices):
+        return
+    for b, row in enumerate(indices.reshape(len(indices), -1).tolist()):
+        for index in row:
+            if not 0 <= index < end:
+                raise ValueError(
+                    f"{name}: must be in [0, {end - 1}], one of {end} {what}, got {index} for sequence {b}"
+                )
+
+
 def pages(cache: Tensor, block_table: Tensor, seqlen: int | None = None) -> Tensor:
     """Keys or values of each sequence side by side, copied from pages.
 
     Args:
         cache: (num_blocks, page_block_size, nheads_k, headdim).
-        block_table: (batch, blocks) int32, checked.
+        block_table: (batch, blocks) int32, from `used_blocks`.
         seqlen: how many places are needed at most, None for all.
 
     Returns:

@@ -19,6 +19,7 @@ from .arguments import (
     options,
     pages,
     unpacked,
+    used_blocks,
 )
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -187,6 +188,7 @@ def flash_attn_varlen_func(
     shift, places = lengths_k - cu_seqlens_q.diff(), max_seqlen_k
     if block_table is not None:
         check_block_table(block_table, q, batch)
+        block_table = used_blocks(block_table, k, lengths_k)
         k, v = pages(k, block_table, max_seqlen_k), pages(v, block_table, max_seqlen_k)
         places = k.shape[1]
         k, v = k.flatten(0, 1), v.flatten(0, 1)

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from ... import functional, tensors
 from . import alibi
-from .arguments import WindowSize, check_block_table, check_shapes, looks_ahead, options, pages
+from .arguments import (
+    WindowSize,
+    check_block_table,
+    check_indices,
+    check_shapes,
+    looks_ahead,
+    options,
+    pages,
+    used_blocks,
+)
 
 
 @torch.no_grad()
@@ -71,7 +80,7 @@ def flash_attn_with_kvcache(
     for name, x in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
         if x is not None:
             raise NotImplementedError(f"{name}: not applied here; rotate q and k before the call, and give None")
-    used = _append(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table)
+    used, block_table = _append(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table)
     if block_table is not None:
         k_cache, v_cache = pages(k_cache, block_table), pages(v_cache, block_table)
     elif cache_batch_idx is not None:
@@ -108,8 +117,12 @@ def _append(
     cache_seqlens: int | Tensor | None,
     cache_batch_idx: Tensor | None,
     block_table: Tensor | None,
-) -> Tensor | None:
-    """Write k and v into the caches; how many keys each sequence has then, (batch,) int32, or None for all places."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write k and v into the caches.
+
+    Returns:
+        How many keys each sequence has then, (batch,) int32, or None for all places; and the block table, checked.
+    """
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         tensors.check(name, x)
         if x.dim() != 4 or x.dtype != q.dtype:
@@ -120,6 +133,7 @@ def _append(
         check_block_table(block_table, q, q.shape[0])
     if cache_batch_idx is not None:
         _check_batch("cache_batch_idx", cache_batch_idx, q)
+        check_indices("cache_batch_idx", cache_batch_idx, k_cache.shape[0], "sequences of the cache")
     if (k is None) != (v is None):
         raise ValueError("k, v: must both be given, or none")
     if isinstance(cache_seqlens, int):
@@ -127,12 +141,15 @@ def _append(
     if cache_seqlens is None:
         if k is not None:
             raise ValueError("cache_seqlens: must be given with k, which is written behind them")
-        return None
+        return None, None if block_table is None else used_blocks(block_table, k_cache, None)
     _check_batch("cache_seqlens", cache_seqlens, q)
     new = 0 if k is None else k.shape[1]
     page = k_cache.shape[1]
     capacity = page if block_table is None else page * block_table.shape[1]
     _check_capacity(cache_seqlens, new, capacity, "the cache" if block_table is None else "block_table")
+    used = cache_seqlens + new
+    if block_table is not None:
+        block_table = used_blocks(block_table, k_cache, used)
     if k is not None and v is not None:
         places = cache_seqlens.long()[:, None] + torch.arange(new, device=q.device)
         if block_table is not None:
@@ -145,7 +162,7 @@ def _append(
             if tuple(x.shape) != expected or x.dtype != cache.dtype:
                 raise ValueError(f"{name}: must be {expected}, {cache.dtype}, got {tuple(x.shape)}, {x.dtype}")
             cache[where] = x
-    return cache_seqlens + new
+    return used, block_table
 
 
 def _check_batch(name: str, x: Tensor, q: Tensor) -> None:
@@ -158,7 +175,7 @@ def _check_batch(name: str, x: Tensor, q: Tensor) -> None:
 
 def _check_capacity(cache_seqlens: Tensor, new: int, capacity: int, holder: str) -> None:
     """The places that there are, where lengths can be read without waiting for them."""
-    if not cache_seqlens.is_cpu or type(cache_seqlens) is not Tensor or torch.compiler.is_compiling():
+    if not tensors.is_readable(cache_seqlens):
         return
     for b, length in enumerate(cache_seqlens.tolist()):
         if not 0 <= length <= capacity - new:
