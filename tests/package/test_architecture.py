@@ -66,8 +66,9 @@ def test_files_named_elsewhere_are_there():
 
 def test_every_operation_has_its_columns():
     rows = re.findall(r"^\| .* \|$", PAGE.partition("## Where is")[2], re.MULTILINE)
-    assert len(rows) >= 10
-    assert {row.count("|") for row in rows} == {7}
+    assert len(rows) > 10
+    for row in rows[1:]:  # below the header
+        assert all(f"*{column}* " in row for column in ("oracle", "tests")), row
 
 
 def test_pictures_are_closed():

@@ -1,14 +1,16 @@
-"""The pages in docs/ that teach: their blocks run, and the pages that they name are there."""
+"""The pages of docs/ that teach: their blocks run, and the pages that they name are there."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("tutorial.md", "old_gpus.md")
+PAGES = ("index.md", "tutorial.md", "old_gpus.md")
 
 
 def blocks(page: str) -> list[str]:
@@ -38,3 +40,13 @@ def test_what_is_named_is_there(page: str) -> None:
     names += [DOCS.parent / name for name in re.findall(r"`((?:examples|benchmarks|docs)/[\w./]+)`", text)]
     assert names
     assert [name for name in names if not name.exists()] == []
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    for package in ("material", "mkdocstrings"):
+        pytest.importorskip(package, reason="requirements-docs.txt is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "api" / "index.html").stat().st_size > 100_000
