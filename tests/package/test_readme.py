@@ -75,4 +75,4 @@ def test_support_table_is_the_generated_one() -> None:
 
 
 def test_length() -> None:
-    assert len(README.splitlines()) <= 220
+    assert len(README.splitlines()) <= 160
