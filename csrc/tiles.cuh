@@ -31,9 +31,11 @@ struct Tile {
     static constexpr int kKeyRows = BlockN / (Warps * kLanesY);
     static constexpr int kWarpRows = BlockM / Warps;
 
-    // Products over head_dim run in slices of kSlice, shorter ones where a tile is large; products over keys in slices
-    // of kKeySlice, which are the keys that a warp's lanes hold in one group each.
-    static constexpr int kSlice = HeadDim < 64 ? HeadDim : BlockM + BlockN > 128 ? 32 : 64;
+    // Products over head_dim run in slices of kSlice, shorter ones where a tile is large. A block that has the
+    // multiprocessor for itself takes the longest that fit into 48 KB: nobody else works while it waits at a barrier.
+    // Products over keys run in slices of kKeySlice, which are the keys that a warp's lanes hold in one group each.
+    static constexpr int kLongest = HeadDim < 128 ? HeadDim : 128;
+    static constexpr int kSlice = HeadDim < 64 ? HeadDim : MinBlocks == 1 ? kLongest : BlockM + BlockN > 128 ? 32 : 64;
     static constexpr int kKeySlice = LanesX * kGroupOf<kKeys>;
     static constexpr bool kOneSlice = kSlice == HeadDim;
 

@@ -71,7 +71,7 @@ def dense_condition(
     """The same of one dense problem: 4-D q, k, v and dout, and the rest of the function's arguments."""
     q, k, v, dout = (x.double() for x in tensors)
     p = attention_params(q, k, v, mask, attn_bias=None if bias is None else bias.double(), **arguments)
-    weights, group = functional.attention_weights(p), q.size(1) // k.size(1)
+    weights, group = functional.weights_of(p), q.size(1) // k.size(1)
     k, v = (x.abs().repeat_interleave(group, 1) for x in (k, v))
     scores = abs(p.scale) * q.abs() @ k.transpose(-1, -2)
     if p.bias is not None:
