@@ -14,6 +14,9 @@ from ..values import described
 
 NAME = "fastattn"
 
+# What a mask stands for, as an attribute of the mask: whoever loses it computes the same from the mask itself.
+_BAND, _IS_PACKED = "_fastattn_band", "_fastattn_is_packed"
+
 
 def register() -> None:
     """Let transformers' models take attn_implementation="fastattn"::
@@ -24,14 +27,31 @@ def register() -> None:
 
     Models that ask transformers for their attention function are reached: all that take "sdpa" or "flex_attention".
     Softcaps, attention sinks, grouped heads, and relative-position biases with their exact gradients are computed.
-    Windows, packed sequences and padding come as the masks that transformers makes for "sdpa". Queries that may attend
-    to nothing, as at left padding, get 0, where eager gives a mean of all values. Twice is once.
+    A mask of a causal window is computed as a band, packed sequences that come with their bounds (cu_seq_lens_q, as for
+    flash attention) as such, all else by the mask that transformers makes for "sdpa". Queries that may attend to
+    nothing, as at left padding, get 0, where eager gives a mean of all values. Twice is once.
 
     A call raises ValueError, with the argument's name, if it asks for the weights (output_attentions), has the paged
     cache of continuous batching, or another kind of sinks or sparse blocks than GPT-OSS's.
     """
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_mask(
+    batch_size: int, q_length: int, kv_length: int, *args: Any, local_size: int | None = None, **kwargs: Any
+) -> Tensor | None:
+    """The mask that transformers makes for "sdpa"; if it is nothing but a causal window, marked as one."""
+    kwargs["local_size"] = local_size
+    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, *args, **kwargs)
+    if mask is None or local_size is None or torch.compiler.is_compiling():
+        return mask
+    distance = torch.arange(kv_length, device=mask.device) - torch.arange(q_length, device=mask.device)[:, None]
+    distance = distance - (kv_length - q_length)
+    # Compared, and not taken from local_size: the chunks of Llama 4 have one, too.
+    if torch.equal(mask, ((distance <= 0) & (distance > -local_size)).expand_as(mask)):
+        setattr(mask, _BAND, (local_size - 1, 0))
+    return mask
 
 
 def attention_forward(
@@ -57,28 +77,33 @@ def attention_forward(
     """
     _refuse(kwargs)
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+        is_causal = bool(getattr(module, "is_causal", True))
+    same: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "enable_gqa": True}
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        bounds = _bounds(cu_seq_lens_q, cu_seq_lens_k, query)
+        together = _same_sequence(*bounds, query, key)
+        if position_bias is None and _is_that_mask(attention_mask, together, is_causal):
+            return _packed(query, key, value, bounds, is_causal, dropout, same), None
+        attention_mask = together if attention_mask is None else attention_mask & together
+    band = getattr(attention_mask, _BAND, None)
+    if band is not None and attention_mask is not None and attention_mask.shape[2:] == (query.shape[2], key.shape[2]):
+        return _windowed(query, key, value, band, position_bias, dropout, same), None
     # A mask of transformers' holds the order of the tokens already. Without one, query 0 is at key 0, or it is alone.
-    is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+    is_causal = is_causal and attention_mask is None and query.shape[2] > 1
     mask, bias = _mask_and_bias(attention_mask, position_bias, key.shape[2])
-    same = _same_sequence(cu_seq_lens_q, cu_seq_lens_k, query, key)
-    if same is not None:
-        mask = same if mask is None else mask & same
-    out = functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        mask,
-        dropout,
-        is_causal,
-        scaling,
-        enable_gqa=True,
-        attn_bias=bias,
-        softcap=softcap,
-        sinks=s_aux,
-    )
+    out = functional.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, attn_bias=bias, **same)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _windowed(
+    query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int], bias: Tensor | None, dropout: float, same: Any
+) -> Tensor:
+    out = functional.scaled_dot_product_attention(
+        query, key, value, None, dropout, attn_bias=bias, window=window, causal_align="bottom-right", **same
+    )
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).contiguous()
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
@@ -105,20 +130,45 @@ def _mask_and_bias(
     return None, mask if position_bias is None else mask + position_bias
 
 
-def _same_sequence(
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, query: Tensor, key: Tensor
-) -> Tensor | None:
-    """Which queries and keys of a packed batch belong together: (seqlen_q, seqlen_k).
+# ---- packed sequences: a batch of 1, and where each begins ----
 
-    A mask may have been made of the positions, and then it says so too; made of a padding mask it does not.
-    """
-    if cu_seqlens_q is None and cu_seqlens_k is None:
-        return None
+
+def _bounds(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, query: Tensor) -> tuple[Tensor, Tensor]:
     if cu_seqlens_q is None or cu_seqlens_k is None:
         missing = "cu_seq_lens_q" if cu_seqlens_q is None else "cu_seq_lens_k"
         raise ValueError(f"{missing}: must be given with its twin, got None")
     if query.shape[0] != 1:
         raise ValueError(f"cu_seq_lens_q: must come with a batch of 1, which is packed, got {query.shape[0]}")
+    return cu_seqlens_q.int(), cu_seqlens_k.int()
+
+
+def _same_sequence(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Which queries and keys of a packed batch belong together: (seqlen_q, seqlen_k)."""
     sequence_q = torch.bucketize(torch.arange(query.shape[2], device=query.device), cu_seqlens_q[1:], right=True)
     sequence_k = torch.bucketize(torch.arange(key.shape[2], device=key.device), cu_seqlens_k[1:], right=True)
     return sequence_q[:, None] == sequence_k[None, :]
+
+
+def _is_that_mask(mask: Tensor | None, together: Tensor, is_causal: bool) -> bool:
+    """Whether a mask leaves nothing out but other sequences and, if the layer is causal, later tokens.
+
+    It is compared by its first layer, and remembers the answer for the others.
+    """
+    if mask is None:
+        return True
+    if torch.compiler.is_compiling() or mask.dtype != torch.bool or mask.shape[2:] != together.shape:
+        return False
+    if not hasattr(mask, _IS_PACKED):
+        # Made of the positions it leaves out other sequences, made of a padding mask it does not.
+        setattr(mask, _IS_PACKED, torch.equal((mask & together)[0, 0], together.tril() if is_causal else together))
+    return bool(getattr(mask, _IS_PACKED)) and mask.shape[:2] == (1, 1)
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[Tensor, Tensor], is_causal: bool, dropout: float, same: Any
+) -> Tensor:
+    longest = [int(x.diff().max()) for x in bounds]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = functional.varlen_attention(q, k, v, *bounds, *longest, dropout_p=dropout, is_causal=is_causal, **same)
+    assert isinstance(out, Tensor)
+    return out[None]

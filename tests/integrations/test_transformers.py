@@ -9,8 +9,11 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers import masking_utils as masking
 
+from fastattn import functional
 from fastattn.integrations import transformers as integration
+from tests.support.tolerance import assert_model_close
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **SIZES}
@@ -53,6 +56,25 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Whisper": ("WhisperForConditionalGeneration", "Whisper", WHISPER),
     "T5": ("T5ForConditionalGeneration", "T5", T5),
 }
+# More of each kind, with the sizes that their configurations have other names for.
+MORE_CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (name, TEXT | GROUPS)
+    for name in ("Qwen2", "Qwen3", "Phi3", "Olmo2", "StableLm", "Granite", "Cohere", "SmolLM3")
+}
+MORE_CAUSAL |= {
+    "Gemma": ("Gemma", TEXT | GROUPS | {"head_dim": 8}),
+    "GPTNeoX": ("GPTNeoX", TEXT),
+    "Starcoder2": ("Starcoder2", TEXT | GROUPS | {"sliding_window": 4}),
+    "OPT": ("OPT", TEXT | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 32, "dropout": 0.0}),
+}
+MORE_OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "RoBERTa": ("RobertaModel", "Roberta", TEXT | NO_DROPOUT),
+    "Electra": ("ElectraModel", "Electra", TEXT | NO_DROPOUT | {"embedding_size": 32}),
+    "DINOv2": ("Dinov2Model", "Dinov2", SIZES | NO_DROPOUT | IMAGE),
+    "SigLIP": ("SiglipVisionModel", "SiglipVision", SIZES | IMAGE),
+    "mBART": ("MBartForConditionalGeneration", "MBart", BART),
+    "Pegasus": ("PegasusForConditionalGeneration", "Pegasus", BART),
+}
 IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(0))
 LAYER = nn.Module()
 LENGTHS = torch.tensor([11, 8])
@@ -67,18 +89,18 @@ def registered() -> None:
 
 def made(name: str) -> nn.Module:
     torch.manual_seed(0)
-    if name in CAUSAL:
-        stem, sizes = CAUSAL[name]
+    if name in CAUSAL | MORE_CAUSAL:
+        stem, sizes = (CAUSAL | MORE_CAUSAL)[name]
         cls, config = ("Gemma3" if stem == "Gemma3Text" else stem) + "ForCausalLM", stem
     else:
-        cls, config, sizes = OTHERS[name]
+        cls, config, sizes = (OTHERS | MORE_OTHERS)[name]
     model = getattr(hf, cls)(getattr(hf, f"{config}Config")(**sizes)).eval()
     if name == "GptOss":
         model.set_experts_implementation("eager")  # the other products of experts have no float64
     with torch.no_grad():  # weights as they are drawn give scores near 0, which every mistake of a scale survives
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(8)
+                parameter.mul_(4)
             elif "sinks" in dict(model.named_parameters()):
                 parameter.normal_()
     return model
@@ -87,11 +109,11 @@ def made(name: str) -> nn.Module:
 def inputs(name: str, kept: Tensor = KEPT) -> dict[str, Tensor]:
     padded = {"input_ids": IDS, "attention_mask": kept.long()}
     generator = torch.Generator().manual_seed(1)
-    if name in ("ViT", "CLIP"):
+    if name in ("ViT", "CLIP", "DINOv2", "SigLIP"):
         return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
     if name == "Whisper":
         return {"input_features": torch.randn(2, 8, 32, generator=generator), "decoder_input_ids": IDS[:, :7]}
-    if name in ("Marian", "BART", "T5"):
+    if name in ("Marian", "BART", "T5", "mBART", "Pegasus"):
         return padded | {"decoder_input_ids": IDS[:, :7]}
     return padded
 
@@ -126,26 +148,19 @@ def calls() -> list[dict[str, Any]]:
     return calls
 
 
-# Several models take the softmax in float32 whatever they are in, so that eager itself is exact to no more.
-ROUNDING = 1e-5
-
-
-@pytest.mark.parametrize("name", [*CAUSAL, *OTHERS])
+@pytest.mark.parametrize("name", [*CAUSAL, *OTHERS, *MORE_CAUSAL, *MORE_OTHERS])
 def test_outputs_and_gradients_are_eagers(name: str, calls: list[dict[str, Any]]) -> None:
     model, batch = made(name), inputs(name)
-    expected = output_and_gradients(model, "eager", torch.float64, batch)
-    actual = output_and_gradients(model, "counted", torch.float64, batch)
+    oracle = output_and_gradients(model, "eager", torch.float64, batch)
+    eager = output_and_gradients(model, "eager", torch.float32, batch)
+    assert calls == []
+    actual = output_and_gradients(model, "counted", torch.float32, batch)
     assert len(calls) == (6 if "decoder_input_ids" in batch or name == "Whisper" else 2)  # encoder, decoder, across
-    assert actual.keys() == expected.keys()
-    largest = max(expected[n].norm().item() for n in expected if n != "out")
-    for n, exact in expected.items():
-        # The gradient of a key's bias is 0: nothing but rounding of what is summed.
-        scale = exact.norm().item() if exact.norm() > 1e-4 * largest else largest
-        assert (actual[n] - exact).norm().item() <= ROUNDING * scale, n
+    assert_model_close(actual, oracle, eager)
 
 
 @pytest.mark.parametrize("implementation", ["dynamic", "static", "beams"])
-@pytest.mark.parametrize("name", [*CAUSAL, "Marian", "T5"])
+@pytest.mark.parametrize("name", [*CAUSAL, "Marian", "BART", "Whisper", "T5", *MORE_CAUSAL, "mBART"])
 def test_tokens_are_eagers(name: str, implementation: str, calls: list[dict[str, Any]]) -> None:
     model: Any = made(name)  # in float64 eager has NaN where a query has no key
     options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -159,18 +174,107 @@ def test_tokens_are_eagers(name: str, implementation: str, calls: list[dict[str,
     assert torch.equal(tokens[0], tokens[1])
 
 
-def test_packed_sequences_are_those_alone() -> None:
-    model: Any = made("Mistral").double()
+PACKED = torch.cat([IDS[:1], IDS[1:, :8]], 1)  # two sentences, one behind the other
+POSITIONS = torch.cat([torch.arange(11), torch.arange(8)])[None]
+BOUNDS = torch.tensor([0, 11, 19], dtype=torch.int32)
+LENGTHS_TOO = {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS, "max_length_q": 11, "max_length_k": 11}
+EVERYTHING = {"attention_mask": torch.ones(1, 19, dtype=torch.long)}  # with it transformers ignores the positions
+
+
+PACKINGS: dict[str, tuple[str, dict[str, Any], int]] = {  # and how many layers are computed without a mask
+    "Llama, positions": ("Llama", {}, 0),
+    "Llama, bounds": ("Llama", LENGTHS_TOO, 2),
+    "Llama, bounds and mask": ("Llama", LENGTHS_TOO | EVERYTHING, 2),
+    "Mistral, positions": ("Mistral", {}, 0),
+    "Mistral, bounds": ("Mistral", LENGTHS_TOO, 0),  # windows are left to the mask
+    "Mistral, bounds and mask": ("Mistral", LENGTHS_TOO | EVERYTHING, 0),
+    "GptOss, bounds": ("GptOss", LENGTHS_TOO, 1),  # whose masks know nothing of positions
+    "GptOss, bounds and mask": ("GptOss", LENGTHS_TOO | EVERYTHING, 1),
+}
+
+
+@pytest.mark.parametrize("case", PACKINGS)
+def test_packed_sequences_are_those_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, options, layers = PACKINGS[case]
+    model, calls = made(name), noted(monkeypatch, "varlen_attention")
+    oracle, eager = (alone(model, "eager", dtype) for dtype in (torch.float64, torch.float32))
+    actual = gradients_of(model, integration.NAME, torch.float32, [(PACKED, {"position_ids": POSITIONS} | options)])
+    assert_model_close(actual, oracle, eager)
+    assert len(calls) == layers
+
+
+def noted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[dict[str, Any]]:
+    """The keyword arguments of the calls of one of fastattn's functions."""
+    function, calls = getattr(functional, name), []
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(functional, name, note)
+    return calls
+
+
+def alone(model: Any, implementation: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    return gradients_of(model, implementation, dtype, [(IDS[:1], {}), (IDS[1:, :8], {})])
+
+
+def gradients_of(
+    model: Any, implementation: str, dtype: torch.dtype, batches: list[tuple[Tensor, dict[str, Any]]]
+) -> dict[str, Tensor]:
+    """Logits of all batches, one behind the other, and the gradients of their sum times something."""
+    model = copy.deepcopy(model).to(dtype)
+    model.set_attn_implementation(implementation)
+    logits = torch.cat([model(ids, use_cache=False, **options).logits for ids, options in batches], 1)
+    dout = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    logits.backward(dout)
+    return {"out": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+# ---- windows ----
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("name", ["Mistral", "Gemma2", "Gemma3", "GptOss"])
+def test_windows_are_bands_where_nothing_else_is_in_the_mask(
+    name: str, is_padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = made(name)
+    calls = noted(monkeypatch, "scaled_dot_product_attention")
+    batch = inputs(name) if is_padded else {"input_ids": IDS}
+    layers = 2 if name == "Mistral" else 1  # of the others one layer in two has a window
     model.set_attn_implementation(integration.NAME)
-    alone = torch.cat([model(IDS[:1]).logits, model(IDS[1:, :8]).logits], 1)
-    packed = torch.cat([IDS[:1], IDS[1:, :8]], 1)
-    positions = torch.cat([torch.arange(11), torch.arange(8)])[None]
-    bounds = torch.tensor([0, 11, 19], dtype=torch.int32)
-    lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 11, "max_length_k": 11}
-    everything = torch.ones(1, 19, dtype=torch.long)  # with it transformers does not look at the positions
-    for options in ({}, lengths, lengths | {"attention_mask": everything}):
-        logits = model(packed, position_ids=positions, use_cache=False, **options).logits
-        assert (logits - alone).abs().max() < 1e-5 * alone.abs().max()
+    model(**batch)
+    windows = [call["window"] for call in calls if call.get("window")]
+    assert windows == ([] if is_padded else [(3, 0)] * layers)
+    if not is_padded:  # one token at a time, with the cache
+        calls.clear()
+        model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False, disable_compile=True)
+        assert [call["window"] for call in calls if call.get("window")][:layers] == [(3, 0)] * layers
+
+
+def test_only_a_causal_window_is_taken_for_one() -> None:
+    window, chunks = (
+        masking.sliding_window_causal_mask_function(4),
+        masking.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.int64)),
+    )
+    both = masking.sliding_window_bidirectional_mask_function(4)
+    for function, is_band in ((window, True), (chunks, False), (both, False)):
+        mask = integration.attention_mask(2, 9, 9, mask_function=function, local_size=4, allow_is_causal_skip=False)
+        assert mask is not None and hasattr(mask, integration._BAND) == is_band
+    mask = integration.attention_mask(2, 3, 9, 6, mask_function=window, local_size=4, allow_is_causal_skip=False)
+    assert getattr(mask, integration._BAND) == (3, 0)  # behind a cache of six tokens
+    mask = integration.attention_mask(2, 3, 9, 0, mask_function=window, local_size=4, allow_is_causal_skip=False)
+    assert not hasattr(mask, integration._BAND)  # before six places of one that is empty
+
+
+def test_a_mask_that_has_lost_its_mark_says_the_same() -> None:
+    q, k, v = (torch.randn(2, 4, n, 8) for n in (3, 9, 9))
+    window = masking.sliding_window_causal_mask_function(4)
+    mask = integration.attention_mask(2, 3, 9, 6, mask_function=window, local_size=4, allow_is_causal_skip=False)
+    assert mask is not None
+    marked, lost = (integration.attention_forward(LAYER, q, k, v, x)[0] for x in (mask, mask.clone()))
+    torch.testing.assert_close(marked, lost)
 
 
 # ---- one call ----
@@ -214,15 +318,15 @@ def test_weights_are_dropped() -> None:
 # ---- what is refused ----
 
 X = torch.randn(2, 4, 5, 8)
-BOUNDS = torch.tensor([0, 2, 5], dtype=torch.int32)
+OF_FIVE = torch.tensor([0, 2, 5], dtype=torch.int32)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weights": ({"output_attentions": True}, r"^output_attentions: must be False, got True; .*'eager'"),
     "paged": ({"cache": object()}, r"^cache: must be None, .*dynamic or static cache$"),
     "other sinks": ({"sinks": X}, r"^sinks: must be None, .*'eager'$"),
     "sparse blocks": ({"block_indices": X}, r"^block_indices: must be None, .*'eager'$"),
-    "bounds of keys": ({"cu_seq_lens_q": BOUNDS}, r"^cu_seq_lens_k: must be given with its twin, got None$"),
-    "bounds of queries": ({"cu_seq_lens_k": BOUNDS}, r"^cu_seq_lens_q: must be given with its twin, got None$"),
-    "packed twice": ({"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS}, r"^cu_seq_lens_q: .* batch of 1, .*got 2$"),
+    "bounds of keys": ({"cu_seq_lens_q": OF_FIVE}, r"^cu_seq_lens_k: must be given with its twin, got None$"),
+    "bounds of queries": ({"cu_seq_lens_k": OF_FIVE}, r"^cu_seq_lens_q: must be given with its twin, got None$"),
+    "packed twice": ({"cu_seq_lens_q": OF_FIVE, "cu_seq_lens_k": OF_FIVE}, r"^cu_seq_lens_q: .* batch of 1, .*got 2$"),
 }
 
 
