@@ -40,7 +40,7 @@ LAYERS = (
     ("autograd", "flops"),
     ("functional",),
     ("modules", "integrations.sdpa", "integrations.flash_attn.alibi", "integrations.flash_attn.bert_padding"),
-    ("nmt.layout", "integrations.torch", "integrations.flash_attn.arguments"),
+    ("nmt.layout", "integrations.torch", "integrations.transformers", "integrations.flash_attn.arguments"),
     ("nmt.transformer", "nmt.data", "integrations.flash_attn.interface", "integrations.flash_attn.kvcache"),
     ("nmt.cache", "nmt.averaging", "integrations.safetensors", "integrations.flash_attn"),
     ("nmt.generation", "integrations.marian"),
