@@ -34,7 +34,7 @@ struct Tile {
     // Products over head_dim run in slices of kSlice, shorter ones where a tile is large. A block that has the
     // multiprocessor for itself takes the longest that fit into 48 KB: nobody else works while it waits at a barrier.
     // Products over keys run in slices of kKeySlice, which are the keys that a warp's lanes hold in one group each.
-    static constexpr int kLongest = HeadDim < 128 ? HeadDim : 128;
+    static constexpr int kLongest = HeadDim >= 128 && BlockM + BlockN <= 64 ? 128 : 64;
     static constexpr int kSlice = HeadDim < 64 ? HeadDim : MinBlocks == 1 ? kLongest : BlockM + BlockN > 128 ? 32 : 64;
     static constexpr int kKeySlice = LanesX * kGroupOf<kKeys>;
     static constexpr bool kOneSlice = kSlice == HeadDim;
