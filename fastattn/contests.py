@@ -22,8 +22,8 @@ class Contest(NamedTuple):
 class FasterInTorch:
     """Calls that a fused backend can take, and that torch's memory-efficient kernel computes faster.
 
-    They run there, unless a backend is named, where a gradient is asked for, F.scaled_dot_product_attention says the same
-    and the longer of the two lengths is above the limit.
+    They run there, unless a backend is named, where a gradient is asked for, F.scaled_dot_product_attention says the
+    same and the longer of the two lengths is above the limit.
     """
 
     backend: str
