@@ -23,6 +23,12 @@ def test_build_needs_no_torch():
     assert names == {"setuptools", "pybind11", "ninja"}
 
 
+def test_versions_agree():
+    project = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    assert cited == project
+
+
 @pytest.mark.parametrize(
     ("environment", "has_nvrtc"),
     [({}, True), ({"FASTATTN_BUILD_CUDA": "0"}, False), ({"FASTATTN_PREBUILT_KERNELS": "folder"}, False)],
