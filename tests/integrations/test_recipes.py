@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import functional
@@ -21,7 +22,7 @@ CALLS = {"diffusers": 2, "timm": 2, "x-transformers": 2}
 
 
 def test_every_recipe_is_tested() -> None:
-    assert RECIPES.keys() == CALLS.keys() | {"JoeyNMT"}
+    assert RECIPES.keys() == CALLS.keys() | {"JoeyNMT", "fairseq"}
 
 
 @pytest.mark.slow
@@ -90,3 +91,43 @@ def test_joeynmts_class_computes_the_same(mask_rows: int | None, monkeypatch: py
     torch.testing.assert_close(weights, plain(memory, memory, x, mask, True)[1])
     theirs.train()(memory, memory, x, mask)
     assert calls == [0.0, 0.25]
+
+
+class MultiheadAttention(nn.Module):
+    """A stand-in that calls what fairseq's class calls while it trains, with weights of the three projections apart."""
+
+    def __init__(self, size: int, num_heads: int, self_attention: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(size, size) for _ in range(4))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = True) -> Any:
+        projections = {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
+        return F.multi_head_attention_forward(
+            query,
+            key,
+            value,
+            query.shape[-1],
+            self.num_heads,
+            torch.empty([0]),
+            torch.cat([layer.bias for layer in projections.values()]),
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=0.0,
+            out_proj_weight=self.out_proj.weight,
+            out_proj_bias=self.out_proj.bias,
+            need_weights=need_weights,
+            use_separate_proj_weight=True,
+            **{f"{name}_weight": layer.weight for name, layer in projections.items()},
+        )
+
+
+def test_fairseqs_way_through_torch_reaches_fastattn(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules: Any = ModuleType("fairseq.modules")
+    modules.MultiheadAttention = MultiheadAttention
+    monkeypatch.setitem(sys.modules, "fairseq.modules", modules)
+    names: dict[str, Any] = {}
+    exec(compile(RECIPES["fairseq"], "docs/recipes.md, fairseq", "exec"), names)
+    assert names["calls"].taken == 1 and not names["calls"].refused
+    torch.testing.assert_close(names["after"], names["before"])
