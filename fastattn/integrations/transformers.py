@@ -26,13 +26,15 @@ def register() -> None:
         model.set_attn_implementation("fastattn")  # or a model that is there
 
     Models that ask transformers for their attention function are reached: all that take "sdpa" or "flex_attention".
-    Softcaps, attention sinks, grouped heads, and relative-position biases with their exact gradients are computed.
+    Softcaps, attention sinks, grouped heads, chosen keys (indices), and relative-position biases with their exact
+    gradients are computed.
     A mask of a causal window is computed as a band, packed sequences that come with their bounds (cu_seq_lens_q, as for
     flash attention) as such, all else by the mask that transformers makes for "sdpa". Queries that may attend to
     nothing, as at left padding, get 0, where eager gives a mean of all values. Twice is once.
 
     A call raises ValueError, with the argument's name, if it asks for the weights (output_attentions), has the paged
-    cache of continuous batching, or another kind of sinks or sparse blocks than GPT-OSS's.
+    cache of continuous batching, another kind of sinks than GPT-OSS's or sparse blocks; or if it is causal, without
+    a mask, and has another number of keys than of queries, which leaves open where the first query stands.
     """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
@@ -43,6 +45,10 @@ def attention_mask(
 ) -> Tensor | None:
     """The mask that transformers makes for "sdpa"; if it is nothing but a causal window, marked as one."""
     kwargs["local_size"] = local_size
+    if q_length not in (1, kv_length):
+        # Nothing would be made for an empty static cache, and models that go on with their last tokens only, as
+        # Gemma 4 does, would let these see all of it.
+        kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, *args, **kwargs)
     if mask is None or local_size is None or torch.compiler.is_compiling():
         return mask
@@ -68,6 +74,7 @@ def attention_forward(
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """One layer's attention, called as transformers calls it: (batch, heads, length, head_dim) to (batch, length, ...).
@@ -79,21 +86,36 @@ def attention_forward(
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     same: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "enable_gqa": True}
+    further: list[Tensor] = []  # masks beside transformers' own
+    if indices is not None:
+        further.append(_chosen(indices, query, key))
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         bounds = _bounds(cu_seq_lens_q, cu_seq_lens_k, query)
         together = _same_sequence(*bounds, query, key)
-        if position_bias is None and _is_that_mask(attention_mask, together, is_causal):
+        if position_bias is None and not further and _is_that_mask(attention_mask, together, is_causal):
             return _packed(query, key, value, bounds, is_causal, dropout, same), None
-        attention_mask = together if attention_mask is None else attention_mask & together
-    band = getattr(attention_mask, _BAND, None)
-    if band is not None and attention_mask is not None and attention_mask.shape[2:] == (query.shape[2], key.shape[2]):
+        further.append(together)
+    band = None if further else _band(attention_mask, query, key)
+    if band is not None:
         return _windowed(query, key, value, band, position_bias, dropout, same), None
-    # A mask of transformers' holds the order of the tokens already. Without one, query 0 is at key 0, or it is alone.
+    # A mask of transformers' holds the order of the tokens already. Without one the queries are the keys, or one alone.
     is_causal = is_causal and attention_mask is None and query.shape[2] > 1
+    if is_causal and query.shape[2] != key.shape[2]:
+        rule = "must be given where a causal layer has another number of keys than of queries"
+        raise ValueError(f"attention_mask: {rule}, got None, {key.shape[2]} keys and {query.shape[2]} queries")
+    for more in further:
+        attention_mask = _and(attention_mask, more)
     mask, bias = _mask_and_bias(attention_mask, position_bias, key.shape[2])
     out = functional.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, attn_bias=bias, **same)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _band(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[int, int] | None:
+    if mask is None or mask.shape[2:] != (query.shape[2], key.shape[2]):
+        return None
+    band: tuple[int, int] | None = getattr(mask, _BAND, None)
+    return band
 
 
 def _windowed(
@@ -128,6 +150,22 @@ def _mask_and_bias(
     if mask is None or mask.dtype == torch.bool:
         return mask, position_bias
     return None, mask if position_bias is None else mask + position_bias
+
+
+def _chosen(indices: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Which keys a sparse model's indexer chose: (batch, 1, seqlen_q, seqlen_k), of (batch, seqlen_q, chosen) keys."""
+    if indices.ndim != 3 or indices.shape[:2] != (query.shape[0], query.shape[2]):
+        rule = f"must have shape ({query.shape[0]}, {query.shape[2]}, chosen keys)"
+        raise ValueError(f"indices: {rule}, got {described(indices)}; use attn_implementation='eager'")
+    shape = (*indices.shape[:2], key.shape[2])
+    return torch.zeros(shape, dtype=torch.bool, device=query.device).scatter(-1, indices.long(), True)[:, None]
+
+
+def _and(attention_mask: Tensor | None, mask: Tensor) -> Tensor:
+    if attention_mask is None:
+        return mask
+    attention_mask = attention_mask[..., : mask.shape[-1]]
+    return attention_mask & mask if attention_mask.dtype == torch.bool else attention_mask.where(mask, -torch.inf)
 
 
 # ---- packed sequences: a batch of 1, and where each begins ----
