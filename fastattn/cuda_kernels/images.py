@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -163,6 +164,8 @@ class Installation:
         file = cached_file(files.digest, compiler.version, options(arch), element, arch)
         content = _read_checked(file)
         if content is None:
+            where = f"{arch}, once; they are kept in {file.parent}"
+            print(f"fastattn: NVRTC {compiler.version} compiles the {element} kernels for {where}", file=sys.stderr)
             content = files.compile(compiler, element, arch).image
             _write_checked(file, content)
         return content

@@ -50,7 +50,7 @@ class Arch(NamedTuple):
 
 # Machine code for each architecture that compiles differently; PTX for those to come, and to run the first kernels on
 # any newer GPU.
-DEFAULT_ARCHS = tuple(map(Arch.parse, ("sm_60", "sm_70", "sm_75", "sm_80", "sm_90", "compute_60", "compute_90")))
+ALL_ARCHS = tuple(map(Arch.parse, ("sm_60", "sm_70", "sm_75", "sm_80", "sm_90", "compute_60", "compute_90")))
 
 
 # The first compute capability whose tensor cores multiply an element type, and their instruction (csrc/mma_units.cuh).
