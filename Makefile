@@ -1,5 +1,5 @@
 # Each target sets up .venv first if need be; TORCH="torch==2.7.1" picks another torch, ARGS is passed on.
-.PHONY: demo wmt14-smoke test quick test-all test-floor check kernel-report gpu
+.PHONY: demo wmt14-smoke test quick test-all test-floor check docs kernel-report gpu
 .NOTPARALLEL:
 
 QUICK = -m "not slow and not long" tests/attention tests/nmt tests/package
@@ -24,6 +24,9 @@ test-floor: # the tests of quick on Python 3.10 and torch 2.7.1, in a .venv-floo
 
 check:     # style and types
 	scripts/check.sh
+
+docs:      # the site of docs/, into site/
+	scripts/docs.sh $(ARGS)
 
 kernel-report: # what the kernels are predicted to do on a P100, a V100, a T4 and an A100, into docs/; about ten minutes
 	scripts/kernel_report.sh $(ARGS)

@@ -27,7 +27,7 @@ class BuildNative(Command):
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
     def run(self):
-        build_native.build(ROOT / "fastattn" if self.editable_mode else Path(self.build_lib).absolute() / "fastattn")
+        build_native.build(build_native.TREE if self.editable_mode else Path(self.build_lib).absolute() / "fastattn")
 
     def get_source_files(self):
         return []  # MANIFEST.in has them

@@ -58,6 +58,9 @@ def launching_on_the_stub() -> Iterator[None]:
         def multiprocessors(self, device: torch.device) -> int:
             return 56
 
+        def has_mma(self, element: str, device: torch.device) -> bool:
+            return False
+
         def launch(self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers) -> None:
             _launcher.launch(kernel, element, 0, 0, grid, p, b)
 

@@ -1,4 +1,5 @@
-// Every kernel of one element type, which -DFASTATTN_ELEMENT names: float, __half or __nv_bfloat16.
+// Every kernel of one element type, which -DFASTATTN_ELEMENT names: float, __half or __nv_bfloat16. Where tensor cores
+// multiply it, -DFASTATTN_UNIT names their instruction in mma_units.cuh.
 //
 // To be read in this order: attention.h (the arguments), tiles.cuh (the table of kernels), tile_copy.cuh, tile_mma.cuh,
 // mask.cuh, softcap.cuh, softmax.cuh, attention_fwd.cuh, attention_bwd.cuh, attention_dbias.cuh. Words that all of them
@@ -16,6 +17,9 @@
 #include "attention_bwd.cuh"
 #include "attention_dbias.cuh"
 #include "attention_fwd.cuh"
+#ifdef FASTATTN_UNIT
+#include "attention_fwd_mma.cuh"
+#endif
 
 namespace fastattn {
 
@@ -27,7 +31,17 @@ using Element = FASTATTN_ELEMENT;
         pass<Element, Tile<head_dim, m, n, warps, lanes_x, min_blocks>>(p);     \
     }                                                                           \
     FASTATTN_EXPORT(FASTATTN_KERNEL_NAME(pass, head_dim, m, n))
-FASTATTN_KERNELS(FASTATTN_DEFINE)
+#ifdef FASTATTN_UNIT
+#define FASTATTN_DEFINE_MMA(pass, Smem, head_dim, m, n, warps, min_blocks)                     \
+    extern "C" __global__ void __launch_bounds__(32 * (warps), min_blocks)                     \
+        FASTATTN_KERNEL_NAME(pass, head_dim, m, n)(const AttentionParams p) {                  \
+        pass<Element, MmaTile<FASTATTN_UNIT, MmaShape<head_dim, m, n, warps, min_blocks>>>(p); \
+    }
+FASTATTN_MMA_FORWARD_KERNELS(FASTATTN_DEFINE_MMA)
+#else
+FASTATTN_FORWARD_KERNELS(FASTATTN_DEFINE)
+#endif
+FASTATTN_BACKWARD_KERNELS(FASTATTN_DEFINE)
 
 extern "C" __global__ void __launch_bounds__(kDbiasSumThreads) attention_dbias_sum(const AttentionParams p) {
     sum_bias_copies<Element>(p);

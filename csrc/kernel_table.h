@@ -1,8 +1,9 @@
-// The table of tiles.cuh as data: what a launch has to know of each kernel.
+// The tables of tiles.cuh and mma_tiles.cuh as data: what a launch has to know of each kernel. No image has them all.
 #pragma once
 
 #include <string_view>
 
+#include "mma_tiles.cuh"
 #include "tiles.cuh"
 
 namespace fastattn {
@@ -17,17 +18,23 @@ struct Kernel {
 
 #define FASTATTN_TEXT(name) #name
 #define FASTATTN_TEXT_OF(macro) FASTATTN_TEXT(macro)
+#define FASTATTN_RECORD_OF(pass, Smem, head_dim, m, n, ...)              \
+    Kernel{FASTATTN_TEXT_OF(FASTATTN_KERNEL_NAME(pass, head_dim, m, n)), \
+           #pass,                                                        \
+           head_dim,                                                     \
+           m,                                                            \
+           n,                                                            \
+           __VA_ARGS__::kThreads,                                        \
+           Smem<__VA_ARGS__>::kBytes},
 #define FASTATTN_RECORD(pass, Smem, head_dim, m, n, warps, lanes_x, min_blocks) \
-    Kernel{FASTATTN_TEXT_OF(FASTATTN_KERNEL_NAME(pass, head_dim, m, n)),        \
-           #pass,                                                               \
-           head_dim,                                                            \
-           m,                                                                   \
-           n,                                                                   \
-           Tile<head_dim, m, n, warps, lanes_x, min_blocks>::kThreads,          \
-           Smem<Tile<head_dim, m, n, warps, lanes_x, min_blocks>>::kBytes},
+    FASTATTN_RECORD_OF(pass, Smem, head_dim, m, n, Tile<head_dim, m, n, warps, lanes_x, min_blocks>)
+#define FASTATTN_RECORD_MMA(pass, Smem, head_dim, m, n, warps, min_blocks) \
+    FASTATTN_RECORD_OF(pass, Smem, head_dim, m, n, MmaShape<head_dim, m, n, warps, min_blocks>)
 
 constexpr Kernel kKernels[] = {
-    FASTATTN_KERNELS(FASTATTN_RECORD)  //
+    FASTATTN_FORWARD_KERNELS(FASTATTN_RECORD)          //
+    FASTATTN_BACKWARD_KERNELS(FASTATTN_RECORD)         //
+    FASTATTN_MMA_FORWARD_KERNELS(FASTATTN_RECORD_MMA)  //
     Kernel{"attention_dbias_sum", "attention_dbias_sum", 0, 0, 0, kDbiasSumThreads, 0},
 };
 constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);

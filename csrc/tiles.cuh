@@ -31,9 +31,11 @@ struct Tile {
     static constexpr int kKeyRows = BlockN / (Warps * kLanesY);
     static constexpr int kWarpRows = BlockM / Warps;
 
-    // Products over head_dim run in slices of kSlice, shorter ones where a tile is large; products over keys in slices
-    // of kKeySlice, which are the keys that a warp's lanes hold in one group each.
-    static constexpr int kSlice = HeadDim < 64 ? HeadDim : BlockM + BlockN > 128 ? 32 : 64;
+    // Products over head_dim run in slices of kSlice, shorter ones where a tile is large. A block that has the
+    // multiprocessor for itself takes the longest that fit into 48 KB: nobody else works while it waits at a barrier.
+    // Products over keys run in slices of kKeySlice, which are the keys that a warp's lanes hold in one group each.
+    static constexpr int kLongest = HeadDim >= 128 && BlockM + BlockN <= 64 ? 128 : 64;
+    static constexpr int kSlice = HeadDim < 64 ? HeadDim : MinBlocks == 1 ? kLongest : BlockM + BlockN > 128 ? 32 : 64;
     static constexpr int kKeySlice = LanesX * kGroupOf<kKeys>;
     static constexpr bool kOneSlice = kSlice == HeadDim;
 
@@ -76,9 +78,9 @@ struct ScoresSmem {
     static constexpr int kBytes = 4 * (kLeft + kRight);
 };
 
-// Every kernel of one element type: the pass and its tile. 18 and the sum of bias gradients, for each of 3 element
-// types: 57 instantiations per architecture.
-#define FASTATTN_KERNELS(KERNEL)                                           \
+// The kernels of one element type: the pass and its tile. All of them and the sum of bias gradients are 19; where
+// tensor cores multiply, those of mma_tiles.cuh take their place.
+#define FASTATTN_FORWARD_KERNELS(KERNEL)                                   \
     /* pass, shared memory, head_dim, M, N, warps, lanes x, min. blocks */ \
     KERNEL(attention_fwd, ForwardSmem, 32, 32, 32, 2, 8, 4)                \
     KERNEL(attention_fwd, ForwardSmem, 32, 64, 64, 4, 8, 2)                \
@@ -86,17 +88,18 @@ struct ScoresSmem {
     KERNEL(attention_fwd, ForwardSmem, 64, 32, 32, 2, 8, 4)                \
     KERNEL(attention_fwd, ForwardSmem, 64, 64, 64, 4, 8, 2)                \
     KERNEL(attention_fwd, ForwardSmem, 128, 64, 32, 4, 8, 2)               \
-    KERNEL(attention_fwd, ForwardSmem, 256, 64, 32, 8, 16, 1)              \
-    KERNEL(attention_bwd, BackwardSmem, 32, 32, 32, 2, 8, 4)               \
-    KERNEL(attention_bwd, BackwardSmem, 64, 48, 96, 6, 8, 1)               \
-    KERNEL(attention_bwd, BackwardSmem, 64, 32, 32, 2, 8, 4)               \
-    KERNEL(attention_bwd, BackwardSmem, 64, 64, 64, 4, 8, 2)               \
-    KERNEL(attention_bwd, BackwardSmem, 128, 32, 32, 4, 16, 2)             \
-    KERNEL(attention_bwd, BackwardSmem, 256, 32, 32, 8, 16, 1)             \
-    KERNEL(attention_bwd_dq, BackwardSmem, 32, 32, 32, 2, 8, 4)            \
-    KERNEL(attention_bwd_dq, BackwardSmem, 64, 32, 32, 2, 8, 4)            \
-    KERNEL(attention_bwd_dq, BackwardSmem, 128, 32, 32, 4, 16, 2)          \
-    KERNEL(attention_bwd_dq, BackwardSmem, 256, 32, 32, 8, 16, 1)          \
+    KERNEL(attention_fwd, ForwardSmem, 256, 64, 32, 8, 16, 1)
+#define FASTATTN_BACKWARD_KERNELS(KERNEL)                         \
+    KERNEL(attention_bwd, BackwardSmem, 32, 32, 32, 2, 8, 4)      \
+    KERNEL(attention_bwd, BackwardSmem, 64, 48, 96, 6, 8, 1)      \
+    KERNEL(attention_bwd, BackwardSmem, 64, 32, 32, 2, 8, 4)      \
+    KERNEL(attention_bwd, BackwardSmem, 64, 64, 64, 4, 8, 2)      \
+    KERNEL(attention_bwd, BackwardSmem, 128, 32, 32, 4, 16, 2)    \
+    KERNEL(attention_bwd, BackwardSmem, 256, 32, 32, 8, 16, 1)    \
+    KERNEL(attention_bwd_dq, BackwardSmem, 32, 32, 32, 2, 8, 4)   \
+    KERNEL(attention_bwd_dq, BackwardSmem, 64, 32, 32, 2, 8, 4)   \
+    KERNEL(attention_bwd_dq, BackwardSmem, 128, 32, 32, 4, 16, 2) \
+    KERNEL(attention_bwd_dq, BackwardSmem, 256, 32, 32, 8, 16, 1) \
     KERNEL(attention_bwd_dbias, ScoresSmem, 256, 32, 32, 2, 8, 4)
 
 // The kernel's name, for example attention_fwd_d64_64x64.

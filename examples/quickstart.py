@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import fastattn
+from demo_report import Attention, Sample, draw_attention, draw_history, write_page
 from fastattn.nmt.generation import cross_attention_weights, translate
 from fastattn.nmt.layout import PackedTokens
 from fastattn.nmt.losses import label_smoothed_cross_entropy
@@ -43,6 +43,7 @@ BATCH_TOKENS = 1_200  # most tokens of a batch on each side, if it were padded
 WARMUP_STEPS = 400
 LEARNING_RATE_FACTOR = 0.7
 AVERAGED_SHARE = 0.2  # the weights after each of the last fifth of the steps are averaged
+SHOWN = 12  # sentences of the page
 INTERRUPTED = 130  # exit code of a command ended by Ctrl-C
 
 
@@ -113,12 +114,15 @@ def train_and_translate(args: argparse.Namespace) -> int:
         print(f"Interrupted after step {len(history.nll)}. The model so far is in {args.out / 'model'}; to use it:")
         print(f'  python {sys.argv[0]} --out {args.out} --translate "{test[0][0]}"')
         return INTERRUPTED
-    draw_history(args.out / "loss.png", history)
+    draw_history(args.out / "loss.png", history.nll, history.learning_rate)
 
     model, vocabulary = load_model(args.out / "model", args.device)
-    report(translate_texts(model, vocabulary, [english for english, _ in test]), test)
-    draw_attention(args.out / "attention.png", model, vocabulary, test)
-    print(f"Written: {args.out / 'model'}, {args.out / 'loss.png'}, {args.out / 'attention.png'}")
+    numbers, signature = report(translate_texts(model, vocabulary, [english for english, _ in test]), test)
+    draw_attention(args.out / "attention.png", attention_of(model, vocabulary, longest(vocabulary, test)))
+    samples = [Sample(attention_of(model, vocabulary, english), german) for english, german in test[:SHOWN]]
+    write_page(args.out / "index.html", numbers, signature, history.nll, samples)
+    names = ("model", "loss.png", "attention.png", "index.html")
+    print(f"Written: {', '.join(str(args.out / name) for name in names)}; look at the last one in a browser")
     return 0
 
 
@@ -273,8 +277,11 @@ def translate_texts(model: fastattn.Transformer, vocabulary: Vocabulary, texts: 
     return [vocabulary.decode(best.tokens) for best, *_ in translate(model, sources, batch_size=100)]
 
 
-def report(translations: list[str], test: list[tuple[str, str]]) -> None:
-    """BLEU with its signature, exact match, and the first five sentences."""
+def report(translations: list[str], test: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], str]:
+    """Prints BLEU with its signature, exact match and the first five sentences; returns the numbers, and how they are.
+
+    The numbers are texts, each with what it is of.
+    """
     from sacrebleu.metrics.bleu import BLEU
 
     references = [german for _, german in test]
@@ -286,61 +293,32 @@ def report(translations: list[str], test: list[tuple[str, str]]) -> None:
     for (english, german), translation in list(zip(test, translations, strict=True))[:5]:
         print(f"  English     {english}\n  translation {translation}")
         print("  as the reference\n" if translation == german else f"  reference   {german}\n")
+    named = [
+        (f"{score.score:.1f}", "BLEU"),
+        (f"{exact:.1%}", f"exactly as the reference, of {len(references)}"),
+    ]
+    return named, str(metric.get_signature())
 
 
 # ---- pictures ----
 
 
-def draw_history(path: Path, history: History) -> None:
-    """Training loss (logarithmic) and learning rate over the steps."""
-    figure, axis = pyplot().subplots(figsize=(8, 4.5), layout="constrained")
-    steps = range(1, len(history.nll) + 1)
-    axis.semilogy(steps, history.nll, color="tab:blue", linewidth=1)
-    axis.set(xlabel="step", ylabel="nats per German piece", title="Training loss (negative log-likelihood)")
-    axis.grid(alpha=0.3, which="both")
-    rate = axis.twinx()
-    rate.plot(steps, history.learning_rate, color="tab:orange", linewidth=1)
-    rate.set_ylabel("learning rate", color="tab:orange")
-    rate.set_ylim(bottom=0)
-    figure.savefig(path, dpi=120)
-    pyplot().close(figure)
-
-
-def draw_attention(
-    path: Path, model: fastattn.Transformer, vocabulary: Vocabulary, test: list[tuple[str, str]]
-) -> None:
-    """Cross-attention of the last layer, one panel per head, for the longest test sentence of at most 22 pieces."""
-    lengths = {english: len(vocabulary.encode(english)) for english, _ in test}
-    english = max((text for text in lengths if lengths[text] <= 22), key=lengths.__getitem__, default=test[0][0])
+def attention_of(model: fastattn.Transformer, vocabulary: Vocabulary, english: str) -> Attention:
+    """Cross-attention of the last layer for the translation of a sentence."""
     source = [*vocabulary.encode(english), vocabulary.eos_id]
     target = [*translate(model, [source])[0][0].tokens, vocabulary.eos_id]
     with torch.inference_mode():
         device = model.embedding.weight.device
         source_ids, target_ids = (torch.tensor([side], device=device) for side in (source, target))
         weights = cross_attention_weights(model, source_ids, target_ids)[0, -1].cpu()  # (heads, target, source)
-    size = 0.3 * max(len(source), len(target)) + 1.2
-    figure, axes = pyplot().subplots(2, 2, figsize=(2 * size, 2 * size), layout="constrained")
-    for head, axis in enumerate(axes.flat):
-        image = axis.imshow(weights[head].numpy(), cmap="Blues", vmin=0, vmax=1)
-        axis.set_xticks(range(len(source)), [vocabulary.pieces[token] for token in source], rotation=90)
-        axis.set_yticks(range(len(target)), [vocabulary.pieces[token] for token in target])
-        axis.set_title(f"head {head + 1}")
-    figure.colorbar(image, ax=axes, shrink=0.4, label="attention weight")
-    figure.suptitle(f"{english}\n→ {vocabulary.decode(target)}")
-    figure.supxlabel("source piece that is looked at (▁ begins a word)")
-    figure.supylabel("target piece being written")
-    figure.savefig(path, dpi=110)
-    pyplot().close(figure)
+    pieces = [[vocabulary.pieces[token] for token in side] for side in (source, target)]
+    return Attention(weights, *pieces, english, vocabulary.decode(target))
 
 
-def pyplot() -> ModuleType:
-    """matplotlib.pyplot, drawing into files only."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
+def longest(vocabulary: Vocabulary, test: list[tuple[str, str]]) -> str:
+    """The longest test sentence of at most 22 pieces, which a picture holds."""
+    lengths = {english: len(vocabulary.encode(english)) for english, _ in test}
+    return max((text for text in lengths if lengths[text] <= 22), key=lengths.__getitem__, default=test[0][0])
 
 
 if __name__ == "__main__":

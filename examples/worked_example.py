@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.arguments import attention_params
-from fastattn.functional import attention_weights
 from fastattn.nmt.transformer import sinusoidal_positions
 
 if TYPE_CHECKING:
@@ -83,7 +81,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, is_causa
 
 def weights_of(q: Tensor, k: Tensor, scale: float | None = None, is_causal: bool = False) -> Tensor:
     """The softmax weights (seqlen, seqlen) of one head."""
-    return attention_weights(attention_params(q[None], k[None], k[None], scale=scale, is_causal=is_causal))[0, 0]
+    return fastattn.attention_weights(q, k, scale=scale, is_causal=is_causal)
 
 
 # ---- the text ----

@@ -2,7 +2,7 @@
 
 from . import flops as flops  # whose formulas are registered by the import
 from .backends import FastattnFallbackWarning, use_backend
-from .functional import explain, scaled_dot_product_attention, varlen_attention
+from .functional import attention_weights, explain, scaled_dot_product_attention, varlen_attention
 from .integrations.sdpa import patch_sdpa, unpatch_sdpa, use_for_sdpa
 from .integrations.torch import replace_attention
 from .merging import merge_attention
@@ -15,6 +15,7 @@ __all__ = [
     "MultiHeadAttention",
     "Transformer",
     "TransformerConfig",
+    "attention_weights",
     "explain",
     "merge_attention",
     "patch_sdpa",

@@ -219,6 +219,54 @@ def varlen_attention(
     return _results(out, lse, p.seed, return_lse, return_seed)
 
 
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    attn_bias: Tensor | None = None,
+    window: Window = None,
+    causal_align: CausalAlign = "top-left",
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> Tensor:
+    """The weights that `scaled_dot_product_attention` gives to each value, without dropout, to look at.
+
+    Fused kernels never store them. These are computed by plain torch operations, on any device, in memory that grows
+    with seqlen_q x seqlen_k.
+
+    Args: those of `scaled_dot_product_attention`, with the same shapes, dtypes and rules.
+
+    Returns:
+        (..., nheads, seqlen_q, seqlen_k), query's dtype, differentiable. Rows sum to 1, less what a sink takes; those
+        of a query with no allowed key are 0.
+
+    Raises:
+        ValueError: as `scaled_dot_product_attention`; or query and key are nested tensors.
+
+    Source: Vaswani et al. 2017, eq. 1.
+    """
+    p = attention_params(
+        query, key, key, attn_mask, 0.0, is_causal, scale, enable_gqa, attn_bias=attn_bias, window=window,
+        causal_align=causal_align, softcap=softcap, seqused_k=seqused_k,
+    )  # fmt: skip
+    if p.q.is_nested:
+        raise ValueError(
+            "query, key: must not be nested, their weights have no common shape; take sequences one by one"
+        )
+    weights = weights_of(p)
+    if sinks is not None:
+        merging.check_sinks(sinks, p.q)
+        weights, _ = merging.with_sinks(weights, reference.attention(p)[1], sinks, packed=False)
+    if not query.dim() == key.dim() == 4:
+        weights = weights.reshape(*shapes.leading(weights, query, key, key), *weights.shape[2:])
+    return weights
+
+
 def _results(
     out: Tensor, lse: Tensor | None, seed: Tensor | None, return_lse: bool, return_seed: bool
 ) -> Tensor | tuple[Any, ...]:
@@ -280,7 +328,7 @@ def attend_with_sinks(p: AttentionParams, sinks: Tensor) -> tuple[Tensor, Tensor
     return merging.with_sinks(out, lse, sinks, p.is_packed())
 
 
-def attention_weights(p: AttentionParams) -> Tensor:
+def weights_of(p: AttentionParams) -> Tensor:
     """The weights of a dense call, dropout included: (batch, nheads, seqlen_q, seqlen_k), differentiable, q's dtype.
 
     A query with no allowed key has weights 0. The scores are stored, as they must be for whoever wants to see them.

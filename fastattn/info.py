@@ -17,6 +17,7 @@ import torch
 from . import backends, contests
 from .backends import CallTraits
 from .cuda_kernels import images
+from .cuda_kernels.sources import Arch
 from .machine import Capability, CpuKernels, System, VisibleGpu, detect, pair
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,7 +44,7 @@ def gather(system: System) -> dict[str, Any]:
     """
     devices = [_device(system, gpu) for gpu in system.gpus or (None,)]
     return {
-        "ok": all(device["works"] for device in devices),
+        "ok": all(device["works"] for device in devices) and not system.is_a_copy,
         "versions": system.versions,
         "platform": system.platform,
         "compiler": system.compiler,
@@ -136,6 +137,8 @@ def _has_kernels(archs: tuple[str, ...], capability: Capability) -> bool:
 
 def _problems(system: System, devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
     problems = []
+    if system.is_a_copy:
+        problems.append(_a_copy(system))
     if system.gpus and not system.torch_sees_gpus:
         problems.append(_unseen(system))
     for device in devices:
@@ -166,6 +169,15 @@ def _problems(system: System, devices: list[dict[str, Any]]) -> list[dict[str, A
         text = "no C++ compiler: torch.compile needs one on the CPU, and so does the installation of fastattn"
         problems.append({"problem": text, "fixes": ["sudo apt-get install -y g++"]})
     return problems
+
+
+def _a_copy(system: System) -> dict[str, Any]:
+    """The problem of sources that nothing has been built for, and that are imported all the same."""
+    text = "this fastattn is a copy of the sources, for which no kernels were built"
+    if system.hidden is None:
+        return {"problem": text, "fixes": ["pip install ."]}
+    fixes = ["pip install .  # here, which builds them", "start Python in another folder"]
+    return {"problem": f"{text}; it hides the one installed in {system.hidden}", "fixes": fixes}
 
 
 def _unseen(system: System) -> dict[str, Any]:
@@ -238,7 +250,20 @@ def _kernel_lines(report: dict[str, Any]) -> list[str]:
         f"{'NVRTC':<10}{report['nvrtc'] or f'none: {nvrtc_problem}'}",
         f"{'cache':<10}{report['cache_dir']}",
         f"{'cpu':<10}{runs}",
+        f"{'serves':<10}{_served(kernels['architectures'], report['nvrtc'] is not None)}",
     ]
+
+
+def _served(architectures: list[str], has_nvrtc: bool) -> str:
+    """The GPUs for which there are CUDA kernels, and from where, in words."""
+    archs = [Arch.parse(text) for text in architectures]
+    ways = [f"{arch.number // 10}.x from {arch.number / 10} on" for arch in archs if arch.kind == "sm"]
+    words = [f"GPUs of compute capability {', '.join(ways)} by machine code"] if ways else []
+    if compiled := [arch.number for arch in archs if arch.kind == "compute"]:
+        words.append(f"from {min(compiled) / 10} on by PTX, which the driver compiles")
+    if has_nvrtc:
+        words.append("any other from 6.0 on by NVRTC at the first call")
+    return "; ".join(words) or "no GPU: there are no CUDA kernels, and nothing to compile them with"
 
 
 def _device_lines(device: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -56,6 +57,8 @@ class System:
     nvrtc_problem: str | None  # why there is none
     cache_dir: str  # of kernels compiled at run time
     cpu_kernels: CpuKernels
+    is_a_copy: bool  # of the sources, without anything that an installation makes
+    hidden: str | None  # the folder of the installed fastattn that such a copy hides
 
 
 def detect(installation: images.Installation = images.HERE) -> System:
@@ -84,7 +87,18 @@ def detect(installation: images.Installation = images.HERE) -> System:
         nvrtc_problem=nvrtc_problem,
         cache_dir=str(images.cache_dir()),
         cpu_kernels=_cpu_kernels(installation),
+        is_a_copy=not (installation.kernels / "build.json").is_file(),
+        hidden=_installed_elsewhere(installation.kernels.parent),
     )
+
+
+def _installed_elsewhere(package: Path) -> str | None:
+    """The folder of an installed fastattn that is not the package in this one."""
+    try:
+        found = Path(str(importlib.metadata.distribution("fastattn").locate_file("fastattn")))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return str(found) if found.is_dir() and found.resolve() != package.resolve() else None
 
 
 def _version(package: str) -> str | None:

@@ -206,7 +206,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         out = self.project_output(out)
         if not need_weights or self.need_weights is False:
             return out, None
-        weights = functional.attention_weights(params)
+        weights = functional.weights_of(params)
         if average_attn_weights:
             weights = weights.mean(1)
         return out, weights if is_batched else weights.squeeze(0)

@@ -9,7 +9,8 @@ everything, _launcher.*.so and _cpu.*.so. The CPU kernels take a C++ compiler, t
 tool is missing, build.json says so, and what needs it is not built. In the environment:
 
     FASTATTN_BUILD_CUDA         0: build no CUDA kernels; 1: fail if a tool for them is missing
-    FASTATTN_CUDA_ARCHS         such as "60;75;compute_90": machine code for 6.0 and 7.5, PTX for 9.0 and newer
+    FASTATTN_CUDA_ARCHS         such as "60;75;compute_90": machine code for 6.0 and 7.5, PTX for 9.0 and newer; all:
+                                that of every release; by default, what the GPUs found here run, without one 6.0
     FASTATTN_PREBUILT_KERNELS   a folder with images, such as _kernels/ of a wheel: NVRTC is not needed
     FASTATTN_NVRTC_LIB, CXX     the compilers
     MAX_JOBS                    how many edges run at a time; by default, as many as there are cores
@@ -18,111 +19,25 @@ tool is missing, build.json says so, and what needs it is not built. In the envi
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import io
 import json
 import os
-import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import time
-import types
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from build_settings import ROOT, Arch, Settings, cpu_sources, kernel_sources, nvrtc, supported, why_no_cpu, why_no_cuda
+
+TREE = ROOT / "fastattn"
 WORK = ROOT / "build" / "native"
 CPU_WORK = WORK / "cpu"
 LAUNCHER = "_launcher" + sysconfig.get_config_var("EXT_SUFFIX")
 CPU_MODULE = "_cpu" + sysconfig.get_config_var("EXT_SUFFIX")
-
-# The package's modules that import only the standard library, without its __init__, which imports torch.
-_package = types.ModuleType("fastattn_without_torch")
-_package.__path__ = [str(ROOT / "fastattn")]
-sys.modules[_package.__name__] = _package
-nvrtc = importlib.import_module(f"{_package.__name__}.cuda_kernels.nvrtc")
-kernel_sources = importlib.import_module(f"{_package.__name__}.cuda_kernels.sources")
-cpu_sources = importlib.import_module(f"{_package.__name__}.cpu_kernels.sources")
-Arch = kernel_sources.Arch
-
-
-# ---- what is wanted, and what there is for it ----
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The environment's variables, checked."""
-
-    is_wanted: bool | None  # None: if it can be done
-    archs: tuple[Arch, ...]
-    prebuilt: Path | None
-    compiler: str
-    jobs: int
-
-    @classmethod
-    def read(cls, environment: Mapping[str, str]) -> Settings:
-        """Reads and checks the variables; raises ValueError if one has a wrong value."""
-        wanted, jobs = environment.get("FASTATTN_BUILD_CUDA", ""), environment.get("MAX_JOBS") or str(os.cpu_count())
-        if wanted not in ("", "0", "1"):
-            raise ValueError(f"FASTATTN_BUILD_CUDA: must be 0 or 1, got {wanted!r}")
-        if not jobs.isdecimal() or int(jobs) < 1:
-            raise ValueError(f"MAX_JOBS: must be a number of at least 1, got {jobs!r}")
-        try:
-            named = [Arch.parse(arch.strip()) for arch in environment.get("FASTATTN_CUDA_ARCHS", "").split(";") if arch]
-        except ValueError as error:
-            raise ValueError(f"FASTATTN_CUDA_ARCHS: each of its parts {error}{_supported()}") from None
-        prebuilt = environment.get("FASTATTN_PREBUILT_KERNELS")
-        return cls(
-            is_wanted=None if wanted == "" else wanted == "1",
-            archs=tuple(dict.fromkeys(named)) or kernel_sources.DEFAULT_ARCHS,
-            prebuilt=Path(prebuilt).absolute() if prebuilt else None,
-            compiler=environment.get("CXX") or "c++",
-            jobs=int(jobs),
-        )
-
-    def image_names(self) -> list[str]:
-        return [kernel_sources.image_name(element, arch) for arch in self.archs for element in kernel_sources.ELEMENTS]
-
-
-def _supported() -> str:
-    """The architectures of the compiler found, as the end of an error message."""
-    try:
-        found = nvrtc.find()
-    except nvrtc.NotFound:
-        return ""
-    numbers = [n for n in found.architectures if n >= kernel_sources.MIN_CAPABILITY]
-    return f"; NVRTC {found.version} compiles for {', '.join(map(str, numbers))}"
-
-
-def why_no_cpu(settings: Settings) -> str | None:
-    """Why the CPU kernels are not built, nor anything else in C++, or None if everything needed is there."""
-    if sys.platform != "linux":
-        return f"the kernels are tested and built on Linux, and this is {platform.system()}"
-    missing = []
-    if shutil.which(shlex.split(settings.compiler)[0]) is None:
-        missing.append(f"no C++ compiler ({settings.compiler})")
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        missing.append("no headers of Python (python3-dev)")
-    missing += [f"no package {name}" for name in ("pybind11", "ninja") if importlib.util.find_spec(name) is None]
-    return "; ".join(missing) or None
-
-
-def why_no_cuda(settings: Settings) -> str | None:
-    """Why the CUDA kernels are not built, or None if everything needed is there."""
-    if settings.is_wanted is False:
-        return "FASTATTN_BUILD_CUDA=0"
-    missing = why_no_cpu(settings)
-    if settings.prebuilt is None and sys.platform == "linux":
-        try:
-            nvrtc.find()
-        except nvrtc.NotFound as error:
-            return f"{missing}; {error}" if missing else str(error)
-    return missing
-
 
 # ---- the build ----
 
@@ -143,10 +58,13 @@ def build(package: Path) -> None:
     files: dict[str, bytes] = {}  # of _kernels/, besides what describes them
     if no_cuda is None:
         # In this tree, the sources lie beside the package.
-        manifest, files = _build_cuda(settings, with_sources=package != ROOT / "fastattn")
+        manifest, files = _build_cuda(settings, with_sources=package != TREE)
     files["build.json"] = _json(manifest | {"cpu": cpu})
-    extensions = {CPU_WORK / CPU_MODULE: no_cpu, WORK / LAUNCHER: no_cuda}
-    _install(package, files, [file for file, reason in extensions.items() if reason is None])
+    built = {CPU_WORK / CPU_MODULE: no_cpu, WORK / LAUNCHER: no_cuda}
+    extensions = [file for file, reason in built.items() if reason is None]
+    _install(package, files, extensions)
+    if package != TREE:
+        _install_here(manifest, files, extensions)
     images = f"without CUDA kernels: {no_cuda}" if no_cuda else _images_in_words(manifest, files)
     sets = f"without CPU kernels: {no_cpu}" if no_cpu else f"with CPU kernels for {', '.join(cpu['isas'])}"
     print(f"fastattn: installed {images}\nfastattn: installed {sets}")
@@ -227,12 +145,19 @@ def cpu_graph(settings: Settings) -> str:
 CUDA_FAILURE = "the CUDA kernels or their launcher do not compile; FASTATTN_BUILD_CUDA=0 does without them"
 
 
+def image_names(archs: Iterable[Arch | str]) -> list[str]:
+    """The files of the images for these architectures."""
+    parsed = [Arch.parse(str(arch)) for arch in archs]
+    return [kernel_sources.image_name(element, arch) for arch in parsed for element in kernel_sources.ELEMENTS]
+
+
 def _build_cuda(settings: Settings, with_sources: bool) -> tuple[dict, dict[str, bytes]]:
     """Brings images and launcher up to date; returns what describes them, and the files of _kernels/."""
     sources = kernel_sources.KernelSources.read(ROOT / "csrc")
     manifest = _take_prebuilt(settings, sources) if settings.prebuilt else _compile(settings, sources)
     folder = settings.prebuilt or WORK
-    files = {name: (folder / name).read_bytes() for name in settings.image_names()}
+    names = image_names(manifest["architectures"])
+    files = {name: (folder / name).read_bytes() for name in names}
     if with_sources:
         files |= {f"src/{name}": text.encode() for name, text in sources.files.items()}
     return manifest, files
@@ -241,44 +166,48 @@ def _build_cuda(settings: Settings, with_sources: bool) -> tuple[dict, dict[str,
 def _compile(settings: Settings, sources: kernel_sources.KernelSources) -> dict:
     """Brings images and launcher up to date; returns what describes them."""
     compiler = nvrtc.find()
-    unknown = [str(arch) for arch in settings.archs if arch.number not in compiler.architectures]
+    archs = settings.archs or settings.archs_of_this_machine(compiler.architectures)
+    unknown = [str(arch) for arch in archs if arch.number not in compiler.architectures]
     if unknown:
-        raise ValueError(
-            f"FASTATTN_CUDA_ARCHS: {', '.join(unknown)} cannot be built{_supported()} ({compiler.library})"
-        )
-    _run_ninja(WORK, graph(settings, sources, compiler.version), settings.jobs, CUDA_FAILURE)
+        raise ValueError(f"FASTATTN_CUDA_ARCHS: {', '.join(unknown)} cannot be built{supported()} ({compiler.library})")
+    _run_ninja(WORK, graph(settings, archs, sources, compiler.version), settings.jobs, CUDA_FAILURE)
     return {
         "sources": sources.digest,
         "commit": _commit(),
         "nvrtc": compiler.version,
-        "options": {str(arch): " ".join(kernel_sources.options(arch)) for arch in settings.archs},
-        "architectures": list(map(str, settings.archs)),
-        "images": {name: json.loads((WORK / f"{name}.json").read_text()) for name in settings.image_names()},
+        "options": {str(arch): " ".join(kernel_sources.options(arch)) for arch in archs},
+        "architectures": list(map(str, archs)),
+        "images": {name: json.loads((WORK / f"{name}.json").read_text()) for name in image_names(archs)},
     }
 
 
 def _take_prebuilt(settings: Settings, sources: kernel_sources.KernelSources) -> dict:
     """Builds the launcher alone; returns what describes the images of the folder."""
     folder = settings.prebuilt
-    missing = [name for name in ["build.json", *settings.image_names()] if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"FASTATTN_PREBUILT_KERNELS: {folder} lacks {', '.join(missing)}")
-    manifest = json.loads((folder / "build.json").read_text())
+    there = folder / "build.json"
+    manifest = json.loads(there.read_text()) if there.is_file() else {}
+    archs = settings.archs or tuple(map(Arch.parse, manifest.get("architectures", ())))
+    missing = [name for name in ("build.json", *image_names(archs)) if not (folder / name).is_file()]
+    if missing or not archs:
+        raise ValueError(f"FASTATTN_PREBUILT_KERNELS: {folder} lacks {', '.join(missing) or 'images'}")
     if manifest["sources"] != sources.digest:
         raise ValueError(
             f"FASTATTN_PREBUILT_KERNELS: {folder} is built from other sources than csrc: "
             f"{manifest['sources']}, not {sources.digest}"
         )
-    _run_ninja(WORK, graph(settings, sources, nvrtc_version=None), settings.jobs, CUDA_FAILURE)
-    images = {name: manifest["images"][name] for name in settings.image_names()}
-    return manifest | {"architectures": list(map(str, settings.archs)), "images": images}
+    _run_ninja(WORK, graph(settings, (), sources, nvrtc_version=None), settings.jobs, CUDA_FAILURE)
+    images = {name: manifest["images"][name] for name in image_names(archs)}
+    return manifest | {"architectures": list(map(str, archs)), "images": images}
 
 
-def graph(settings: Settings, sources: kernel_sources.KernelSources, nvrtc_version: str | None) -> str:
+def graph(
+    settings: Settings, archs: Sequence[Arch], sources: kernel_sources.KernelSources, nvrtc_version: str | None
+) -> str:
     """The text of build.ninja for images and launcher.
 
     Args:
-        settings: what to build.
+        settings: the compiler.
+        archs: of the images.
         sources: the kernels.
         nvrtc_version: of the compiler; None if only the launcher is built.
     """
@@ -291,7 +220,7 @@ def graph(settings: Settings, sources: kernel_sources.KernelSources, nvrtc_versi
         writer.rule("image", f"{run} image $element $arch $nvrtc", description="NVRTC $element $arch")
         writer.variable("nvrtc", nvrtc_version)
         how = ["../../fastattn/cuda_kernels/nvrtc.py", "../../fastattn/cuda_kernels/sources.py"]
-        for arch in settings.archs:
+        for arch in archs:
             for element in kernel_sources.ELEMENTS:
                 name = kernel_sources.image_name(element, arch)
                 writer.build(
@@ -338,6 +267,20 @@ def _install(package: Path, kernels: Mapping[str, bytes], extensions: Iterable[P
             new.replace(file)
 
 
+def _install_here(manifest: dict, files: Mapping[str, bytes], extensions: Iterable[Path]) -> None:
+    """Gives this tree what an installation from it gets: who starts Python in this folder imports the package here.
+
+    A tree that has been built with more architectures keeps them.
+    """
+    there = TREE / "_kernels" / "build.json"
+    before = json.loads(there.read_text()) if there.is_file() else {}
+    is_current = manifest.get("sources") in (None, before.get("sources"))
+    if is_current and {*manifest.get("architectures", ())} < {*before.get("architectures", ())}:
+        files = {str(x.relative_to(there.parent)): x.read_bytes() for x in there.parent.rglob("*") if x.is_file()}
+        extensions = {TREE / LAUNCHER, *extensions} if (TREE / LAUNCHER).is_file() else extensions
+    _install(TREE, {name: content for name, content in files.items() if not name.startswith("src/")}, extensions)
+
+
 def _images_in_words(manifest: dict, files: Mapping[str, bytes]) -> str:
     """What was built of the CUDA kernels; prints a line for each architecture."""
     total = 0
@@ -378,7 +321,7 @@ def main(arguments: list[str]) -> None:
     """Compiles one image, or everything for this tree."""
     match arguments:
         case []:
-            build(ROOT / "fastattn")
+            build(TREE)
         case ["image", element, arch, version]:
             image(element, arch, version)
         case _:

@@ -16,6 +16,7 @@ if [[ "${1-}" != "" && "$1" != --full ]]; then
     exit 2
 fi
 form=${1:---quick}
+export FASTATTN_CUDA_ARCHS=${FASTATTN_CUDA_ARCHS:-all} # tests force other images than the GPU's own
 if [[ -n "${FASTATTN_PREBUILT_KERNELS:-}" ]]; then
     cd "$(dirname "$0")/.." || exit 1
     export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

@@ -4,6 +4,7 @@
 # docs/p100_training.md, a training step, and docs/volta_report.md and .csv, the forward on a V100, a T4 and an A100. It
 # downloads nvdisasm and the public kernels once; without these, the committed calibration stays. FASTATTN_NVDISASM names
 # another nvdisasm.
+export FASTATTN_CUDA_ARCHS=${FASTATTN_CUDA_ARCHS:-all}
 source "$(dirname "$0")/env.sh"
 export OMP_NUM_THREADS=1
 if [ $# -eq 0 ]; then

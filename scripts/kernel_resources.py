@@ -57,7 +57,9 @@ def rows() -> list[dict[str, object]]:
     for arch in (a for a in images.installed().archs if a.kind == "sm" and a.number in MULTIPROCESSORS):
         for kernel in _launcher.KERNELS:
             for element in ELEMENTS:
-                used = manifest["images"][image_name(element, arch)]["kernels"][kernel.name]
+                used = manifest["images"][image_name(element, arch)]["kernels"].get(kernel.name)
+                if used is None:  # another one has its place in this image
+                    continue
                 smem = kernel.smem + used["shared_bytes"]
                 blocks = resident_blocks(arch, kernel.threads, used["registers"], smem)
                 found.append(

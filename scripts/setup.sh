@@ -2,6 +2,7 @@
 # Makes .venv: a torch that fits this machine, the pinned tools, and fastattn from this folder (editable), with its CUDA
 # and CPU kernels. Returns at once when nothing changed; compiles what changed of the kernels when nothing else did. A
 # .venv that is unfinished, moved or for another torch is made anew. FASTATTN_VENV=.venv-NAME makes another one beside it.
+# FASTATTN_CUDA_ARCHS=all, which the tests ask for, builds the kernels of every architecture.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export FASTATTN_VENV=${FASTATTN_VENV:-.venv}
@@ -20,9 +21,13 @@ read -ra torch <<<"${choice%%  \#*}"
 
 kind="$PWD $python $("$python" --version) ${torch[*]}"
 files=$(cat requirements-dev.txt pyproject.toml setup.py scripts/setup.sh | sha256sum)
+# Who does not say which architectures keeps them all once they are there, and else gets those of this machine's GPUs.
+if [[ -z "${FASTATTN_CUDA_ARCHS-}" && -f $finished && "$(tail -n 1 "$finished")" == all ]]; then
+    export FASTATTN_CUDA_ARCHS=all
+fi
 which="${FASTATTN_BUILD_CUDA-} ${FASTATTN_CUDA_ARCHS-} ${FASTATTN_PREBUILT_KERNELS-}"
 mapfile -t csrc < <(find csrc -type f | LC_ALL=C sort)
-how=(fastattn/cuda_kernels/{nvrtc,sources}.py fastattn/cpu_kernels/sources.py scripts/build_native.py)
+how=(fastattn/cuda_kernels/{gpus,nvrtc,sources}.py fastattn/cpu_kernels/sources.py scripts/build_{native,settings}.py)
 kernels=$(echo "$which" | cat - "${csrc[@]}" "${how[@]}" | sha256sum)
 last_kind="" last_files="" last_kernels=""
 if [[ -f $finished ]]; then { read -r last_kind && read -r last_files && read -r last_kernels; } <"$finished" || true; fi
@@ -35,7 +40,7 @@ compile() {
     kernel_seconds=$((SECONDS - begun))
     scripts/note_seconds.sh kernels $kernel_seconds
 }
-finish() { printf '%s\n' "${all[@]}" >"$finished"; }
+finish() { printf '%s\n' "${all[@]}" "${FASTATTN_CUDA_ARCHS-}" >"$finished"; }
 if [[ "$kind $files" == "$last_kind $last_files" ]]; then
     echo "set-up: the kernels"
     compile

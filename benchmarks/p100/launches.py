@@ -43,36 +43,40 @@ class Recorder(attention.Device):
 
     Args:
         multiprocessors: their number on the card; on one that is not full, the backward takes other kernels.
+        mma: the element types that its tensor cores multiply.
     """
 
-    def __init__(self, multiprocessors: int) -> None:
+    def __init__(self, multiprocessors: int, mma: tuple[str, ...] = ()) -> None:
         self.launches: list[Launch] = []
-        self._multiprocessors = multiprocessors
+        self._multiprocessors, self._mma = multiprocessors, mma
 
     def multiprocessors(self, device: torch.device) -> int:
         return self._multiprocessors
+
+    def has_mma(self, element: str, device: torch.device) -> bool:
+        return element in self._mma
 
     def launch(self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers) -> None:
         self.launches.append(launch_of(kernel, element, grid, p, b))
 
 
 @contextmanager
-def recording(multiprocessors: int) -> Iterator[list[Launch]]:
-    """Record the launches of CUDA kernels in a list instead of making them; the argument is that of `Recorder`."""
-    recorder = Recorder(multiprocessors)
+def recording(multiprocessors: int, mma: tuple[str, ...] = ()) -> Iterator[list[Launch]]:
+    """Record the launches of CUDA kernels in a list instead of making them; the arguments are those of `Recorder`."""
+    recorder = Recorder(multiprocessors, mma)
     with attention.on(recorder):
         yield recorder.launches
 
 
-def record(p: AttentionParams, backward: bool, multiprocessors: int = 56) -> list[Launch]:
+def record(p: AttentionParams, backward: bool, multiprocessors: int = 56, mma: tuple[str, ...] = ()) -> list[Launch]:
     """The launches of a forward pass, or of a backward pass for a random gradient, that of a bias included.
 
     Args:
         p: the problem.
         backward: which pass.
-        multiprocessors: of the card.
+        multiprocessors, mma: of the card.
     """
-    with recording(multiprocessors) as launches:
+    with recording(multiprocessors, mma) as launches:
         if not backward:
             attention.attention_fwd(Forward(*empty_results(p)), p)
             return launches

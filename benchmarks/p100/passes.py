@@ -101,11 +101,11 @@ def params(pass_: Pass, seqlen: int | None = None) -> AttentionParams:
     return plain.replace(**FEATURES[pass_.feature](pass_))
 
 
-def launches(pass_: Pass, multiprocessors: int, seqlen: int | None = None) -> list[Launch]:
-    """The launches of a pass; the arguments are those of `params`."""
+def launches(pass_: Pass, multiprocessors: int, seqlen: int | None = None, mma: tuple[str, ...] = ()) -> list[Launch]:
+    """The launches of a pass; the arguments are those of `params` and of `recording`."""
     p = params(pass_, seqlen)
     out, lse = empty_results(p)
-    with recording(multiprocessors) as recorded:
+    with recording(multiprocessors, mma) as recorded:
         if not pass_.is_backward:
             attention.attention_fwd(Forward(out, lse), p)
         else:

@@ -18,7 +18,7 @@ from benchmarks.p100.machine.sass import listing
 from benchmarks.p100.passes import Pass, launches
 from benchmarks.p100.tracing import INSTALLED
 from fastattn.cuda_kernels.nvrtc import Nvrtc
-from fastattn.cuda_kernels.sources import ELEMENTS, Arch, KernelSources, image_name, options
+from fastattn.cuda_kernels.sources import Arch, KernelSources, defines, image_name, options, unit
 
 from . import chips, sass
 from .prediction import Forward, Kernel
@@ -26,9 +26,13 @@ from .public_kernels import ELEMENT_BYTES
 from .walk import Tile
 
 LONG = 4096  # tokens that are known instead of a whole number of tiles, so that their loop stays one
-_TILE = re.compile(r"attention_fwd_d(\d+)_(\d+)x(\d+)")
+_TILE = re.compile(r"attention_fwd(?:_mma)?_d(\d+)_(\d+)x(\d+)")
 _SOURCE = """
+#ifdef FASTATTN_UNIT
+#include "attention_fwd_mma.cuh"
+#else
 #include "attention_fwd.cuh"
+#endif
 
 namespace fastattn {{
 
@@ -52,7 +56,16 @@ __device__ __forceinline__ AttentionParams known(AttentionParams p) {{
         FASTATTN_KERNEL_NAME(pass, head_dim, m, n)(const AttentionParams p) {{  \\
         pass<FASTATTN_ELEMENT, Tile<head_dim, m, n, warps, lanes_x, min_blocks>>(known(p)); \\
     }}
+#define FASTATTN_KNOWN_MMA(pass, Smem, head_dim, m, n, warps, min_blocks)      \\
+    extern "C" __global__ void __launch_bounds__(32 * (warps), min_blocks)     \\
+        FASTATTN_KERNEL_NAME(pass, head_dim, m, n)(const AttentionParams p) {{  \\
+        pass<FASTATTN_ELEMENT, MmaTile<FASTATTN_UNIT, MmaShape<head_dim, m, n, warps, min_blocks>>>(known(p)); \\
+    }}
+#ifdef FASTATTN_UNIT
+FASTATTN_KNOWN_MMA({row})
+#else
 FASTATTN_KNOWN({row})
+#endif
 
 }}  // namespace fastattn
 """
@@ -81,7 +94,8 @@ class Compiler:
         if pass_.head_dim != 64:
             raise ValueError(f"head_dim: must be 64, got {pass_.head_dim}")
         asked = Pass("forward", pass_.heads, 1, pass_.seqlen, 64, getattr(torch, element))
-        (launch,) = launches(asked, card.multiprocessors)
+        has_mma = unit(element, Arch("sm", card.arch)) is not None
+        (launch,) = launches(asked, card.multiprocessors, mma=(element,) if has_mma else ())
         found = _TILE.fullmatch(launch.kernel)
         assert found is not None
         head_dim, block_m, block_n = map(int, found.groups())
@@ -95,13 +109,15 @@ class Compiler:
     def _compile(self, launch: Launch, tile: Tile, card: chips.Card, element: str, seqlen: int) -> Kernel:
         arch = Arch("sm", card.arch)
         sizes = f"{tile.head_dim}, {tile.block_m}, {tile.block_n}"
-        row = re.search(rf"KERNEL\((attention_fwd, \w+, {sizes}, [^)]*)\)", self._sources.files["tiles.cuh"])
+        pass_, _, _ = launch.kernel.rpartition("_d")
+        tables = self._sources.files["tiles.cuh"] + self._sources.files["mma_tiles.cuh"]
+        row = re.search(rf"KERNEL\(({pass_}, \w+, {sizes}, [^)]*)\)", tables)
         assert row is not None
         compiled = self._nvrtc.compile(
             _SOURCE.format(seqlen=seqlen, row=row[1]),
             str(arch),
             headers=self._sources.files,
-            defines={"FASTATTN_ELEMENT": ELEMENTS[element]},
+            defines=defines(element, arch),
             options=options(arch),
         )
         shipped = cubin.kernels(self._images / image_name(element, arch))[launch.kernel]

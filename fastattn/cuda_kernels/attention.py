@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,9 @@ from ..seam import Seam
 from . import images
 
 ELEMENTS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# Cost of a score in every kernel but the table's last, relative to the last. So the last one may compute 15 % (40 %)
-# more scores that nobody wants and still be chosen.
-SCORE_COST = {"attention_fwd": 1.15, "attention_bwd": 1.4}
+# Cost of a score in every kernel but the table's last, relative to the last. So the last one may compute 15 % (3 %,
+# 40 %) more scores that nobody wants and still be chosen.
+SCORE_COST = {"attention_fwd": 1.15, "attention_fwd_mma": 1.03, "attention_bwd": 1.4}
 # Blocks per multiprocessor that fill a GPU. With fewer, the backward split in two (seven products, a block per tile)
 # beats the one in one piece (five products, a block per key head).
 BLOCKS_TO_FILL = 2
@@ -37,10 +38,19 @@ class Device:
         """The number of the device's multiprocessors."""
         return _launcher.multiprocessors(device.index)
 
+    def has_mma(self, element: str, device: torch.device) -> bool:
+        """Whether the device's kernels for this element type are those that multiply by tensor cores."""
+        return _has_mma(element, device.index)
+
     def launch(self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers) -> None:
         """Run a kernel on the current stream of the call's device."""
         device = p.q.device.index
         _launcher.launch(kernel, element, device, compat.current_stream(device), grid, p, b)
+
+
+@functools.cache
+def _has_mma(element: str, device: int) -> bool:
+    return images.has_mma(element, _launcher.capability(device))
 
 
 _device = Seam(Device())
@@ -62,8 +72,9 @@ def attention_fwd(forward: Forward, p: AttentionParams) -> None:
         forward.out.zero_()
         forward.lse.fill_(-torch.inf)
         return
-    name, tiles = _forward(shape[-1], p.v.shape[-1], p.max_seqlen_q, p.max_seqlen_k, p.left, p.right, p.bottom_right)
-    _device.value.launch(name, ELEMENTS[p.q.dtype], _grid(tiles, shape[1], batch), p, Buffers(*forward))
+    element = ELEMENTS[p.q.dtype]
+    name, tiles = _forward(_device.value.has_mma(element, p.q.device), *sizes(p))
+    _device.value.launch(name, element, _grid(tiles, shape[1], batch), p, Buffers(*forward))
 
 
 def _grid(tiles: int, nheads: int, batch: int) -> tuple[int, int, int]:
@@ -71,12 +82,10 @@ def _grid(tiles: int, nheads: int, batch: int) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(4096)
-def _forward(
-    head_dim: int, head_dim_v: int, seqlen_q: int, seqlen_k: int, left: int, right: int, bottom_right: bool
-) -> tuple[str, int]:
+def _forward(has_mma: bool, *sizes: Any) -> tuple[str, int]:
     """The name of the kernel, and how many tiles of queries it has."""
-    kernel = choose_kernel("attention_fwd", head_dim, head_dim_v, seqlen_q, seqlen_k, left, right, bottom_right)
-    return kernel.name, count(seqlen_q, kernel.block_m)
+    kernel = choose_kernel("attention_fwd_mma" if has_mma else "attention_fwd", *sizes)
+    return kernel.name, count(sizes[2], kernel.block_m)
 
 
 # ---- backward ----

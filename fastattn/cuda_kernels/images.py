@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import nvrtc
-from .sources import ELEMENTS, MIN_CAPABILITY, Arch, KernelSources, choose, image_name, options
+from .sources import ELEMENTS, MIN_CAPABILITY, Arch, KernelSources, choose, image_name, options, unit
 
 
 class ImageError(RuntimeError):
@@ -66,6 +67,21 @@ def selected(capability: tuple[int, int], have: Installed) -> Arch | None:
 
 def _dotted(number: int) -> str:
     return f"{number // 10}.{number % 10}"
+
+
+def has_mma(element: str, capability: tuple[int, int]) -> bool:
+    """Whether tensor cores multiply in the image of an element type that a GPU gets: it has other kernels then.
+
+    Args:
+        element: "float32", "float16" or "bfloat16".
+        capability: the GPU's compute capability.
+
+    Raises:
+        ImageError: the GPU is too old.
+        ValueError: FASTATTN_CUDA_IMAGE names nothing, or nothing that runs there.
+    """
+    arch = selected(capability, installed()) or Arch("sm", 10 * capability[0] + capability[1])
+    return unit(element, arch) is not None
 
 
 @dataclass(frozen=True)
@@ -148,6 +164,8 @@ class Installation:
         file = cached_file(files.digest, compiler.version, options(arch), element, arch)
         content = _read_checked(file)
         if content is None:
+            where = f"{arch}, once; they are kept in {file.parent}"
+            print(f"fastattn: NVRTC {compiler.version} compiles the {element} kernels for {where}", file=sys.stderr)
             content = files.compile(compiler, element, arch).image
             _write_checked(file, content)
         return content

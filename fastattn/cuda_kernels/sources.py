@@ -57,7 +57,23 @@ NEWEST_KNOWN_TARGET = 90
 
 # Machine code for each architecture that compiles differently; PTX for those to come, and to run the first kernels on
 # any newer GPU.
-DEFAULT_ARCHS = tuple(map(Arch.parse, ("sm_60", "sm_70", "sm_75", "sm_80", "sm_90", "compute_60", "compute_90")))
+ALL_ARCHS = tuple(map(Arch.parse, ("sm_60", "sm_70", "sm_75", "sm_80", "sm_90", "compute_60", "compute_90")))
+
+
+# The first compute capability whose tensor cores multiply an element type, and their instruction (csrc/mma_units.cuh).
+_UNITS = {"float16": {70: "Mma8x8x4", 75: "Mma16x8x8", 80: "Mma16x8x16"}, "bfloat16": {80: "Mma16x8x16"}}
+
+
+def unit(element: str, arch: Arch) -> str | None:
+    """The instruction of tensor cores in the image of an element type; None: its kernels multiply without them."""
+    known = [number for number in _UNITS.get(element, {}) if number <= arch.number]
+    return _UNITS[element][max(known)] if known else None
+
+
+def defines(element: str, arch: Arch) -> dict[str, str]:
+    """The macros that an image is compiled with, and their values."""
+    name = unit(element, arch)
+    return {"FASTATTN_ELEMENT": ELEMENTS[element]} | ({"FASTATTN_UNIT": name} if name else {})
 
 
 def choose(archs: Iterable[Arch], capability: int) -> Arch | None:
@@ -119,7 +135,7 @@ class KernelSources:
             str(arch),
             name="attention.cu",
             headers=headers,
-            defines={"FASTATTN_ELEMENT": ELEMENTS[element]},
+            defines=defines(element, arch),
             options=options(arch),
         )
         return compiled if arch.kind == "sm" else compiled._replace(image=with_oldest_version(compiled.image, arch))

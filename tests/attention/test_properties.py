@@ -53,7 +53,7 @@ def test_weights_sum_to_one_or_to_nothing(backend: str, seqlen_q: int, seqlen_k:
     mask = normal(seed + 2, 1, 2, seqlen_q, seqlen_k) > 0.8
     ones = torch.ones(1, 2, seqlen_k, 1, dtype=torch.float64)
     has_key = mask.any(-1).double()
-    weights = functional.attention_weights(attention_params(q, k, ones, mask))
+    weights = functional.weights_of(attention_params(q, k, ones, mask))
     with fastattn.use_backend(backend):
         out = fastattn.scaled_dot_product_attention(q, k, ones, mask)
     torch.testing.assert_close(weights.sum(-1), has_key)

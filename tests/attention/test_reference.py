@@ -62,7 +62,7 @@ def test_bands_are_as_drawn(drawn: tuple[str, int, int]) -> None:
     expected = [[c == "1" for c in row] for row in DRAWN[drawn].split()]
     assert band(name, seqlen_q, seqlen_k) == expected
     q, k = torch.zeros(1, 1, seqlen_q, 4), torch.zeros(1, 1, seqlen_k, 4)
-    weights = functional.attention_weights(attention_params(q, k, k, **BANDS[name]))
+    weights = functional.weights_of(attention_params(q, k, k, **BANDS[name]))
     assert torch.equal(weights[0, 0] > 0, torch.tensor(expected))
 
 

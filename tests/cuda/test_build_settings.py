@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.support.native_build import CPU, CPU_FILE, Settings, Tree, build_native, lacking, needs_tools
+from tests.support.native_build import CPU, CPU_FILE, Settings, Tree, build_native, build_settings, lacking, needs_tools
 
 # ---- variables of the environment ----
 
@@ -18,7 +18,8 @@ from tests.support.native_build import CPU, CPU_FILE, Settings, Tree, build_nati
 @pytest.mark.parametrize(
     ("text", "archs"),
     [
-        ("", ["sm_60", "sm_70", "sm_75", "sm_80", "sm_90", "compute_60", "compute_90"]),
+        ("", []),  # those of this machine
+        ("all", ["sm_60", "sm_70", "sm_75", "sm_80", "sm_90", "compute_60", "compute_90"]),
         ("60", ["sm_60"]),
         ("60;sm_75; compute_90;", ["sm_60", "sm_75", "compute_90"]),
         ("sm_80;80", ["sm_80"]),
@@ -29,7 +30,44 @@ def test_architectures(text, archs):
     assert list(map(str, Settings.read({"FASTATTN_CUDA_ARCHS": text}).archs)) == archs
 
 
-@pytest.mark.parametrize("text", ["50", "6", "6.0", "sm60", "compute_", "90a", "60,70", "all"])
+@pytest.mark.parametrize(
+    ("found", "archs"),
+    [
+        ((), ["sm_60"]),  # the card that this is made for
+        ((75,), ["sm_75"]),
+        ((60, 86), ["sm_60", "sm_86"]),
+        ((50,), ["sm_60"]),  # too old for any kernel
+        ((200,), ["compute_90"]),  # unknown to the compiler: what its driver can compile
+    ],
+    ids=str,
+)
+def test_architectures_of_a_machine(found, archs, monkeypatch, capsys):
+    monkeypatch.setattr(build_settings.gpus, "capabilities", lambda: found)
+    chosen = Settings.read({}).archs_of_this_machine([60, 70, 75, 80, 86, 90])
+    assert list(map(str, chosen)) == archs
+    said = capsys.readouterr().out
+    assert f"building {', '.join(archs)};" in said and "FASTATTN_CUDA_ARCHS=all" in said
+
+
+def test_gpus_are_those_of_the_driver(tmp_path):
+    library = tmp_path / "libcuda.so"
+    source = """
+    extern "C" int cuInit(unsigned) { return 0; }
+    extern "C" int cuDeviceGetCount(int* n) { *n = 3; return 0; }
+    extern "C" int cuDeviceGet(int* device, int n) { *device = n + 40; return 0; }
+    extern "C" int cuDeviceGetAttribute(int* x, int which, int device) {
+        const int major[] = {8, 6, 8}, minor[] = {6, 0, 6};
+        *x = which == 75 ? major[device - 40] : which == 76 ? minor[device - 40] : -1;
+        return 0;
+    }
+    """
+    command = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", library]
+    subprocess.run(command, input=source, text=True, check=True)
+    assert build_settings.gpus.capabilities(str(library)) == (60, 86)
+    assert build_settings.gpus.capabilities(str(tmp_path / "none.so")) == ()
+
+
+@pytest.mark.parametrize("text", ["50", "6", "6.0", "sm60", "compute_", "90a", "60,70", "All"])
 def test_a_wrong_architecture_is_named_with_the_possible_ones(text):
     with pytest.raises(ValueError, match=f"^FASTATTN_CUDA_ARCHS: .* got '{text}'") as raised:
         Settings.read({"FASTATTN_CUDA_ARCHS": f"75;{text}"})

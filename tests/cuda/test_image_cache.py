@@ -22,12 +22,14 @@ def architecture(image: bytes) -> int:
     return int.from_bytes(image[48:52], "little") & 0xFF
 
 
-def test_compiled_for_the_gpu_itself_and_kept(install, compiler, tmp_path):
+def test_compiled_for_the_gpu_itself_and_kept(install, compiler, tmp_path, capsys):
     here = install("sm_80", compiler=compiler)
     first = here.image("float16", (6, 1))
     assert architecture(first) == 61 and compiler.compiled == [("__half", "sm_61")]
+    said = f"compiles the float16 kernels for sm_61, once; they are kept in {tmp_path / 'cache'}"
+    assert said in capsys.readouterr().err
     assert here.image("float16", (6, 1)) == first
-    assert len(compiler.compiled) == 1
+    assert len(compiler.compiled) == 1 and capsys.readouterr().err == ""
     (kept,) = (tmp_path / "cache").iterdir()
     assert kept.name.endswith(".attention_float16.sm_61.cubin")
     assert here.image("float32", (6, 1)) != first  # another element type is another image

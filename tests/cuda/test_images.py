@@ -9,7 +9,7 @@ import pytest
 
 from fastattn.cuda_kernels import images, nvrtc
 from fastattn.cuda_kernels.images import Installation
-from fastattn.cuda_kernels.sources import DEFAULT_ARCHS, ELEMENTS, Arch, KernelSources, choose
+from fastattn.cuda_kernels.sources import ALL_ARCHS, ELEMENTS, Arch, KernelSources, choose
 from tests.support.installation import SOURCES
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -44,8 +44,8 @@ def no_compiler(monkeypatch, tmp_path) -> None:
     ],
 )
 def test_choice_from_everything(capability, expected):
-    assert str(choose(DEFAULT_ARCHS, capability)) == expected
-    assert str(choose(reversed(DEFAULT_ARCHS), capability)) == expected
+    assert str(choose(ALL_ARCHS, capability)) == expected
+    assert str(choose(reversed(ALL_ARCHS), capability)) == expected
 
 
 @pytest.mark.parametrize(

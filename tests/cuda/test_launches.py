@@ -17,6 +17,7 @@ cuda = pytest.importorskip("fastattn.cuda_kernels.attention", reason="the native
 launches = pytest.importorskip("benchmarks.p100.launches")
 EVERYWHERE = UNBOUNDED, UNBOUNDED, False  # no band
 CAUSAL = UNBOUNDED, 0, False
+HALF = ("float16", "bfloat16")
 MANY = 1000  # multiprocessors: more than there are blocks
 
 
@@ -53,6 +54,15 @@ def problem(
         ("attention_fwd", (64, 64), (97, 97), "d64_64x64"),
         ("attention_fwd", (65, 65), (1, 1), "d128_64x32"),
         ("attention_fwd", (72, 200), (1, 1), "d256_64x32"),
+        ("attention_fwd_mma", (1, 1), (1, 1), "d32_32x32"),
+        ("attention_fwd_mma", (32, 32), (64, 64), "d32_64x64"),
+        ("attention_fwd_mma", (64, 64), (32, 32), "d64_32x32"),
+        ("attention_fwd_mma", (64, 64), (64, 32), "d64_64x32"),
+        ("attention_fwd_mma", (64, 64), (82, 82), "d64_32x32"),  # 96 x 96 scores or 128 x 96
+        ("attention_fwd_mma", (64, 64), (128, 96), "d64_64x32"),
+        ("attention_fwd_mma", (64, 64), (1000, 1000), "d64_64x32"),
+        ("attention_fwd_mma", (65, 65), (1, 1), "d128_64x32"),
+        ("attention_fwd_mma", (72, 200), (1, 1), "d256_48x16"),
         ("attention_bwd", (32, 32), (64, 64), "d32_32x32"),
         ("attention_bwd", (64, 64), (64, 64), "d64_64x64"),
         ("attention_bwd", (64, 64), (64, 32), "d64_32x32"),
@@ -98,7 +108,7 @@ def test_scores_are_those_of_the_tiles_in_the_band(seqlens: tuple[int, int], ban
         assert cuda.computed_scores(kernel, n, m, left, right) == tiles * kernel.block_m * kernel.block_n
 
 
-@pytest.mark.parametrize("pass_", ["attention_fwd", "attention_bwd"])
+@pytest.mark.parametrize("pass_", ["attention_fwd", "attention_fwd_mma", "attention_bwd"])
 def test_a_larger_tile_never_computes_many_more_scores(pass_: str) -> None:
     def scores(kernel: object, n: int, m: int) -> int:
         sizes = zip((n, m), (kernel.block_m, kernel.block_n), strict=True)
@@ -119,6 +129,14 @@ def test_a_larger_tile_never_computes_many_more_scores(pass_: str) -> None:
 def test_forward_grid() -> None:
     (launch,) = launches.record(problem(), backward=False)
     assert (launch.kernel, launch.element, launch.grid) == ("attention_fwd_d32_32x32", "float32", (3, 4, 3))
+
+
+def test_forward_on_tensor_cores() -> None:
+    """Only of the elements that they multiply, and never the backward."""
+    for dtype, name in ((torch.float16, "attention_fwd_mma_d32_32x32"), (torch.bfloat16, "attention_fwd_d32_32x32")):
+        for is_backward, passes in ((False, [name]), (True, ["attention_bwd_d32_32x32"])):
+            recorded = launches.record(problem(dtype=dtype), is_backward, multiprocessors=1, mma=("float16",))
+            assert [launch.kernel for launch in recorded] == passes
 
 
 def test_backward_grids() -> None:
@@ -187,11 +205,11 @@ class Nothing:
         pass
 
 
-def launched(case: Case, multiprocessors: int) -> list[launches.Launch]:
+def launched(case: Case, multiprocessors: int, mma: tuple[str, ...] = ()) -> list[launches.Launch]:
     """The launches of a case, forward and backward."""
     tensors, arguments = case.make()
     inputs = [None if x is None else x.requires_grad_() for x in tensors]
-    with on_the_cpu(Nothing(), multiprocessors=multiprocessors), launches.recording(multiprocessors) as recorded:
+    with on_the_cpu(Nothing(), multiprocessors=multiprocessors), launches.recording(multiprocessors, mma) as recorded:
         results = call(inputs, arguments)
         torch.autograd.grad(results, [x for x in inputs if x is not None], [torch.ones_like(x) for x in results])
     return recorded
@@ -202,7 +220,7 @@ def several_tiles() -> set[tuple[str, str]]:
     """(kernel, element) of all launches of the table with more than one tile of queries and of keys."""
     found = set()
     for case in pairwise() + SEVERAL_TILES:
-        for launch in [*launched(case, 1), *launched(case, MANY)]:
+        for launch in [*launched(case, 1), *launched(case, MANY), *launched(case, 1, HALF)]:
             kernel = launches.KERNELS[launch.kernel]
             blocks = kernel.block_m, kernel.block_n
             if kernel.block_m == 0 or all(n > block for n, block in zip(case.seqlens, blocks, strict=True)):
@@ -213,7 +231,10 @@ def several_tiles() -> set[tuple[str, str]]:
 @pytest.mark.parametrize("kernel", launches.KERNELS)
 def test_every_kernel_has_several_tiles_in_some_case(kernel: str, several_tiles: set[tuple[str, str]]) -> None:
     elements = {element for name, element in several_tiles if name == kernel}
-    assert "float32" in elements and len(elements) > 1, elements
+    if launches.KERNELS[kernel].pass_.endswith("_mma"):
+        assert "float16" in elements and elements <= {*HALF}  # test_tensor_cores.py has all for both
+    else:
+        assert "float32" in elements and len(elements) > 1, elements
 
 
 def test_every_backward_has_rows_whose_keys_are_all_in_one_tile() -> None:

@@ -11,16 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastattn.cuda_kernels.sources import Arch, defines, unit
 from tests.simt.attention import ATTENTION, on_the_cpu
 from tests.simt.build import CHECKED, build_library
 from tests.simt.executor import Library, SimtError
+from tests.simt.ptx.library import PtxLibrary, load_ptx
+from tests.support import cuda_mutants_mma
 from tests.support.cuda_mutants import NUMBERS, PLAIN, SHARED_AND_FORWARD, Mutant
 from tests.support.cuda_mutants_backward import BACKWARD_ALONE
 
 CSRC = ATTENTION.parent
-GROUPS = SHARED_AND_FORWARD + BACKWARD_ALONE
+GROUPS = SHARED_AND_FORWARD + BACKWARD_ALONE + cuda_mutants_mma.TENSOR_CORES
 MUTANTS = {name: mutant for group in GROUPS for name, mutant in group.items()}
 ELEMENTS = {torch.float32: "float", torch.float16: "__half"}
+HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 BARRIER = "__syncthreads();"
 BARRIERS = [(f.name, n) for f in sorted(CSRC.glob("*.cuh")) for n in range(f.read_text().count(BARRIER))]
 # A mutant is compiled, which takes seconds: make test has one of each kind, by what is broken and what catches it, and
@@ -35,19 +39,13 @@ def sources(folder: Path, head_dim: int) -> None:
     folder.mkdir()
     for file in (*CSRC.glob("*.cu"), *CSRC.glob("*.cuh"), *CSRC.glob("*.h")):
         (folder / file.name).write_text(file.read_text())
-    table = folder / "tiles.cuh"
 
     def kept(row: re.Match[str]) -> str:
         return row[0] if row[1] == "attention_bwd_dbias" or int(row[2]) == head_dim else ""
 
-    some = ROW_OF_TABLE.sub(kept, table.read_text())
-    table.write_text(re.sub(r"\\\n(?=\n)", "\n", some))  # the last row continues no more
-
-
-def machine_code(library: Library, folder: Path) -> bytes:
-    code = folder / f"{library.path.name}.text"
-    subprocess.run(["objcopy", "-O", "binary", "--only-section=.text", library.path, code], check=True)
-    return code.read_bytes()
+    for table in (folder / "tiles.cuh", folder / "mma_tiles.cuh"):
+        some = ROW_OF_TABLE.sub(kept, table.read_text())
+        table.write_text(re.sub(r"\\\n(?=\n|#)", "\n", some))  # the last row continues no more
 
 
 class MutantKernels:
@@ -57,12 +55,48 @@ class MutantKernels:
         flags = (*(CHECKED if checked else ("-O0",)), f"-DFASTATTN_ELEMENT={ELEMENTS[dtype]}")
         self.loaded = Library(build_library(folder / "attention.cu", flags), checked)
 
+    def has_mma(self, element: str) -> bool:
+        return False
+
     def library(self, kernel: str, element: str) -> Library:
         return self.loaded
 
+    def code(self, folder: Path) -> bytes:
+        """The machine code."""
+        code = folder / f"{self.loaded.path.name}.text"
+        subprocess.run(["objcopy", "-O", "binary", "--only-section=.text", self.loaded.path, code], check=True)
+        return code.read_bytes()
 
-def run(folder: Path, mutant: Mutant) -> MutantKernels:
-    kernels = MutantKernels(folder, mutant.case.dtype, mutant.caught_by != NUMBERS)
+
+class MutantPtx:
+    """The same from the PTX of an architecture with tensor cores."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, checked: bool, arch: str) -> None:
+        self.arch = Arch.parse(arch)
+        macros = tuple(f"{name}={value}" for name, value in defines(HALF[dtype], self.arch).items())
+        self.loaded = load_ptx(folder / "attention.cu", arch=arch, checked=checked, defines=macros)
+
+    def has_mma(self, element: str) -> bool:
+        return unit(element, self.arch) is not None
+
+    def library(self, kernel: str, element: str) -> PtxLibrary:
+        return self.loaded
+
+    def code(self, folder: Path) -> bytes:
+        """The PTX, without the places in the sources."""
+        lines = self.loaded.ptx.read_text().splitlines()
+        return "\n".join(line for line in lines if not line.lstrip().startswith((".loc", ".file"))).encode()
+
+
+def kernels_of(folder: Path, mutant: Mutant) -> MutantKernels | MutantPtx:
+    checked = mutant.caught_by != NUMBERS
+    if mutant.arch is None:
+        return MutantKernels(folder, mutant.case.dtype, checked)
+    return MutantPtx(folder, mutant.case.dtype, checked, mutant.arch)
+
+
+def run(folder: Path, mutant: Mutant) -> MutantKernels | MutantPtx:
+    kernels = kernels_of(folder, mutant)
     multiprocessors = 1000 if mutant.is_split else 1
     # More than two heads or sequences: then a block has several of them.
     with on_the_cpu(kernels, multiprocessors=multiprocessors, max_grid_y=2, max_grid_z=2):
@@ -81,8 +115,8 @@ def is_caught(tmp_path: Path, mutant: Mutant, change: Callable[[str], str]) -> b
     before = run(original, mutant)
     with pytest.raises(AssertionError) as caught:
         run(folder, mutant)
-    after = MutantKernels(folder, mutant.case.dtype, before.loaded.checked)
-    assert machine_code(before.loaded, original) != machine_code(after.loaded, folder), "the mutant is the same kernel"
+    after = kernels_of(folder, mutant)
+    assert before.code(original) != after.code(folder), "the mutant is the same kernel"
     kinds = caught.value.kinds if isinstance(caught.value, SimtError) else {NUMBERS}
     return any(mutant.caught_by in kind for kind in kinds)
 
@@ -108,4 +142,9 @@ def test_every_barrier_is_needed(name: str, n: int, tmp_path: Path) -> None:
 
     softcap = 3.0 if name == "softcap.cuh" else None
     case = replace(PLAIN, bias="per-head", seqlens=(40, 70), batch=1, softcap=softcap)
-    assert is_caught(tmp_path, Mutant(name, BARRIER, "", case, "race"), without)
+    mutant = Mutant(name, BARRIER, "", case, "race")
+    if name == "attention_fwd_mma.cuh":
+        # Two sequences for a block, one behind the other.
+        case = replace(case, dtype=torch.float16, dims=(32, 32), batch=4)
+        mutant = replace(mutant, case=case, arch="compute_75", check=cuda_mutants_mma.forward_alone)
+    assert is_caught(tmp_path, mutant, without)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import demo_report
 import quickstart
 import worked_example
 from number_translation import Vocabulary, draw_pairs
@@ -90,8 +92,38 @@ def test_quickstart_writes_everything(tmp_path):
     assert "tokens/s, loss" in errors and "lr " in errors and "5/5" in errors
     for name in ("attention.png", "loss.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    page = _page_data(tmp_path / "index.html")
+    assert len(page["nll"]) == len(page["mean"]) == 5 and page["numbers"][0][1] == "BLEU"
+    assert [sample["reference"] for sample in page["samples"]] == [german for _, german in draw_pairs(8, 2017, True)]
+    for sample in page["samples"]:
+        weights = torch.tensor(sample["weights"])
+        assert weights.shape == (4, len(sample["target"]), len(sample["source"]))
+        assert (weights.sum(-1) - 1).abs().max() < 0.02  # each rounded to three digits
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["model.pt", "vocabulary.json"]
     assert json.loads((tmp_path / "model" / "vocabulary.json").read_text("utf-8")) == VOCABULARY.pieces
+
+
+def _page_data(path):
+    text = path.read_text("utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_page_takes_any_text(tmp_path):
+    text = "</script><b>DATA & more"
+    attention = demo_report.Attention(torch.tensor([[[0.25, 0.75]]]), [text, "b"], ["c"], text, "c")
+    path = tmp_path / "page.html"
+    demo_report.write_page(path, [("1", text)], text, [2.0], [demo_report.Sample(attention, text)])
+    data = _page_data(path)
+    assert data["samples"][0]["source"] == [text, "b"] and data["samples"][0]["weights"] == [[[0.25, 0.75]]]
+    assert path.read_text("utf-8").count("<b>") == (demo_report.page.TEMPLATE.read_text("utf-8").count("<b>"))
+    with pytest.raises(ValueError):
+        demo_report.write_page(path, [], "", [float("nan")], [])
+
+
+def test_running_mean_is_of_what_is_around():
+    assert demo_report.pictures.running_mean([1, 2, 3, 4, 9], window=2) == [1.5, 2, 3, 16 / 3, 6.5]
+    assert demo_report.pictures.running_mean([], window=2) == []
+    assert demo_report.pictures.running_mean([3.0]) == [3.0]
 
 
 def test_quickstart_interrupted_leaves_a_model_that_translates(tmp_path):

@@ -76,7 +76,7 @@ def test_metadata(wheel):
     assert metadata["Requires-Python"] == ">=3.10"
     required = {r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
     assert required == {"torch>=2.7", "numpy"}  # Triton comes with torch where it can be used
-    assert set(metadata.get_all("Provides-Extra")) == {"test", "bench", "examples"}
+    assert set(metadata.get_all("Provides-Extra")) == {"all", "bench", "docs", "examples", "jit", "test", "transformers"}
 
 
 def test_installed_package_works_away_from_the_sources(installed):
@@ -152,6 +152,21 @@ print(json.dumps([report["cpu_kernels"], report["kernels"]["reason"]]))
     cpu, no_cuda = json.loads(said)
     assert (cpu["isa"], cpu["reason"], no_cuda) == (cpu["isas"][0], None, "FASTATTN_BUILD_CUDA=0")
     assert cpu["isas"][-1] == "baseline"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux")
+def test_readmes_lines_work_in_the_root_of_a_clone(sources, tmp_path):
+    """What is imported there is the clone's own package, which an installation leaves with the same kernels."""
+    clone = tmp_path / "clone"
+    shutil.copytree(sources, clone, ignore=shutil.ignore_patterns("_kernels", "*.so", "build"))
+    said = subprocess.run([sys.executable, "-m", "fastattn.info"], cwd=clone, capture_output=True, text=True)
+    assert said.returncode == 1 and "this fastattn is a copy of the sources" in said.stdout
+    installed = tmp_path / "installed"
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", installed, ".")
+    run(*pip, cwd=clone, FASTATTN_BUILD_CUDA="0")
+    report = json.loads(run(sys.executable, "-m", "fastattn.info", "--json", cwd=clone))
+    assert report["ok"] and report["cpu_kernels"]["reason"] is None and report["problems"] == []
 
 
 # ---- with the CUDA kernels, too ----

@@ -189,7 +189,7 @@ def test_dropout_follows_the_mode():
 
 
 def test_training_computes_no_attention_weights(monkeypatch):
-    monkeypatch.delattr(functional, "attention_weights")
+    monkeypatch.delattr(functional, "weights_of")
     assert Transformer(TINY)(sentences([3]), sentences([4])).shape == (1, 4, 13)
 
 

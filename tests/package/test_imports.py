@@ -18,7 +18,7 @@ INIT = Path("fastattn", "__init__.py")
 # __init__.py.
 LAYERS = (
     ("cpu_kernels", "cuda_kernels", "triton_kernels", "nmt", "integrations"),
-    ("cpu_kernels.sources", "cuda_kernels.nvrtc"),
+    ("cpu_kernels.sources", "cuda_kernels.nvrtc", "cuda_kernels.gpus"),
     ("cuda_kernels.sources",),
     ("params", "philox", "peaks", "compat", "masks", "seam", "_launcher", "_cpu"),
     ("cuda_kernels.images", "triton_kernels.scores", "triton_kernels.tiles", "shapes", "values"),
@@ -40,7 +40,7 @@ LAYERS = (
     ("autograd", "flops"),
     ("functional",),
     ("modules", "integrations.sdpa", "integrations.flash_attn.alibi", "integrations.flash_attn.bert_padding"),
-    ("nmt.layout", "integrations.torch", "integrations.flash_attn.arguments"),
+    ("nmt.layout", "integrations.torch", "integrations.transformers", "integrations.flash_attn.arguments"),
     ("nmt.transformer", "nmt.data", "integrations.flash_attn.interface", "integrations.flash_attn.kvcache"),
     ("nmt.cache", "nmt.averaging", "integrations.safetensors", "integrations.flash_attn"),
     ("nmt.generation", "integrations.marian"),
@@ -51,7 +51,7 @@ LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in 
 # The installation loads them where there is no torch.
 STANDARD_LIBRARY_ONLY = {
     *("cpu_kernels", "cpu_kernels.sources"),
-    *("cuda_kernels", "cuda_kernels.nvrtc", "cuda_kernels.sources", "cuda_kernels.images"),
+    *("cuda_kernels", "cuda_kernels.gpus", "cuda_kernels.nvrtc", "cuda_kernels.sources", "cuda_kernels.images"),
 }
 
 # What the others may import besides the standard library, torch and fastattn, by module or by folder.

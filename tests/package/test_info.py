@@ -12,7 +12,7 @@ import torch
 
 from fastattn import backends, info
 from fastattn.cuda_kernels import images
-from fastattn.cuda_kernels.sources import DEFAULT_ARCHS, Arch
+from fastattn.cuda_kernels.sources import ALL_ARCHS, Arch
 from tests.support.stand_in import installed, stand_in
 
 CUDA_12 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
@@ -21,7 +21,7 @@ P100 = info.VisibleGpu("Tesla P100-SXM2-16GB", (6, 0))
 T4 = info.VisibleGpu("Tesla T4", (7, 5))
 H100 = info.VisibleGpu("NVIDIA H100 80GB HBM3", (9, 0))
 B200 = info.VisibleGpu("NVIDIA B200", (10, 0))
-BUILT = images.Installed(DEFAULT_ARCHS, nvrtc="12.9", sources="0123456789abcdef", commit="c0ffee" * 6, reason=None)
+BUILT = images.Installed(ALL_ARCHS, nvrtc="12.9", sources="0123456789abcdef", commit="c0ffee" * 6, reason=None)
 BUILT_FOR_80 = images.Installed((Arch("sm", 80),), nvrtc="12.9", sources="0123", commit=None, reason=None)
 CPU_KERNELS = info.CpuKernels(("avx512", "avx2", "baseline"), "avx512", "OpenMP", None)
 NO_CPU_KERNELS = info.CpuKernels((), None, None, "no package pybind11")
@@ -55,6 +55,8 @@ def machine(*gpus: info.VisibleGpu, **changes) -> info.System:
         "nvrtc_problem": None,
         "cache_dir": "/home/someone/.cache/fastattn",
         "cpu_kernels": CPU_KERNELS,
+        "is_a_copy": False,
+        "hidden": None,
     }
     return info.System(**system | changes)
 
@@ -107,7 +109,7 @@ def test_gpu_gets_its_fused_backend(fused, gpu, archs, backend):
 
 def test_text_says_which_calls_are_left_to_torch(fused):
     lines = info.render(info.gather(machine(T4))).splitlines()
-    assert "  float16   cuda; torch, which is faster, for more than 96 tokens, or 48 without a gradient" in lines
+    assert "  float16   cuda; torch, which is faster, for more than 96 tokens with a gradient" in lines
     assert "  float32   cuda" in lines and "  bfloat16  cuda" in lines
     assert "which is faster" not in info.render(info.gather(machine(P100, H100)))
 
@@ -378,3 +380,38 @@ def test_command_line():
     assert result.returncode == (0 if report["ok"] else 1)
     assert len(report["devices"]) == max(1, torch.cuda.device_count())
     assert result.stderr == ""
+
+
+# ---- copies of the sources ----
+
+
+def test_a_copy_without_kernels_is_a_problem_with_a_way_out():
+    report = info.gather(machine(is_a_copy=True, cpu_kernels=NO_CPU_KERNELS))
+    assert not report["ok"]
+    assert report["problems"][0]["problem"].startswith("this fastattn is a copy of the sources")
+    assert report["problems"][0]["fixes"] == ["pip install ."]
+
+
+def test_a_copy_that_hides_an_installation_names_it():
+    report = info.gather(machine(is_a_copy=True, hidden="/somewhere/site-packages/fastattn"))
+    text = report["problems"][0]["problem"]
+    assert text.endswith("it hides the one installed in /somewhere/site-packages/fastattn") and not report["ok"]
+    assert "start Python in another folder" in report["problems"][0]["fixes"]
+
+
+def test_an_installation_that_another_one_is_not_in_front_of_is_no_problem():
+    assert info.gather(machine(hidden="/somewhere/site-packages/fastattn"))["ok"]
+
+
+def test_text_says_which_gpus_are_served_and_by_what():
+    def served(**changes):
+        lines = info.render(info.gather(machine(**changes))).splitlines()
+        return next(line.removeprefix("serves").strip() for line in lines if line.startswith("serves"))
+
+    only_60 = images.Installed((Arch("sm", 60),), nvrtc="12.9", sources="0123", commit=None, reason=None)
+    assert served(kernels=only_60) == (
+        "GPUs of compute capability 6.x from 6.0 on by machine code; any other from 6.0 on by NVRTC at the first call"
+    )
+    assert served(kernels=only_60, nvrtc=None).endswith("6.x from 6.0 on by machine code")
+    assert "from 6.0 on by PTX, which the driver compiles" in served(kernels=BUILT)
+    assert served(kernels=NOT_BUILT, nvrtc=None).startswith("no GPU")

@@ -182,9 +182,8 @@ class Repository:
         self.machine, self.folder = machine, folder
         shutil.copytree(ROOT / "scripts", folder / "scripts")
         shutil.copytree(ROOT / "csrc", folder / "csrc")
-        compilation = (
-            f"fastattn/{name}.py" for name in ("cuda_kernels/nvrtc", "cuda_kernels/sources", "cpu_kernels/sources")
-        )
+        modules = ("cuda_kernels/gpus", "cuda_kernels/nvrtc", "cuda_kernels/sources", "cpu_kernels/sources")
+        compilation = (f"fastattn/{name}.py" for name in modules)
         for name in ("requirements-dev.txt", "pyproject.toml", "setup.py", *compilation):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
@@ -222,6 +221,7 @@ def test_setup_installs_everything_once(repository):
         "fastattn/cuda_kernels/sources.py",
         "fastattn/cpu_kernels/sources.py",
         "scripts/build_native.py",
+        "scripts/build_settings.py",
     ],
 )
 def test_setup_after_a_change_of_the_kernels_compiles_only(repository, file):
@@ -240,6 +240,14 @@ def test_setup_for_other_architectures_compiles_only(repository):
     assert repository.setup(FASTATTN_CUDA_ARCHS="60") == [KERNELS]
     assert repository.setup(FASTATTN_CUDA_ARCHS="60") == []
     assert repository.setup() == [KERNELS]
+
+
+def test_setup_keeps_all_architectures_once_they_are_there(repository):
+    repository.setup()
+    assert repository.setup(FASTATTN_CUDA_ARCHS="all") == [KERNELS]
+    assert repository.setup() == repository.setup(FASTATTN_CUDA_ARCHS="all") == []
+    assert repository.setup(FASTATTN_CUDA_ARCHS="60") == [KERNELS]
+    assert repository.setup(FASTATTN_CUDA_ARCHS="60") == []
 
 
 def test_setup_after_a_change_of_the_tools_keeps_torch(repository):

@@ -19,7 +19,7 @@ import torch
 from benchmarks.p100.launches import launch_of
 from fastattn import backends
 from fastattn.cuda_kernels import attention, images
-from fastattn.cuda_kernels.sources import ELEMENTS
+from fastattn.cuda_kernels.sources import ELEMENTS, Arch, defines, unit
 from fastattn.params import AttentionParams, Buffers
 from tests.simt.build import CACHE, ROOT
 from tests.simt.executor import Library, load
@@ -34,6 +34,8 @@ class Kernels(Protocol):
 
     def library(self, kernel: str, element: str) -> Library | PtxLibrary: ...
 
+    def has_mma(self, element: str) -> bool: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceKernels:
@@ -43,6 +45,9 @@ class SourceKernels:
 
     def library(self, kernel: str, element: str) -> Library:
         return _source_library(element, self.checked)
+
+    def has_mma(self, element: str) -> bool:
+        return False
 
 
 @functools.cache
@@ -60,11 +65,15 @@ class PtxKernels:
     def library(self, kernel: str, element: str) -> PtxLibrary:
         return _ptx_library(element, self.arch, self.checked)
 
+    def has_mma(self, element: str) -> bool:
+        return unit(element, Arch.parse(self.arch)) is not None
+
 
 @functools.cache
 def _ptx_library(element: str, arch: str, checked: bool) -> PtxLibrary:
     if checked:  # compiled here, with the lines of the sources for the reports
-        return load_ptx(ATTENTION, arch=arch, checked=True, defines=(f"FASTATTN_ELEMENT={ELEMENTS[element]}",))
+        macros = defines(element, Arch.parse(arch))
+        return load_ptx(ATTENTION, arch=arch, checked=True, defines=tuple(f"{name}={x}" for name, x in macros.items()))
     with mock.patch.dict(os.environ, FASTATTN_CUDA_IMAGE=arch, FASTATTN_CACHE_DIR=str(CACHE)):
         image = images.image(element, (9, 0))  # what a GPU gets
     return load_ptx_text(image.decode().rstrip("\0"), name=f"attention_{element}.{arch}.ptx")
@@ -94,6 +103,9 @@ class Executor(attention.Device):
 
     def multiprocessors(self, device: torch.device) -> int:
         return self._multiprocessors
+
+    def has_mma(self, element: str, device: torch.device) -> bool:
+        return self.kernels.has_mma(element)
 
     def launch(self, kernel: str, element: str, grid: tuple[int, int, int], p: AttentionParams, b: Buffers) -> None:
         launch = launch_of(kernel, element, grid, p, b)

@@ -71,7 +71,7 @@ def dense_condition(
     """The same of one dense problem: 4-D q, k, v and dout, and the rest of the function's arguments."""
     q, k, v, dout = (x.double() for x in tensors)
     p = attention_params(q, k, v, mask, attn_bias=None if bias is None else bias.double(), **arguments)
-    weights, group = functional.attention_weights(p), q.size(1) // k.size(1)
+    weights, group = functional.weights_of(p), q.size(1) // k.size(1)
     k, v = (x.abs().repeat_interleave(group, 1) for x in (k, v))
     scores = abs(p.scale) * q.abs() @ k.transpose(-1, -2)
     if p.bias is not None:
@@ -95,11 +95,14 @@ def _upstream(results: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
     return [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in results]
 
 
-def run(function: Any, case: Case, dtype: torch.dtype, device: str = "cpu", unseen: bool = False) -> dict[str, Tensor]:
+def run(
+    function: Any, case: Case, dtype: torch.dtype, device: str = "cpu", unseen: bool = False, gradients: bool = True
+) -> dict[str, Tensor]:
     """out, lse and the gradients of every input for random upstream gradients, all on the CPU.
 
     Args:
         unseen: keys and values that no query may see hold infinities and NaN.
+        gradients: False for out and lse alone.
     """
     tensors, arguments = case.make(device)
     inputs = tuple(None if x is None else leaf(x, dtype) for x in tensors)
@@ -111,11 +114,12 @@ def run(function: Any, case: Case, dtype: torch.dtype, device: str = "cpu", unse
     wanted = {name: x for name, x in leaves.items() if x is not None}
     before = [x.detach().clone() for x in wanted.values()]
     torch.manual_seed(1)
-    results = function(inputs, arguments)
-    grads = torch.autograd.grad(results, list(wanted.values()), _upstream(results))
+    with torch.set_grad_enabled(gradients):
+        results = function(inputs, arguments)
+    grads = torch.autograd.grad(results, list(wanted.values()), _upstream(results)) if gradients else ()
     for x, copy in zip(wanted.values(), before, strict=True):
         assert torch.equal(x.nan_to_num(), copy.nan_to_num()), "an input was modified"
-    named = dict(zip(("out", "lse"), results, strict=False)) | dict(zip(wanted, grads, strict=True))
+    named = dict(zip(("out", "lse"), results, strict=False)) | dict(zip(wanted, grads, strict=gradients))
     return {name: x.detach().cpu() for name, x in named.items()}
 
 
@@ -127,12 +131,13 @@ def leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
     return copy.copy_(x).requires_grad_()
 
 
-def check(case: Case, device: str = "cpu") -> None:
+def check(case: Case, device: str = "cpu", gradients: bool = True) -> None:
     """The backend in force says what the oracle says, and the same again, whatever unseen keys hold then."""
-    oracle = run(call_reference, case, torch.float64, device)
-    eager = run(call_reference, case, case.dtype, device)
-    actual = run(call, case, case.dtype, device)
-    again = run(call, case, case.dtype, device, unseen=may_hold_anything(*case.make(device)))
+    oracle = run(call_reference, case, torch.float64, device, gradients=gradients)
+    eager = run(call_reference, case, case.dtype, device, gradients=gradients)
+    actual = run(call, case, case.dtype, device, gradients=gradients)
+    unseen = may_hold_anything(*case.make(device))
+    again = run(call, case, case.dtype, device, unseen, gradients)
     rounding = condition(case)
     assert actual.keys() == oracle.keys()
     for name, x in actual.items():

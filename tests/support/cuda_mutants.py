@@ -61,6 +61,7 @@ class Mutant:
     is_split: bool = False  # caught in the split backward
     head_dim: int = 32  # of the kernels that are run
     check: Callable[[Case], None] = check
+    arch: str | None = None  # whose PTX is run, of tensor cores; None: the sources
 
 
 def forward(old: str, new: str, case: Case = PLAIN, caught_by: str = NUMBERS, head_dim: int = 32) -> Mutant:

@@ -49,10 +49,9 @@ DELTA = {
     "delta of short rows not divided": backward("__fdividef(sum, total)", "sum + total", SHORT),
     "delta of a short row without keys is NaN": backward("total == 0.0f ? 0.0f : ", "", SHORT_EMPTY),
     "delta of long rows from one tile": backward(" || s.seqlen_k > T::kBlockN", ""),
-    "delta of short rows without dropout": backward(
+    "delta of short rows without the factor of dropout": backward(
         "delta_of_rows(delta, weights, dscores, p, queries, lane);",
-        "{ float dp[T::kRows][T::kKeys]; multiply_rows(dp, queries.dout, v, left, right, lane);"
-        " delta_of_rows(delta, weights, dp, p, queries, lane); }",
+        "{ delta_of_rows(delta, weights, dscores, p, queries, lane); for (float& x : delta) x /= p.dropout_rescale; }",
         SHORT_DROPPED,
     ),
     "delta of short rows divided by what is kept": backward(

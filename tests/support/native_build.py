@@ -57,12 +57,13 @@ SOURCES = {
 def load() -> ModuleType:
     spec = importlib.util.spec_from_file_location("build_native", ROOT / "scripts" / "build_native.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # for its dataclass
+    sys.path.insert(0, str(ROOT / "scripts"))  # where it finds its own modules, as a script does
     spec.loader.exec_module(module)
     return module
 
 
 build_native = load()
+build_settings = sys.modules["build_settings"]
 LAUNCHER_FILE, CPU_FILE = build_native.LAUNCHER, build_native.CPU_MODULE
 EXTENSIONS = {LAUNCHER_FILE, CPU_FILE}
 ISAS = list(build_native.cpu_sources.isas())
@@ -72,7 +73,7 @@ Settings = build_native.Settings
 lacking = build_native.why_no_cuda(Settings.read({}))
 needs_tools = pytest.mark.skipif(lacking is not None, reason=f"the native build: {lacking}")
 
-MODULES = [f"cuda_kernels/{name}" for name in ("__init__", "nvrtc", "sources")]
+MODULES = [f"cuda_kernels/{name}" for name in ("__init__", "gpus", "nvrtc", "sources")]
 MODULES += [f"cpu_kernels/{name}" for name in ("__init__", "sources")]
 
 
@@ -83,7 +84,10 @@ class Tree:
 
     def __init__(self, folder: Path):
         self.folder, self.package = folder, folder / "fastattn"
-        files = ["scripts/build_native.py", *(f"fastattn/{name}.py" for name in MODULES)]
+        files = [
+            *(f"scripts/build_{name}.py" for name in ("native", "settings", "backend")),
+            *(f"fastattn/{name}.py" for name in MODULES),
+        ]
         for name in [*files, "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)

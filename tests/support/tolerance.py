@@ -22,6 +22,9 @@ scores + the log of the length). In dQ, dK and dbias its delta comes from an out
 dP - delta is exact only relative to the absolute terms of both: terms is the largest value of the gradient computed
 with |dP| + |delta| for dP - delta, and absolute values everywhere. Where a row has one key, the gradient is 0 and the
 terms are all there is.
+
+A whole model is compared by norms, tensor for tensor: `assert_model_close`. Its oracle is the model in float64, with
+eager attention; some models take the softmax in float32 even then, which is within ROUNDINGS.
 """
 
 from __future__ import annotations
@@ -64,3 +67,21 @@ def assert_close_to_oracle(name: str, actual: Tensor, oracle: Tensor, eager: Ten
         allowed += rounding_of_scores * largest * (1 if name == "out" else 2)
         allowed += eps * condition.terms.get(name, 0.0)
     assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e} (eager's own is {eager_error:.3e})"
+
+
+def assert_model_close(actual: dict[str, Tensor], oracle: dict[str, Tensor], eager: dict[str, Tensor]) -> None:
+    """The rule for outputs and gradients of a model: |actual - oracle| <= 3 |eager - oracle| + ROUNDINGS eps |oracle|.
+
+    Norms are Euclidean, eps is that of the dtype the models are in. Where sums cancel, as in the gradient of a key's
+    bias, which is 0, rounding is that of the terms: the norm of such a tensor counts as that of the largest, times
+    eps(float32) ** 0.5.
+    """
+    assert actual.keys() == oracle.keys() == eager.keys()
+    norms = {name: x.double().norm().item() for name, x in oracle.items()}
+    least = max(norms.values()) * torch.finfo(torch.float32).eps ** 0.5
+    for name, exact in oracle.items():
+        assert actual[name].dtype == eager[name].dtype
+        eps = torch.finfo(eager[name].dtype).eps
+        error, eager_error = ((x[name].double() - exact.double()).norm().item() for x in (actual, eager))
+        allowed = FACTOR["dq"] * eager_error + ROUNDINGS * eps * max(norms[name], least)
+        assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e} (eager's own is {eager_error:.3e})"

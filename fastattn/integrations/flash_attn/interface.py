@@ -263,7 +263,7 @@ def _pattern(q: Tensor, k: Tensor, how: dict[str, Any], keep: Tensor) -> Tensor:
         q, k: (batch, nheads, seqlen_q, headdim) and (batch, nheads_k, seqlen_k, headdim).
         keep: (batch, nheads, seqlen_q, seqlen_k) bool.
     """
-    weights = functional.attention_weights(attention_params(q, k, k, **how))  # no seed is drawn, and nothing dropped
+    weights = functional.weights_of(attention_params(q, k, k, **how))  # no seed is drawn, and nothing dropped
     return torch.where(keep, weights, -weights)
 
 
