@@ -110,7 +110,8 @@ def triton_operations(folder: Path) -> Iterator[dict[str, HostCall]]:
     stub.stub_record(0)
     q, k, v = torch.randn(3, *SHAPE).unbind()
     p, forward = attention_params(q, k, v), Forward(torch.empty_like(q), torch.empty(SHAPE[:-1]))
-    backward = Backward(*forward, torch.empty_like(q), None, *map(torch.empty_like, (q, k, v)), None)
+    dq, dk, dv = torch.empty(3, *SHAPE).unbind()
+    backward = Backward(forward.out, forward.lse, q, None, dq, dk, dv, None)
     with attention.on(device):
         yield {
             "Triton's kernel choice and launch": lambda: attention.attention_fwd(forward, p),
