@@ -7,7 +7,8 @@ On a CPU it is benchmarks.cpu_attention that times.
 Each provider is first compared with the float64 reference; one that is wrong or unavailable gets a row with the reason
 and no numbers. What limits attention at the lengths of sentences is bandwidth: beside the times stand the bytes that
 any attention has to move, their share of the rate of a plain copy, and the share of what that rate and the rate of a
-matrix product together allow, both measured first. Writes attention.csv and attention.json; finally prints who wins.
+matrix product together allow, both measured first. Times are of the kernels alone: what the host needs to queue them
+has a column, and a note where that is more. Writes attention.csv and attention.json; finally prints who wins.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import cpu_attention, roofline
-from benchmarks.attention_columns import COLUMNS, line, numbers
+from benchmarks.attention_columns import COLUMNS, line, numbers, of_host
 from benchmarks.cases import DTYPES, AttentionCase, every_case, quick_cases, short, smoke_cases
 from benchmarks.command import Command, parse
 from benchmarks.comparison import comparisons, print_comparisons
@@ -31,8 +32,10 @@ from benchmarks.provenance import device_name
 from benchmarks.providers import Provider, Unavailable, all_providers
 from benchmarks.result_table import ResultTable
 from benchmarks.roofline import Roofline
-from benchmarks.timing import peak_memory_mib, time_for
+from benchmarks.timing import host_times, peak_memory_mib, time_for
 from fastattn.peaks import peak_tflops
+
+HOST_REPETITIONS = 10
 
 
 def measure(
@@ -53,10 +56,12 @@ def measure(
 
     with provider.context():
         times = time_for(call, backward, device, seconds)
+        host_ms = host_times(call, backward, device, HOST_REPETITIONS)
         memory = peak_memory_mib(lambda: backward(call()), device)
     note, peak = provider.describe(inputs), peak_tflops(device_name(device), case.dtype)
     return [
-        {"pass": which, "peak_memory_mib": memory, "note": note}
+        {"pass": which, "peak_memory_mib": memory}
+        | of_host(host_ms[which], time.p50_ms, note)
         | numbers(case, inputs.bytes(which), which, time, roof, peak)
         for which, time in times.items()
     ]

@@ -13,7 +13,7 @@ CASE_COLUMNS = ("suite", "workload", "layout", "batch", "nheads", "seqlen_q", "s
 COLUMNS = (
     *CASE_COLUMNS,
     *("provider", "pass", "p50_ms", "p20_ms", "p80_ms", "tflops", "percent_of_peak", "gb_s", "percent_of_copy"),
-    *("percent_of_roofline", "peak_memory_mib", "published_fused_ms", "published_vanilla_ms", "note"),
+    *("percent_of_roofline", "host_ms", "peak_memory_mib", "published_fused_ms", "published_vanilla_ms", "note"),
     "no_numbers_because",
 )
 
@@ -47,6 +47,13 @@ def numbers(
         "percent_of_roofline": f"{100 * roof.share(flops, moved, case.dtype, time.p50_ms):.1f}",
         **{f"published_{name}": milliseconds for name, milliseconds in published_ms.items()},
     }
+
+
+def of_host(host_ms: float, p50_ms: float, note: str) -> dict[str, str]:
+    """The columns about the host: its time and, if that is more than the device's, a note that says so."""
+    if host_ms > p50_ms:
+        note = "; ".join(filter(None, (note, "the host takes longer than the device")))
+    return {"host_ms": f"{host_ms:.4f}", "note": note}
 
 
 def line(measured: list[dict[str, Any]]) -> str:

@@ -30,7 +30,7 @@ from benchmarks.result_table import ResultTable
 from benchmarks.shared_library import BuildError
 from fastattn import backends
 from fastattn.arguments import attention_params
-from fastattn.params import AttentionParams, Buffers, Forward
+from fastattn.params import AttentionParams, Backward, Buffers, Forward
 
 SHAPE = (1, 1, 8, 8)
 COLUMNS = ("op", "min_us", "p50_us", "p80_us")
@@ -93,6 +93,32 @@ def operations() -> Iterator[tuple[str, HostCall]]:
     yield "two torch.empty", lambda: (torch.empty(SHAPE), torch.empty(SHAPE[:-1]))
 
 
+@contextmanager
+def triton_operations(folder: Path) -> Iterator[dict[str, HostCall]]:
+    """Triton's launches on a stub of their own; none where there is no Triton, or a libcuda already."""
+    if backends.get("triton").why_missing() or torch.cuda.is_available():
+        yield {}
+        return
+    from benchmarks import stub_triton
+    from fastattn.triton_kernels import arguments, attention
+
+    if arguments.IS_INTERPRETED:
+        yield {}
+        return
+    folder.mkdir()
+    device, stub = stub_triton.start(folder, (9, 0))
+    stub.stub_record(0)
+    q, k, v = torch.randn(3, *SHAPE).unbind()
+    p, forward = attention_params(q, k, v), Forward(torch.empty_like(q), torch.empty(SHAPE[:-1]))
+    dq, dk, dv = torch.empty(3, *SHAPE).unbind()
+    backward = Backward(forward.out, forward.lse, q, None, dq, dk, dv, None)
+    with attention.on(device):
+        yield {
+            "Triton's kernel choice and launch": lambda: attention.attention_fwd(forward, p),
+            "Triton's kernel choice and launch, backward": lambda: attention.attention_bwd(backward, p),
+        }
+
+
 def calls(what: str, whose: str, attend: Callable[..., Any]) -> Iterator[tuple[str, HostCall]]:
     """Calls of a function of q, k and v: without gradient, with it, and with the backward pass."""
     q, k, v = torch.randn(3, *SHAPE).unbind()
@@ -105,9 +131,13 @@ def calls(what: str, whose: str, attend: Callable[..., Any]) -> Iterator[tuple[s
 
 def measure(command: Command) -> dict[str, HostTime]:
     """The times of all operations."""
-    with tempfile.TemporaryDirectory() as folder, launching_on_the_stub():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        launching_on_the_stub(),
+        triton_operations(Path(folder, "triton")) as of_triton,
+    ):
         put_stub_in_the_place_of_libcuda(Path(folder))
-        wanted = {name: call for name, call in operations() if command.wants(name)}
+        wanted = {name: call for name, call in (*operations(), *of_triton.items()) if command.wants(name)}
         return time_in_turns(wanted, command.sized(3, 100, 400), command.sized(20, 100, 100), torch.device("cpu"))
 
 

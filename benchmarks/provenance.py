@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import fastattn
 from benchmarks import host
 from fastattn.backends import CallTraits, choose
 from fastattn.info import DTYPES, HEAD_DIM, gather
 from fastattn.machine import detect
+
+TILES = Path(fastattn.__file__).parent / "triton_kernels/tiles.csv"
+# What benchmarks write: a change of it is no change of the sources.
+MEASURED = ("benchmarks/results", "fastattn/triton_kernels/tiles.csv")
 
 
 def device_name(device: torch.device) -> str:
@@ -43,7 +50,8 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "backends": _choices(device),
         "versions": report["versions"],
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", *(f":!{path}" for path in MEASURED))),
+        "tiles": hashlib.sha256(TILES.read_bytes()).hexdigest()[:16],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
     }

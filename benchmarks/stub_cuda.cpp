@@ -52,18 +52,29 @@ struct Failure {
     int calls_before;
 };
 
+// What cuLaunchKernelEx is given: CUlaunchConfig.
+struct LaunchConfig {
+    unsigned grid[3], block[3], smem;
+    void* stream;
+    void* attributes;
+    unsigned attribute_count;
+};
+
 constexpr int kDefaultSmem = 48 * 1024;
 
 std::mutex lock;
 std::deque<Call> calls;
 std::map<std::string, Failure> failures;
-std::map<int, int> attributes = {{16, 80}, {75, 8}, {76, 0}, {97, 166912}};  // of every device, but for:
+std::map<int, int> attributes = {{16, 80},      {75, 8},       {76, 0},    {97, 166912}, {10, 32}, {12, 65536},
+                                 {13, 1410000}, {36, 1593000}, {37, 5120}, {81, 167936}};  // of every device, but for:
 std::map<std::pair<int, int>, int> attributes_of;
 std::string compiler_log;
 std::size_t params_bytes = 0;
+std::vector<std::size_t> param_sizes;
 bool is_recording = true, is_initialized = false;
 std::atomic<bool> is_held{false};
 int device_count = 1;
+int first_handle = 100;  // a handle need not be the ordinal
 Context contexts[] = {{0}, {1}, {2}, {3}};
 std::deque<Module> modules;
 std::deque<Function> functions;
@@ -106,6 +117,16 @@ bool wait_while_held() {
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
     return true;
+}
+
+// The parameters of a launch: of our kernels there is one, of Triton's as many as stub_set_param_sizes says.
+std::string copied(void** params) {
+    if (param_sizes.empty()) return {static_cast<const char*>(params[0]), params_bytes};
+    std::string bytes;
+    for (std::size_t i = 0; i < param_sizes.size(); ++i) {
+        bytes.append(static_cast<const char*>(params[i]), param_sizes[i]);
+    }
+    return bytes;
 }
 
 }  // namespace
@@ -166,13 +187,13 @@ Result cuDeviceGetCount(int* count) {
 Result cuDeviceGet(int* device, int ordinal) {
     STUB_ENTER({static_cast<std::uint64_t>(ordinal)})
     if (ordinal < 0 || ordinal >= device_count) return kInvalidDevice;
-    *device = 100 + ordinal;  // a handle need not be the ordinal
+    *device = first_handle + ordinal;
     return kSuccess;
 }
 
 Result cuDeviceGetAttribute(int* value, int attribute, int device) {
     STUB_ENTER({static_cast<std::uint64_t>(attribute), static_cast<std::uint64_t>(device)})
-    const int ordinal = device - 100;
+    const int ordinal = device - first_handle;
     if (ordinal < 0 || ordinal >= device_count) return kInvalidDevice;
     const auto found = attributes_of.find({ordinal, attribute});
     *value = found != attributes_of.end() ? found->second : attributes.at(attribute);
@@ -181,7 +202,7 @@ Result cuDeviceGetAttribute(int* value, int attribute, int device) {
 
 Result cuDevicePrimaryCtxRetain(Context** context, int device) {
     STUB_ENTER({static_cast<std::uint64_t>(device)})
-    const int ordinal = device - 100;
+    const int ordinal = device - first_handle;
     if (ordinal < 0 || ordinal >= device_count) return kInvalidDevice;
     std::this_thread::sleep_for(std::chrono::milliseconds(2));  // time for another thread to come and ask, too
     *context = primary_context(ordinal);
@@ -247,7 +268,7 @@ Result cuFuncSetAttribute(Function* function, int attribute, int value) {
 Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                       unsigned block_y, unsigned block_z, unsigned smem, void* stream, void** params, void** extra) {
     if (!is_recording) return kSuccess;
-    const std::string bytes(static_cast<const char*>(params[0]), params_bytes);
+    const std::string bytes = copied(params);
     STUB_ENTER(
         {number(function), grid_x, grid_y, grid_z, block_x, block_y, block_z, smem, number(stream), number(current())},
         bytes)
@@ -257,6 +278,64 @@ Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsi
     if (static_cast<int>(smem) > function->max_dynamic_smem || extra != nullptr) return kInvalidValue;
     return kSuccess;
 }
+
+// ---- what Triton's driver calls besides ----
+
+Result cuCtxSetCurrent(Context* context) {
+    STUB_ENTER({number(context)})
+    if (!stack().empty()) stack().pop_back();
+    if (context != nullptr) stack().push_back(context);
+    return kSuccess;
+}
+
+Result cuModuleLoadData(Module** module, const void* image) {
+    return cuModuleLoadDataEx(module, image, 0, nullptr, nullptr);
+}
+
+Result cuFuncGetAttribute(int* value, int attribute, Function* function) {
+    STUB_ENTER({static_cast<std::uint64_t>(attribute), number(function)})
+    *value = attribute == 0 ? 1024 : 0;  // threads of a block; no static shared memory, no spilled register
+    return kSuccess;
+}
+
+Result cuFuncSetCacheConfig(Function*, int) { return kSuccess; }
+
+// Any address is the device's.
+Result cuPointerGetAttribute(void* value, int, std::uint64_t pointer) {
+    *static_cast<std::uint64_t*>(value) = pointer;
+    return kSuccess;
+}
+
+Result cuPointerGetAttributes(unsigned count, const int* which, void** values, std::uint64_t pointer) {
+    for (unsigned i = 0; i < count; ++i) {
+        if (which[i] == 3) {
+            *static_cast<std::uint64_t*>(values[i]) = pointer;
+        } else {
+            *static_cast<int*>(values[i]) = 2;
+        }
+    }
+    return kSuccess;
+}
+
+Result cuLaunchKernelEx(const LaunchConfig* config, Function* function, void** params, void** extra) {
+    if (!is_recording) return kSuccess;
+    const std::string bytes = copied(params);
+    const auto& [grid, block, smem, stream, attributes_given, attribute_count] = *config;
+    STUB_ENTER({number(function), grid[0], grid[1], grid[2], block[0], block[1], block[2], smem, number(stream),
+                number(current())},
+               bytes)
+    if (current() == nullptr) return kInvalidContext;
+    if (current() != function->module->context) return kInvalidHandle;
+    if (static_cast<int>(smem) > function->max_dynamic_smem || extra != nullptr) return kInvalidValue;
+    return kSuccess;
+}
+
+Result cuCtxGetLimit(std::size_t*, int) { return kInvalidValue; }
+Result cuCtxSetLimit(int, std::size_t) { return kInvalidValue; }
+Result cuOccupancyMaxActiveClusters(int*, Function*, const LaunchConfig*) { return kInvalidValue; }
+Result cuTensorMapEncodeTiled() { return kInvalidValue; }
+Result cuTensorMapEncodeIm2col() { return kInvalidValue; }
+Result cuModuleUnload(Module*) { return kSuccess; }
 
 // ---- for whoever watches ----
 
@@ -292,11 +371,17 @@ void stub_fail(const char* function, Result result, int calls_before) {
 
 void stub_set_device_count(int count) { device_count = count; }
 
+// Triton takes ordinals for handles.
+void stub_set_first_handle(int handle) { first_handle = handle; }
+
 void stub_set_attribute(int ordinal, int attribute, int value) { attributes_of[{ordinal, attribute}] = value; }
 
 void stub_set_compiler_log(const char* text) { compiler_log = text; }
 
 void stub_set_params_bytes(std::size_t size) { params_bytes = size; }
+
+// The sizes of the parameters of each launch that follows; none: there is one of stub_set_params_bytes.
+void stub_set_param_sizes(const std::size_t* sizes, int count) { param_sizes.assign(sizes, sizes + count); }
 
 const char* stub_image_of(const Function* function) { return function->module->image.c_str(); }
 

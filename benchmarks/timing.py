@@ -11,8 +11,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from fastattn import compat
+
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 MOST_ROUNDS = 300
+CYCLES_PER_MS = 2_000_000  # of a GPU's clock, at most
+MOST_HEAD_START_MS = 20.0
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -29,8 +33,9 @@ def time_passes(
 ) -> dict[str, PassTime]:
     """Times `out = forward(); backward(out)`, by events on the stream on a GPU and by the clock on the CPU.
 
-    Before each repetition the caches are overwritten, which also gives the host time to queue the kernels; backward
-    follows forward at once, as in training. Warm up first.
+    Before each repetition the caches are overwritten. Then a GPU waits for twice as long as the host needs to queue the
+    kernels: between them there is no time of the host, which `host_times` measures. backward follows forward at once,
+    as in training. Warm up first.
 
     Args:
         forward: returns the output with its graph.
@@ -45,9 +50,12 @@ def time_passes(
     mark: Callable[[], Any] = _mark_cuda if on_gpu else time.perf_counter
     milliseconds: Callable[[Any, Any], float] = _between_events if on_gpu else _between_times
     cache = torch.empty(FLUSH_BYTES if on_gpu else 0, dtype=torch.uint8, device=device)
+    head_start_ms = 2 * host_times(forward, backward, device, 1)["both"] if on_gpu else 0.0
     marks = []
     for _ in range(repetitions):
         cache.zero_()
+        if on_gpu:
+            compat.sleep_on_gpu(round(CYCLES_PER_MS * min(head_start_ms, MOST_HEAD_START_MS)))
         start = mark()
         out = forward()
         middle = mark()
@@ -57,6 +65,26 @@ def time_passes(
     if on_gpu:
         torch.cuda.synchronize(device)
     return _passes(marks, milliseconds)
+
+
+def host_times(
+    forward: Callable[[], Any], backward: Callable[[Any], Any], device: torch.device, repetitions: int
+) -> dict[str, float]:
+    """Milliseconds after which the calls of `time_passes` return, medians; nothing is queued on a GPU before them."""
+    times = []
+    for _ in range(repetitions):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        out = forward()
+        middle = time.perf_counter()
+        backward(out)
+        times.append((start, middle, time.perf_counter()))
+        del out
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    spans = {"forward": (0, 1), "backward": (1, 2), "both": (0, 2)}
+    return {which: statistics.median(1e3 * (t[b] - t[a]) for t in times) for which, (a, b) in spans.items()}
 
 
 def time_for(

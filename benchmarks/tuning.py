@@ -17,6 +17,7 @@ from tqdm import tqdm
 import fastattn
 from benchmarks.command import Command
 from benchmarks.gate import Gate, Wrong
+from benchmarks.parallel import processes
 from benchmarks.providers import Provider, Unavailable, all_providers
 from benchmarks.result_table import ResultTable
 from benchmarks.tile_candidates import Key
@@ -29,7 +30,7 @@ COLUMNS = (
     *("kernel", "dtype", "head_dim", "seqlen", *Tile._fields),
     *("smem_bytes", "p50_ms", "p20_ms", "p80_ms", "no_numbers_because"),
 )
-QUICK_SECONDS = {"checks": 80, "all": 110}
+QUICK_SECONDS = {"checks": 28, "all": 40}
 NO_TIME = "not measured: no time left"
 ANSWER_SECONDS = 180  # for compiling and checking one candidate
 
@@ -187,7 +188,7 @@ def check_in_processes(
         trial: what they are tried on.
         until: what time.monotonic() says when it is over; candidates that are not done by then have no numbers.
     """
-    with multiprocessing.get_context("spawn").Pool(maxtasksperchild=1) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes(trial.device), maxtasksperchild=1) as pool:
         answers = [pool.apply_async(check_or_say_why, (*candidate, trial)) for candidate in candidates]
         for (key, tile), answer in zip(candidates, answers, strict=True):
             left = until - time.monotonic()

@@ -161,7 +161,9 @@ class Backend:
         return _modules[self.module]
 
     def why_missing(self) -> str | None:
-        """Why its module cannot be imported, or None."""
+        """Why its module cannot be imported, or cannot be used on this machine, or None."""
+        if self.devices == _GPU and torch.version.hip is not None:  # whose devices call themselves "cuda", too
+            return f"needs an NVIDIA GPU, this torch is built for AMD's (ROCm {torch.version.hip})"
         return _why_missing(self.module)
 
     def route_of(self, call: CallTraits) -> Route:
@@ -237,7 +239,8 @@ def _why_missing(module: str) -> str | None:
     if module not in _missing:
         try:
             _modules[module] = importlib.import_module(module, __package__)
-            _missing[module] = None
+            # Of a module that needs more than what it imports.
+            _missing[module] = getattr(_modules[module], "why_unusable", lambda: None)()
         except ImportError as error:
             _missing[module] = f"is not part of this installation ({error})"
     return _missing[module]

@@ -126,3 +126,8 @@ def compile_again_unless(holds: Callable[[], bool], what: str) -> None:
         add(lambda _: holds(), lines) if torch.__version__ < "2.10" else add(lambda _: holds(), lines, None)
 
     TracingContext.get().guards_context.dynamo_guards.add(Guard(GlobalStateSource(), create))
+
+
+def sleep_on_gpu(cycles: int) -> None:
+    """Queue a kernel that does nothing for so many cycles of the GPU's clock."""
+    torch.cuda._sleep(cycles)

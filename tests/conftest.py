@@ -16,7 +16,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastattn.params import AttentionParams
-from tests.support import clock
+from tests.support import clock, must_run
 from tests.support.poison import fresh_memory_is_nan
 from tests.support.stand_in import recording
 
@@ -24,10 +24,12 @@ from tests.support.stand_in import recording
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the full product of cases instead of pairs")
     clock.add_option(parser)
+    must_run.add_option(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     clock.start(config)
+    must_run.start(config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -48,6 +48,13 @@ class Arch(NamedTuple):
         return f"{self.kind}_{self.number}"
 
 
+# PTX says the version of its language, and a driver refuses one newer than itself, whatever the text needs. The kernels
+# need 7.0, which CUDA 11.0 brought, and the targets the version that knows them.
+PTX_VERSION = (7, 0)
+PTX_VERSION_OF_TARGET = ((86, (7, 1)), (87, (7, 4)), (89, (7, 8)), (90, (7, 8)))  # from this target on
+NEWEST_KNOWN_TARGET = 90
+
+
 # Machine code for each architecture that compiles differently; PTX for those to come, and to run the first kernels on
 # any newer GPU.
 ALL_ARCHS = tuple(map(Arch.parse, ("sm_60", "sm_70", "sm_75", "sm_80", "sm_90", "compute_60", "compute_90")))
@@ -123,7 +130,7 @@ class KernelSources:
             CompileError: the sources do not compile.
         """
         headers = {name: text for name, text in self.files.items() if name != "attention.cu"}
-        return nvrtc.compile(
+        compiled = nvrtc.compile(
             self.files["attention.cu"],
             str(arch),
             name="attention.cu",
@@ -131,6 +138,20 @@ class KernelSources:
             defines=defines(element, arch),
             options=options(arch),
         )
+        return compiled if arch.kind == "sm" else compiled._replace(image=with_oldest_version(compiled.image, arch))
+
+
+def with_oldest_version(ptx: bytes, arch: Arch) -> bytes:
+    """PTX that says the oldest version of its language that its text needs; unchanged for targets not known here."""
+    if arch.number > NEWEST_KNOWN_TARGET:
+        return ptx
+    major, minor = max(
+        (version for least, version in PTX_VERSION_OF_TARGET if arch.number >= least), default=PTX_VERSION
+    )
+    changed, count = re.subn(rb"^\.version \d+\.\d+$", b".version %d.%d" % (major, minor), ptx, count=1, flags=re.M)
+    if count == 0:
+        raise ValueError(f"the PTX for {arch} says no version")
+    return changed
 
 
 def options(arch: Arch) -> tuple[str, ...]:

@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ..blocks import bias_tiles_and_copies, count
 from ..params import AttentionParams, Backward, Forward
 from ..seam import Seam
 from . import tiles
-from .arguments import inputs, per_row, rows
+from .arguments import IS_INTERPRETED, inputs, per_row, rows
 from .bias_gradient import attention_bwd_dbias_kernel
 from .kernels import (
     attention_bwd_dkdv_kernel,
@@ -20,6 +21,7 @@ from .kernels import (
     attention_bwd_kernel,
     attention_fwd_kernel,
 )
+from .launches import Launches
 from .tiles import block
 
 KERNELS = {
@@ -29,6 +31,18 @@ KERNELS = {
     "dkdv": attention_bwd_dkdv_kernel,
     "dbias": attention_bwd_dbias_kernel,
 }
+
+
+def why_unusable() -> str | None:
+    """Why Triton cannot launch on this machine's GPU, or None; it compiles the part that does on its first use."""
+    if IS_INTERPRETED or not torch.cuda.is_available():
+        return None
+    try:
+        triton.runtime.driver.active.utils  # noqa: B018, asking for it compiles it
+    except Exception as error:  # whatever its compiler, the loader or CUDA say
+        said = " ".join(str(error).split())
+        return f"cannot launch: Triton needs gcc and Python.h when it runs ({type(error).__name__}: {said})"
+    return None
 
 
 # ---- where kernels run ----
@@ -45,11 +59,14 @@ class Device:
         self, kernel: Any, programs: int, tile: tiles.Tile, p: AttentionParams, arguments: dict[str, Any]
     ) -> Any:
         """Run a kernel on the current stream of the call's device; returns what was compiled for it."""
-        blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        arguments = {**arguments, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        if IS_INTERPRETED:
+            return kernel[(programs,)](**arguments)
         with torch.cuda.device_of(p.q):
-            return kernel[(programs,)](**arguments, **blocks, num_warps=tile.num_warps, num_stages=tile.num_stages)
+            return _launches.launch(kernel, programs, arguments, p.q.get_device(), tile.num_warps, tile.num_stages)
 
 
+_launches = Launches()
 _device = Seam(Device())
 
 

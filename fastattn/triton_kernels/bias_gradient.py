@@ -9,7 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import CHANGING, head, key_range, key_sequence, load_lse, load_per_row, load_rows, sequence, tile_gradients
+from .scores import (
+    CHANGING,
+    head,
+    head_per_row,
+    key_range,
+    key_sequence,
+    load_lse,
+    load_per_row,
+    load_rows,
+    sequence,
+    tile_gradients,
+)
 
 
 @triton.jit(do_not_specialize=(*CHANGING, "copies", "bias_batch", "bias_rows", "bias_keys"))
@@ -48,8 +59,8 @@ def attention_bwd_dbias_kernel(
             k_tile = load_rows(head_k, keys, keys < seqlen_k, HEAD_DIM, BLOCK_D, DOT_DTYPE)
             v_tile = load_rows(head_v, keys, keys < seqlen_k, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
             dout_tile = load_rows(head(dout, b, h, first_q), rows, rows < seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-            row_lse = load_lse(head(lse, b, h, first_q), rows, seqlen_q)
-            row_delta = load_per_row(head(delta, b, h, first_q), rows, seqlen_q, 0.0)
+            row_lse = load_lse(head_per_row(lse, b, h, first_q), rows, seqlen_q)
+            row_delta = load_per_row(head_per_row(delta, b, h, first_q), rows, seqlen_q, 0.0)
             weights, _, dp, _ = tile_gradients(
                 q_tile, k_tile, v_tile, dout_tile, row_lse[:, None], b, h, i0, j0, seqlen_q, seqlen_k, shift,
                 mask, bias, dropout, band, scale_log2, softcap, BLOCK_M, BLOCK_N, False, PRECISION

@@ -34,6 +34,7 @@ from .scores import (
     fill_orphans,
     finish_scores,
     head,
+    head_per_row,
     key_range,
     key_sequence,
     load_lse,
@@ -71,7 +72,7 @@ def attention_fwd_kernel(
         first_q, seqlen_q = sequence(cu_seqlens_q_ptr, b, total_q, max_seqlen_q)
         first_k, seqlen_k = key_sequence(cu_seqlens_k_ptr, seqused_k_ptr, b, total_k, max_seqlen_k)
         shift = (seqlen_k - seqlen_q) * band.bottom_right
-        head_out, head_lse = head(out, b, h, first_q), head(lse, b, h, first_q)
+        head_out, head_lse = head(out, b, h, first_q), head_per_row(lse, b, h, first_q)
         fill_orphans(head_out, 0.0, cu_seqlens_q_ptr, b, batch, seqlen_q, first_q, total_q, tile, tile_count,
                      HEAD_DIM_V, BLOCK_DV)  # fmt: skip
         fill_orphans(head_lse, -INF, cu_seqlens_q_ptr, b, batch, seqlen_q, first_q, total_q, tile, tile_count, 1, 1)
@@ -149,7 +150,7 @@ def attention_bwd_kernel(
                 rows = i0 + tl.arange(0, BLOCK_M)
                 q_tile = load_rows(head_q, rows, rows < seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
                 dout_tile = load_rows(head_dout, rows, rows < seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-                row_lse = load_lse(head(lse, b, h, first_q), rows, seqlen_q)
+                row_lse = load_lse(head_per_row(lse, b, h, first_q), rows, seqlen_q)
                 weights, kept_weights, dp, slope = tile_gradients(
                     q_tile, k_tile, v_tile, dout_tile, row_lse[None, :], b, h, i0, 0, seqlen_q, seqlen_k, shift,
                     mask, bias, dropout, band, scale_log2, softcap, BLOCK_M, BLOCK_N, True, PRECISION
@@ -158,9 +159,9 @@ def attention_bwd_kernel(
                 total = tl.sum(weights, 0)
                 row_delta = tl.sum(weights * dp, 0) / tl.where(total == 0.0, 1.0, total)
                 if dlse.ptr is not None:
-                    row_delta -= load_per_row(head(dlse, b, h, first_q), rows, seqlen_q, 0.0)
+                    row_delta -= load_per_row(head_per_row(dlse, b, h, first_q), rows, seqlen_q, 0.0)
                 if delta.ptr is not None:
-                    store_per_row(head(delta, b, h, first_q), rows, seqlen_q, row_delta)
+                    store_per_row(head_per_row(delta, b, h, first_q), rows, seqlen_q, row_delta)
                 dscores = (weights * (dp - row_delta[None, :]) * slope).to(DOT_DTYPE)
                 dv_tile = tl.dot(kept_weights.to(DOT_DTYPE), dout_tile, dv_tile, input_precision=PRECISION)
                 dk_tile = tl.dot(dscores, q_tile, dk_tile, input_precision=PRECISION)
@@ -206,11 +207,11 @@ def attention_bwd_dq_kernel(
     q_tile = load_rows(head(q, b, h, first_q), rows, rows < seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)
     dout_tile = load_rows(head(dout, b, h, first_q), rows, rows < seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
     out_tile = load_rows(head(out, b, h, first_q), rows, rows < seqlen_q, HEAD_DIM_V, BLOCK_DV, DOT_DTYPE)
-    row_lse = load_lse(head(lse, b, h, first_q), rows, seqlen_q)
+    row_lse = load_lse(head_per_row(lse, b, h, first_q), rows, seqlen_q)
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse.ptr is not None:
-        row_delta -= load_per_row(head(dlse, b, h, first_q), rows, seqlen_q, 0.0)
-    store_per_row(head(delta, b, h, first_q), rows, seqlen_q, row_delta)
+        row_delta -= load_per_row(head_per_row(dlse, b, h, first_q), rows, seqlen_q, 0.0)
+    store_per_row(head_per_row(delta, b, h, first_q), rows, seqlen_q, row_delta)
 
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     begin, end = key_range(i0, BLOCK_M, seqlen_q, seqlen_k, shift, band)
@@ -264,7 +265,7 @@ def attention_bwd_dkdv_kernel(
     for member in range(group):
         h = h_k * group + member
         head_q, head_dout = head(q, b, h, first_q), head(dout, b, h, first_q)
-        head_lse, head_delta = head(lse, b, h, first_q), head(delta, b, h, first_q)
+        head_lse, head_delta = head_per_row(lse, b, h, first_q), head_per_row(delta, b, h, first_q)
         for i0 in range(begin, end, BLOCK_M):
             rows = i0 + tl.arange(0, BLOCK_M)
             q_tile = load_rows(head_q, rows, rows < seqlen_q, HEAD_DIM, BLOCK_D, DOT_DTYPE)

@@ -25,6 +25,18 @@ class Rows(NamedTuple):
     stride_row: Any
 
 
+class PerRow(NamedTuple):
+    """(batch, heads, rows) of numbers that lie side by side; packed: the stride of the batch is 0.
+
+    Strides that follow a batch's lengths come multiplied by 16: all of them look alike to Triton, which compiles a
+    kernel for every mixture of those that 16 divides. It heeds `do_not_specialize` for no part of a tuple.
+    """
+
+    ptr: Any
+    stride_b_16: Any
+    stride_h_16: Any
+
+
 class Scores(NamedTuple):
     """Mask or bias: (batch, heads, queries, keys), a stride is 0 where it broadcasts."""
 
@@ -120,6 +132,13 @@ def head(x, b, h, first):
     """The rows of one (batch, head), from the first token of the sequence on."""
     ptr = x.ptr + tl.cast(b, tl.int64) * x.stride_b + tl.cast(h, tl.int64) * x.stride_h + first * x.stride_row
     return Rows(ptr, x.stride_b, x.stride_h, x.stride_row)
+
+
+@triton.jit
+def head_per_row(x, b, h, first):
+    """The numbers of one (batch, head), as `head` gives its rows."""
+    ptr = x.ptr + tl.cast(b, tl.int64) * (x.stride_b_16 >> 4) + tl.cast(h, tl.int64) * (x.stride_h_16 >> 4)
+    return Rows(ptr + first, 0, 0, 1)
 
 
 @triton.jit
@@ -290,7 +309,7 @@ def tile_gradients(
     scores, slope = scale_scores(qk, scale_log2, softcap)
     scores = finish_scores(scores, b, h, rows, keys, seqlen_q, seqlen_k, shift, mask, bias, band)
     weights = tl.exp2(scores - lse)
-    if mask.ptr is not None or band.left is not None or band.right is not None:
+    if (mask.ptr is not None) or ((band.left is not None) or (band.right is not None)):  # in pairs: Triton 3.3
         dp = tl.where(weights == 0.0, 0.0, dp)  # v may hold anything there, NaN too
         if softcap is not None:
             slope = tl.where(weights == 0.0, 0.0, slope)  # and so may k

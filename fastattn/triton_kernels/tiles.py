@@ -72,9 +72,10 @@ class Row(NamedTuple):
 INTERPRETER = Tile(128, 128, num_warps=BUSY_WARPS, num_stages=1, pairs=2)
 
 
+@functools.cache
 def block(n: int) -> int:
     """The least size of a tile that n fits in: a power of 2 that tensor cores can multiply."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, 1 << (n - 1).bit_length()) if n > 0 else 16
 
 
 def read(file: Path) -> tuple[Row, ...]:

@@ -414,3 +414,13 @@ def test_a_record_names_the_devices_it_takes(all_installed: None) -> None:
         assert backends.get("cuda").why_not(call_on(None)._replace(device_type="mps")) == [
             "needs a CPU or CUDA device, got mps"
         ]
+
+
+def test_amds_gpus_run_on_torch(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    call = backends.CallTraits("cuda", (9, 4), torch.float16, 64, 64)
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(fastattn.FastattnFallbackWarning, match="AMD"):
+        explanation = backends.explain_choice(call)
+    assert explanation.backend == "torch"
+    assert all("AMD" in explanation.refusals[name][0] for name in ("triton", "cuda"))

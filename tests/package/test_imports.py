@@ -26,7 +26,7 @@ LAYERS = (
     ("overrides",),
     ("nmt.config", "nmt.losses", "nmt.schedule", "nmt.batches"),
     ("blocks", "arguments", "machine", "triton_kernels.kernels", "triton_kernels.bias_gradient"),
-    ("reference", "triton_kernels.arguments"),
+    ("reference", "triton_kernels.arguments", "triton_kernels.launches"),
     (
         "contests",
         "merging",

@@ -74,6 +74,22 @@ def test_torch_fits_the_oldest_gpu_and_the_driver(machine, nvidia_smi, expected)
     assert reason
 
 
+@pytest.mark.parametrize(
+    "nvidia_smi",
+    [
+        pytest.param("echo 12.0, 570.124.06", id="Blackwell"),
+        pytest.param("echo 9.0, 570.124.06; echo 10.0, 570.124.06", id="H100-and-B200"),
+        pytest.param('[[ "$1" == --list-gpus ]]', id="nvidia-smi-without-compute-capability"),
+    ],
+)
+def test_no_torch_for_a_driver_that_is_too_old(machine, nvidia_smi):
+    machine.command("nvidia-smi", nvidia_smi)
+    machine.command("python3", "exit 0")
+    result = machine.run(ROOT / "scripts/choose_torch.sh")
+    assert (result.returncode, result.stdout) == (1, "") and result.stderr.startswith("driver too old: ")
+    assert machine.run(ROOT / "scripts/choose_torch.sh", TORCH="torch==2.10.0").returncode == 0
+
+
 def test_torch_without_nvidia_smi(machine):
     machine.link("bash", "sort")
     result = machine.run(ROOT / "scripts/choose_torch.sh", alone=True)

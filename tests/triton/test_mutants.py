@@ -92,7 +92,7 @@ MUTANTS = {
     "dP of keys that no query sees": Mutant("scores.py", "dp = tl.where(weights == 0.0, 0.0, dp)", "pass", PADDED),
     "dP of keys that the band excludes": Mutant(
         "scores.py",
-        "mask.ptr is not None or band.left is not None or band.right is not None",
+        "(mask.ptr is not None) or ((band.left is not None) or (band.right is not None))",
         "mask.ptr is not None",
         EARLY,
     ),
@@ -110,6 +110,7 @@ MUTANTS = {
         BIASED,
     ),
     "mask of the first row for all": Mutant("scores.py", "rows_64 * mask.stride_m + ", "", MASKED),
+    "lse of the first batch for all": Mutant("scores.py", "(x.stride_b_16 >> 4)", "0", replace(PLAIN, batch=2)),
     "bias in the wrong base": Mutant("scores.py", ".to(tl.float32) * LOG2_E", ".to(tl.float32)", BIASED),
     "keys past the end attended": Mutant(
         "scores.py", "return tl.where(keys < seqlen_k, scores, -INF)", "return scores"
