@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastattn
 from fastattn import functional
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text("utf-8")
@@ -22,7 +24,7 @@ CALLS = {"diffusers": 2, "timm": 2, "x-transformers": 2}
 
 
 def test_every_recipe_is_tested() -> None:
-    assert RECIPES.keys() == CALLS.keys() | {"JoeyNMT", "fairseq"}
+    assert RECIPES.keys() == CALLS.keys() | {"JoeyNMT", "OpenNMT-py", "fairseq"}
 
 
 @pytest.mark.slow
@@ -91,6 +93,35 @@ def test_joeynmts_class_computes_the_same(mask_rows: int | None, monkeypatch: py
     torch.testing.assert_close(weights, plain(memory, memory, x, mask, True)[1])
     theirs.train()(memory, memory, x, mask)
     assert calls == [0.0, 0.25]
+
+
+OPENNMT = """
+from torch.nn.functional import scaled_dot_product_attention
+
+def context(query, key, value, mask, dropout_p, causal):
+    allowed = ~mask if mask is not None else None
+    return scaled_dot_product_attention(query, key, value, allowed, dropout_p, is_causal=causal)
+"""
+
+
+def test_opennmts_name_is_replaced_and_its_call_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in has the call of OpenNMT's class, in which True is blocked."""
+    names = ("onmt", "onmt.modules", "onmt.modules.multi_headed_attn")
+    packages: list[Any] = [ModuleType(name) for name in names]
+    for package, inner in itertools.pairwise(packages):
+        setattr(package, inner.__name__.rpartition(".")[2], inner)
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package.__name__, package)
+    theirs = packages[-1]
+    exec(OPENNMT, vars(theirs))
+    q, k, v = (torch.randn(2, 4, 5, 8) for _ in range(3))
+    blocked = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    blocked[:, 3] = True
+    expected = theirs.context(q, k, v, blocked, 0.0, False)
+    exec(compile(RECIPES["OpenNMT-py"], "docs/recipes.md, OpenNMT-py", "exec"), {})
+    assert theirs.scaled_dot_product_attention is fastattn.scaled_dot_product_attention
+    for causal in (False, True):
+        torch.testing.assert_close(theirs.context(q, k, v, blocked, 0.0, causal), expected)
 
 
 class MultiheadAttention(nn.Module):
