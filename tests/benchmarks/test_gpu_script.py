@@ -50,7 +50,7 @@ class Machine:
         self.log.write_text("")
         path = f"{self.folder / 'commands'}:/usr/bin:/bin"
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith("FASTATTN_")},
             "PATH": path,
             "LOG": str(self.log),
             "RESULTS": str(self.folder / "results"),

@@ -34,8 +34,8 @@ class Machine:
             (self.commands / name).symlink_to(shutil.which(name))
 
     def run(self, *command: object, alone: bool = False, **environment: str) -> subprocess.CompletedProcess:
-        given = ("TORCH", "PYTHON", "MAKEFLAGS", "FASTATTN_VENV")  # of the run of these tests itself
-        inherited = {k: v for k, v in os.environ.items() if k not in given}
+        given = ("TORCH", "PYTHON", "MAKEFLAGS")  # of the run of these tests itself, as are FASTATTN_VENV and others
+        inherited = {k: v for k, v in os.environ.items() if k not in given and not k.startswith("FASTATTN_")}
         path = str(self.commands) if alone else f"{self.commands}:{os.environ['PATH']}"
         environment = inherited | {"PATH": path} | environment
         return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=60)
