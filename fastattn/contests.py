@@ -22,27 +22,33 @@ class Contest(NamedTuple):
 class FasterInTorch:
     """Calls that a fused backend can take, and that torch's memory-efficient kernel computes faster.
 
-    They run there, unless a backend is named, where a gradient is asked for, F.scaled_dot_product_attention says the
-    same and the longer of the two lengths is above the limit.
+    They run there, unless a backend is named, where F.scaled_dot_product_attention says the same and the longer of the
+    two lengths is above the limit.
     """
 
     backend: str
     dtype: torch.dtype
     capabilities: tuple[tuple[int, int], tuple[int, int]]  # from the first on, below the second
-    seqlen: int  # the limit
+    seqlen: int  # the limit where a gradient is asked for
+    seqlen_without_grad: int | None  # None: no such call is faster there
 
     def has(self, contest: Contest) -> bool:
         """Whether the call is one of them."""
-        return contest.needs_grad and contest.seqlen > self.seqlen
+        limit = self.seqlen if contest.needs_grad else self.seqlen_without_grad
+        return limit is not None and contest.seqlen > limit
 
     def in_words(self) -> str:
         """Which calls they are, for a reader."""
-        return f"more than {self.seqlen} tokens with a gradient"
+        words = f"more than {self.seqlen} tokens with a gradient"
+        return words if self.seqlen_without_grad is None else f"{words}, or {self.seqlen_without_grad} without"
 
 
 # The backward of the cuda kernels multiplies in float32 and uses no tensor cores yet. Limits by prediction
 # (docs/volta_report.md), from nothing measured.
-FASTER_IN_TORCH: tuple[FasterInTorch, ...] = (FasterInTorch("cuda", torch.float16, ((7, 0), (8, 0)), 96),)
+FASTER_IN_TORCH: tuple[FasterInTorch, ...] = (
+    FasterInTorch("cuda", torch.float16, ((7, 0), (7, 5)), 96, None),
+    FasterInTorch("cuda", torch.float16, ((7, 5), (8, 0)), 96, 128),
+)
 
 
 def row(dtype: torch.dtype, capability: tuple[int, int] | None) -> FasterInTorch | None:

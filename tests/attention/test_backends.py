@@ -164,10 +164,11 @@ def test_forcing_an_unknown_backend() -> None:
 
 
 def test_long_rows_of_float16_are_left_to_torch_where_it_alone_has_tensor_cores(all_installed: None, warned: set[str]):
-    lengths, dtypes = (1, 96, 97, 4096), (torch.float32, torch.float16, torch.bfloat16)
+    lengths, dtypes = (1, 96, 97, 128, 129, 4096), (torch.float32, torch.float16, torch.bfloat16)
     for gpu, dtype, seqlen, needs_grad in itertools.product(GPUS, dtypes, lengths, (False, True)):
         call = call_on(gpu, dtype=dtype, contest=Contest(seqlen, needs_grad))
-        is_left = gpu in ("V100", "T4") and dtype == torch.float16 and needs_grad and seqlen > 96
+        limit = {"V100": (None, 96), "T4": (128, 96)}.get(gpu, (None, None))[needs_grad]
+        is_left = dtype == torch.float16 and limit is not None and seqlen > limit
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert backends.choose(call).name == ("torch" if is_left else FUSED.get(gpu, "triton")), call
@@ -192,8 +193,8 @@ def test_a_named_backend_keeps_what_torch_computes_faster(all_installed: None) -
     assert explanation.backend == "torch" and explanation.route == "F.scaled_dot_product_attention"
     assert explanation.refusals["triton"] == ["needs compute capability >= 8.0, got 7.5"]
     assert explanation.refusals["cuda"] == [
-        "leaves float16 of more than 96 tokens with a gradient, at compute capability 7.5 to torch's kernel, "
-        "which is faster; use_backend keeps it"
+        "leaves float16 of more than 96 tokens with a gradient, or 128 without, at compute capability 7.5 to torch's "
+        "kernel, which is faster; use_backend keeps it"
     ]
     with fastattn.use_backend("cuda"):
         explanation = backends.explain_choice(call)

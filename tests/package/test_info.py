@@ -109,7 +109,7 @@ def test_gpu_gets_its_fused_backend(fused, gpu, archs, backend):
 
 def test_text_says_which_calls_are_left_to_torch(fused):
     lines = info.render(info.gather(machine(T4))).splitlines()
-    assert "  float16   cuda; torch, which is faster, for more than 96 tokens with a gradient" in lines
+    assert "  float16   cuda; torch, which is faster, for more than 96 tokens with a gradient, or 128 without" in lines
     assert "  float32   cuda" in lines and "  bfloat16  cuda" in lines
     assert "which is faster" not in info.render(info.gather(machine(P100, H100)))
 
